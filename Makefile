@@ -1,0 +1,55 @@
+# Nexus: two commands matter, `make demo` and `make test`; `make` alone lists the rest.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DOCS ?= deployments/manuals
+QUESTION ?= What torque do the wheel nuts of the WD-8 need?
+export NEXUS_HOME ?= $(CURDIR)/.demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-test demo down test check format lint types fast
+
+help: ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# Pins hold names and versions only and are complete, so nothing is resolved and nothing else comes in.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Nexus needs Python 3.11 or later; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.lock
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-test.lock
+	touch $@
+
+install: $(VENV)/.installed ## make .venv with the pinned dependencies
+install-test: $(VENV)/.installed-test
+
+demo: install ## start Nexus, add DOCS=…, ask QUESTION=…, leave it running
+	$(BIN)/nexus up
+	$(BIN)/nexus add "$(DOCS)" || echo "some files were left out; see above"
+	@echo; echo "Q: $(value QUESTION)"; echo
+	@$(BIN)/nexus ask -- "$$QUESTION"
+	@echo; echo "Nexus goes on running. Ask more:  NEXUS_HOME=$(NEXUS_HOME) $(BIN)/nexus ask \"…\""
+	@echo "Stop it with:  make down"
+export QUESTION
+
+down: ## stop what `make demo` started
+	@test ! -x $(BIN)/nexus || $(BIN)/nexus down
+
+test: install-test ## run the whole suite
+	NEXUS_HOME= $(BIN)/python -m pytest
+
+check: install-test format lint types fast ## format, lint, types, fast tests
+
+format:
+	$(BIN)/ruff format --check .
+lint:
+	$(BIN)/ruff check .
+types:
+	$(BIN)/mypy
+fast:
+	NEXUS_HOME= $(BIN)/python -m pytest -m "not system"

@@ -1,0 +1,1 @@
+"""Thin: each actor lends one thing from `nexus` a process and a place."""

@@ -1,0 +1,65 @@
+"""Searches in a process of their own, with the query embedder beside them."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nexus.config import Config
+from nexus.hades import Hades
+from nexus.ports import Embedder
+from nexus.registry import open_part
+from nexus.retrieval import RetrievalSettings
+from nexus.retrieval import Retriever as Searching
+from nexus.types import Evidence, Principal, SearchRequest, SearchResult, Vectors
+
+Result = TypeVar("Result")
+THREADS = 8
+
+
+class Retriever:
+    """One hop from the gateway: embed the query here, ask the stores, fuse, ask HADES."""
+
+    def __init__(self, config: Config, vectors_address: str) -> None:
+        self._embedder: Embedder = open_part("models", config.models.embedder, threads=1)
+        home = Path(config.home)
+        hades = Hades(
+            open_part("stores", config.stores.documents, home=home),
+            open_part("stores", vectors_address, home=home),
+            self._embedder.fingerprint,
+            self._embedder.dimension,
+        )
+        retrieval = config.retrieval
+        settings = RetrievalSettings(
+            retrieval.candidates, retrieval.embedding_weight, retrieval.text_weight, retrieval.fusion
+        )
+        self._retriever = Searching(hades, self._embedder, settings)
+        self._threads = ThreadPoolExecutor(THREADS, "search")
+
+    async def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
+        return await self._run(self._retriever.search, request, principal)
+
+    async def retrieve(
+        self, request: SearchRequest, principal: Principal, passages: int, tokens: int
+    ) -> Evidence:
+        """Search, and widen the best hits into at most so many passages of so many tokens in all."""
+        return await self._run(self._retrieve, request, principal, passages, tokens)
+
+    def _retrieve(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence:
+        result = self._retriever.search(request, principal)
+        return Evidence(result, tuple(self._retriever.expand(result.hits[:passages], tokens)))
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        """A few short texts, at once: the pool may be busy with documents."""
+        return await self._run(self._embedder.embed, texts)
+
+    async def ready(self) -> bool:
+        """True once both stores answer. Raises Unavailable."""
+        await self._run(self._retriever.hades.documents.check)
+        await self._run(self._retriever.hades.vectors.check)
+        return True
+
+    async def _run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))

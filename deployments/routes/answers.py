@@ -1,0 +1,87 @@
+"""Searches, and answers with their sources."""
+
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+
+import orjson
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from deployments.routes.caller import lent, permit
+from deployments.shapes import Query, Search, reply, show_answer, show_result
+from nexus import telemetry
+from nexus.pipelines import rag
+from nexus.types import Answer, Principal
+
+router = APIRouter(prefix="/rag", tags=["answers"])
+
+
+@router.post("/search")
+async def search(request: Request, body: Search, principal: Principal = permit("documents:read")) -> Response:
+    """The k best chunks, with ranks and scores per route where `explain` is true."""
+    started = time.perf_counter()
+    result = await lent(request).retriever.search(body.to_request(), principal)
+    note("search", result.seconds, started)
+    return reply(show_result(result))
+
+
+@router.post("/query", response_model=None)
+async def query(request: Request, body: Query, principal: Principal = permit("documents:read")) -> Response:
+    """An answer with its sources; with `stream`, server-sent events whose last is the whole answer."""
+    here = lent(request)
+    context = here.sessions.context(principal, body.session_id) if body.session_id is not None else ""
+    ask = rag.Ask(body.to_request(), principal, context)
+    trace_id = request.state.request_id
+    stream = rag.run(ask, here.rag)
+    if body.stream:
+        return await events(_deltas(stream, trace_id))
+    return reply(show_answer(await timed(stream), trace_id))
+
+
+async def timed(stream: AsyncIterator[str | Answer]) -> Answer:
+    started = time.perf_counter()
+    answer = await rag.collect(stream)
+    note("query", answer.seconds, started)
+    return answer
+
+
+def note(kind: str, seconds: Mapping[str, float], started: float) -> None:
+    """Count one search or answer and how long its stages took."""
+    telemetry.rag_queries.labels(kind).inc()
+    telemetry.rag_response.labels(kind).observe(time.perf_counter() - started)
+    for stage, spent in seconds.items():
+        if stage == "first_token":
+            telemetry.rag_first_token.observe(spent)
+        else:
+            telemetry.rag_stage.labels(stage).observe(spent)
+
+
+async def _deltas(stream: AsyncIterator[str | Answer], trace_id: str) -> AsyncIterator[bytes]:
+    started = time.perf_counter()
+    async with aclosing(stream) as items:  # type: ignore[type-var]
+        async for item in items:
+            if isinstance(item, Answer):
+                note("query", item.seconds, started)
+                yield event(show_answer(item, trace_id))
+            else:
+                yield event({"delta": item})
+    yield b"data: [DONE]\n\n"
+
+
+def event(value: object) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
+
+
+async def events(stream: AsyncIterator[bytes]) -> StreamingResponse:
+    """A stream whose first event is made before the answer's head is sent, so that errors have a status."""
+    first = await anext(stream)
+
+    async def all_of_it() -> AsyncIterator[bytes]:
+        async with aclosing(stream):  # type: ignore[type-var]
+            yield first
+            async for item in stream:
+                yield item
+
+    return StreamingResponse(all_of_it(), media_type="text/event-stream", headers={"cache-control": "no-store"})

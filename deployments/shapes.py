@@ -1,0 +1,228 @@
+"""JSON as it crosses the front door: every request and answer, and how they become plain values.
+
+Unknown fields are refused. Sizes are bounded here, before any work is done.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import orjson
+from fastapi import Response
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from nexus.filters import parse_filter
+from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchResult
+
+MAX_METADATA_BYTES = 16 * 1024
+CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
+Weight = Annotated[float, Field(ge=0, le=1)]
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AddDocument(Shape):
+    """`metadata` is any JSON object of at most 16 KiB; filters see its scalar values."""
+
+    filename: Annotated[str, Field(min_length=1, max_length=1024)]
+    content: str
+    metadata: dict[str, Any] = {}
+    collection: CollectionName = "default"
+
+    @field_validator("metadata")
+    @classmethod
+    def _is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
+        if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+            raise ValueError(f"metadata has at most {MAX_METADATA_BYTES} bytes")
+        return metadata
+
+
+class Hybrid(Shape):
+    embedding_weight: Weight = 0.7
+    text_weight: Weight = 0.3
+    fusion: Literal["max", "rrf"] | None = None
+
+
+class Search(Shape):
+    query: Annotated[str, Field(max_length=8192)]
+    k: Annotated[int, Field(ge=1, le=1000)] = 10
+    collection: CollectionName = "default"
+    filters: dict[str, Any] | None = None
+    hybrid: Hybrid | None = None
+    as_of: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    explain: bool = False
+
+    def to_request(self) -> SearchRequest:
+        return SearchRequest(
+            query=self.query,
+            k=self.k,
+            collection=self.collection,
+            filters=None if self.filters is None else parse_filter(self.filters),
+            embedding_weight=None if self.hybrid is None else self.hybrid.embedding_weight,
+            text_weight=None if self.hybrid is None else self.hybrid.text_weight,
+            fusion=None if self.hybrid is None else self.hybrid.fusion,
+            as_of=self.as_of,
+            explain=self.explain,
+        )
+
+
+class Query(Search):
+    stream: bool = False
+    session_id: str | None = None
+
+
+class Context(Shape):
+    content: str
+
+
+class SessionQuery(Shape):
+    input: Annotated[str, Field(max_length=8192)]
+    collection: CollectionName = "default"
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    include_usage: bool = False
+
+
+class ChatCompletion(BaseModel):
+    """OpenAI's request, the fields that mean something here; any other is refused by name."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Literal[1] | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    def question(self) -> str:
+        """The last turn of the user."""
+        return next((m.text() for m in reversed(self.messages) if m.role == "user"), "")
+
+    def context(self) -> str:
+        """The turns before it, as text."""
+        turns = [f"{m.role}: {m.text()}" for m in self.messages if m.role in ("user", "assistant")]
+        return "\n".join(turns[:-1])
+
+
+class Embeddings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    input: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    input_type: Literal["query", "passage"] | None = None
+    user: str | None = None
+
+    def texts(self) -> list[str]:
+        return [self.input] if isinstance(self.input, str) else self.input
+
+
+def reply(value: object, status: int = 200) -> Response:
+    """A JSON response, written by orjson: the handler's value is already what the client reads."""
+    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
+
+
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def show_receipt(receipt: Receipt) -> dict[str, Any]:
+    done = "replaced its former version" if receipt.replaced else "added"
+    return {
+        "message": "Document unchanged" if receipt.outcome == "unchanged" else f"Document {done}",
+        "document_id": receipt.document_id,
+        "version": receipt.version,
+        "title": receipt.title,
+        "chunks": receipt.chunks,
+        "sequence": receipt.sequence,
+    }
+
+
+def show_document(document: Document) -> dict[str, Any]:
+    return {
+        "document_id": document.document_id,
+        "version": document.version,
+        "collection": document.collection,
+        "source": document.source,
+        "title": document.title,
+        "media_type": document.media_type,
+        "metadata": dict(document.metadata),
+        "bytes": document.size,
+        "chunks": document.chunks,
+        "sequence": document.opened,
+        "created_at": document.created_at,
+    }
+
+
+def show_hit(hit: Hit, explain: bool = False) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "document_id": hit.document_id,
+        "chunk_id": hit.chunk_id,
+        "score": hit.score,
+        "text": hit.text,
+        "title": hit.title,
+        "source": hit.source,
+        "heading": list(hit.heading),
+        "page": hit.page,
+        "lines": [hit.first_line, hit.last_line] if hit.first_line is not None else None,
+        "metadata": dict(hit.metadata),
+    }
+    if explain:
+        shown["cosine"] = hit.cosine
+        shown["routes"] = {name: {"rank": r.rank, "score": r.score} for name, r in hit.routes.items()}
+    return shown
+
+
+def show_result(result: SearchResult) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "hits": [show_hit(hit, result.explain is not None) for hit in result.hits],
+        "sequence": result.sequence,
+    }
+    if result.explain is not None:
+        shown["explain"] = {**result.explain, "seconds": dict(result.seconds)}
+    return shown
+
+
+def show_sources(answer: Answer) -> list[dict[str, Any]]:
+    return [{"number": source.number, **show_hit(source.hit), "cited": source.cited} for source in answer.sources]
+
+
+def show_answer(answer: Answer, trace_id: str) -> dict[str, Any]:
+    return {
+        "query": answer.query,
+        "response": answer.response,
+        "sources": show_sources(answer),
+        "confidence": answer.confidence,
+        "abstained": answer.abstained,
+        "reason": answer.reason,
+        "sequence": answer.sequence,
+        "trace_id": trace_id,
+    }

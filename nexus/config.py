@@ -1,0 +1,271 @@
+"""`nexus.yaml` and `NEXUS_*` variables -> one frozen Config, or a clear refusal to start.
+
+Order, the first wins: environment, file, default. A nested key is `NEXUS_SECTION__KEY`. Unknown keys
+and unknown `NEXUS_*` variables are refused by name. The variables of the founding documents keep
+working as aliases (`ALIASES`). All state lives under `home`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from platformdirs import user_data_path
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+
+from nexus.errors import ConfigError
+
+PREFIX = "NEXUS_"
+NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
+ALIASES = {
+    "OPENAI_API_KEY": "models.api_key",
+    "VALID_API_KEYS": "access.development_keys",
+    "ALLOWED_ORIGINS": "http.allowed_origins",
+    "PHOENIX_COLLECTOR_ENDPOINT": "telemetry.otlp_endpoint",
+}
+NEURAL_ENGINES = {"extractive": "extractive:", "openai": "openai:https://api.openai.com/v1#gpt-4o-mini"}
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Http(Section):
+    """The front door. `allowed_origins` are those of browsers; empty allows none."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    allowed_origins: tuple[str, ...] = ()
+    max_body_bytes: Positive = 64 * 2**20
+    request_seconds: Annotated[float, Field(gt=0)] = 300.0
+
+    @field_validator("host")
+    @classmethod
+    def _is_loopback(cls, host: str) -> str:
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError("only loopback (127.0.0.1) is served; put a TLS proxy in front of it for other machines")
+        return "127.0.0.1" if host == "localhost" else host
+
+
+class Ray(Section):
+    """The Ray head that `nexus up` starts. A port of 0 means any free one."""
+
+    dashboard_port: Port = 8265
+    port: Port = 0
+    object_store_bytes: Annotated[int, Field(ge=80 * 2**20)] = 128 * 2**20
+
+
+class Stores(Section):
+    vectors: str = "milvus-lite:"
+    documents: str = "sqlite:"
+
+
+class Models(Section):
+    embedder: str = "sentence-transformer:all-MiniLM-L6-v2"
+    generator: str = "extractive:"
+    embedder_threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
+    api_key: SecretStr | None = None
+
+
+class Chunking(Section):
+    """Sizes in tokens of the embedder; a chunk never exceeds what the embedder reads."""
+
+    target_tokens: Positive = 220
+    max_tokens: Positive = 240
+
+
+class Retrieval(Section):
+    candidates: Annotated[int, Field(ge=1, le=1000)] = 100
+    embedding_weight: Annotated[float, Field(ge=0, le=1)] = 0.7
+    text_weight: Annotated[float, Field(ge=0, le=1)] = 0.3
+    fusion: Literal["max", "rrf"] = "max"
+
+
+class Answers(Section):
+    """`passages` and `passage_tokens` bound the evidence; below `abstain_below` there is no answer."""
+
+    passages: Annotated[int, Field(ge=1, le=50)] = 8
+    passage_tokens: Positive = 2000
+    abstain_below: Annotated[float, Field(ge=0, le=1)] = 0.3
+
+
+class Parsing(Section):
+    """Limits of the child process that reads one document."""
+
+    memory_bytes: Annotated[int, Field(ge=256 * 2**20)] = 2**30
+    cpu_seconds: Annotated[float, Field(gt=0)] = 30.0
+    wall_seconds: Annotated[float, Field(gt=0)] = 60.0
+    workers: Positive = 2
+
+
+class Access(Section):
+    """`development_keys` are accepted as they are, for development; real keys come from `nexus key create`."""
+
+    development_keys: tuple[SecretStr, ...] = ()
+
+
+class Telemetry(Section):
+    otlp_endpoint: str | None = None
+
+
+class Hades(Section):
+    """How long a replaced or deleted version stays for `as_of`, and an abandoned attempt for its maker."""
+
+    keep_closed_seconds: Annotated[float, Field(ge=0)] = 86_400.0
+    keep_begun_seconds: Annotated[float, Field(ge=60)] = 3600.0
+
+
+class Config(BaseSettings):
+    """Every setting of one Nexus installation."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )  # fmt: skip
+
+    home: Path
+    http: Http = Http()
+    ray: Ray = Ray()
+    stores: Stores = Stores()
+    models: Models = Models()
+    chunking: Chunking = Chunking()
+    retrieval: Retrieval = Retrieval()
+    answers: Answers = Answers()
+    parsing: Parsing = Parsing()
+    access: Access = Access()
+    hades: Hades = Hades()
+    telemetry: Telemetry = Telemetry()
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
+        return (env_settings, init_settings)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.http.host}]" if ":" in self.http.host else self.http.host
+        return f"http://{host}:{self.http.port}"
+
+
+def default_home() -> Path:
+    """`NEXUS_HOME`, or the data folder of this user (XDG on Linux)."""
+    given = os.environ.get("NEXUS_HOME")
+    return Path(given).expanduser().absolute() if given else user_data_path("nexus")
+
+
+def load_config(file: Path | None = None, environment: Mapping[str, str] | None = None) -> Config:
+    """Read the file (or `nexus.yaml` in the home, if there) and the environment into a Config.
+
+    Raises ConfigError that names the key, the value's fault and the file or variable it came from.
+    """
+    environment = os.environ if environment is None else environment
+    home = default_home()
+    if file is None and environment.get("NEXUS_CONFIG"):
+        file = Path(environment["NEXUS_CONFIG"])
+    if file is not None and not file.is_file():
+        raise ConfigError(f"there is no configuration file {file}")
+    if file is None and (home / "nexus.yaml").is_file():
+        file = home / "nexus.yaml"
+    from_file = _read_yaml(file) if file is not None else {}
+    _refuse_unknown_variables(environment)
+    values = _merge(_from_aliases(environment), from_file)
+    values.setdefault("home", str(home))
+    if environment.get("NEXUS_HOME"):
+        values["home"] = str(home)
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file, environment)) from None
+    except ValueError as error:  # a nested variable that is not JSON where an object is wanted
+        raise ConfigError(f"the environment cannot be read as settings: {error}") from None
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold sections such as 'http:', not a {type(values).__name__}")
+    for name, value in values.items():
+        if name in Config.model_fields and name != "home" and not isinstance(value, dict):
+            raise ConfigError(f"{file}: {name!r} is a section; put its keys below it, indented")
+    return values
+
+
+def _known_variables() -> dict[str, type[BaseModel] | None]:
+    """NEXUS_SECTION and NEXUS_SECTION__KEY for every setting."""
+    known: dict[str, type[BaseModel] | None] = {}
+    for name, info in Config.model_fields.items():
+        known[f"{PREFIX}{name.upper()}"] = None
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            known |= {f"{PREFIX}{name.upper()}__{key.upper()}": section for key in section.model_fields}
+    return known
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    known = _known_variables()
+    allowed = NOT_SETTINGS | {"NEXUS_TESTING", "NEXUS_FAILPOINT"}
+    unknown = sorted(n for n in environment if n.startswith(PREFIX) and n.upper() not in known and n not in allowed)
+    if unknown:
+        from difflib import get_close_matches
+
+        near = get_close_matches(unknown[0], list(known), 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"unknown setting in the environment: {', '.join(unknown)}{hint}")
+
+
+def _from_aliases(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, place in ALIASES.items():
+        if text := environment.get(variable):
+            section, _, key = place.partition(".")
+            several = key in ("development_keys", "allowed_origins")
+            value: Any = [part.strip() for part in text.split(",") if part.strip()] if several else text
+            values.setdefault(section, {})[key] = value
+    engine = environment.get("NEURAL_ENGINE_BACKEND", "")
+    if engine == "local" and environment.get("LOCAL_MODEL_PATH"):
+        values.setdefault("models", {})["generator"] = f"gguf:{environment['LOCAL_MODEL_PATH']}"
+    elif engine in NEURAL_ENGINES:
+        values.setdefault("models", {})["generator"] = NEURAL_ENGINES[engine]
+    elif engine:
+        raise ConfigError(
+            f"NEURAL_ENGINE_BACKEND={engine!r}: use extractive, openai, or local with LOCAL_MODEL_PATH"
+        )
+    return values
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Deep merge; `over` wins. Sections that are not mappings are left for validation to refuse."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(error: ValidationError, file: Path | None, environment: Mapping[str, str]) -> str:
+    lines = []
+    for fault in error.errors(include_url=False, include_input=False):
+        place = [str(part) for part in fault["loc"]]
+        variable = PREFIX + "__".join(place[:2]).upper()
+        origin = variable if variable in environment else (str(file) if file else "the defaults")
+        reason = "is not a setting" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{'.'.join(place)} (from {origin}): {reason}")
+    return "; ".join(lines)
+
+

@@ -1,0 +1,1 @@
+"""Ways to answer; a file's name is the pipeline's name."""

@@ -1,0 +1,193 @@
+"""The doors between Nexus and the parts that can be exchanged: one screen each.
+
+A part is chosen by its address in the configuration (registry.py). All methods may be called from
+several threads at once. Blocking is allowed: whoever calls from an event loop uses a thread.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from nexus.filters import Filter
+from nexus.types import Chunk, Document, Principal, Prompt, Vector, Vectors
+
+
+class Embedder(Protocol):
+    """Texts to unit vectors."""
+
+    fingerprint: str  # equal for two embedders only if their vectors may be compared
+    dimension: int
+    max_tokens: int  # of the text, special tokens not counted; what is longer is cut off
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Shape (len(texts), dimension), float32, rows of unit length, in the order given."""
+        ...
+
+
+class Generator(Protocol):
+    """A prompt to text."""
+
+    name: str
+
+    def stream(self, prompt: Prompt) -> AsyncIterator[str]:
+        """Pieces of the answer in order. Closing the iterator stops the generation."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRow:
+    """What the vector store keeps of a chunk. `terms` are stemmed words (retrieval.analyse)."""
+
+    chunk_id: str
+    document_id: str
+    tenant: str
+    terms: str
+    vector: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Which rows of an index a search may return: one tenant's, and only of these documents if given."""
+
+    tenant: str
+    document_ids: tuple[str, ...] | None = None
+
+
+class VectorStore(Protocol):
+    """A fast hint at which chunks may matter. It is never believed about visibility (hades.py)."""
+
+    def open_index(self, index: str, dimension: int) -> None:
+        """Make the index if it is not there. Idempotent."""
+        ...
+
+    def upsert(self, index: str, rows: Sequence[IndexRow]) -> None: ...
+
+    def delete(self, index: str, chunk_ids: Sequence[str]) -> None: ...
+
+    def flush(self, index: str) -> None:
+        """Make what was written cheap to search. Rows are found without it, only slower."""
+        ...
+
+    def search_dense(self, index: str, vector: Vector, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        """(chunk id, cosine), best first."""
+        ...
+
+    def search_text(self, index: str, terms: str, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        """(chunk id, BM25 score), best first, scores positive."""
+        ...
+
+    def chunk_ids(self, index: str) -> set[str]:
+        """Every chunk id in the index, for `fsck`."""
+        ...
+
+    def check(self) -> None:
+        """Return if the store answers, else raise Unavailable."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """A named set of documents. `fingerprint` says how its vectors were made; `index` where they are."""
+
+    name: str
+    fingerprint: str
+    index: str
+    sequence: int
+
+
+Verdict = Literal["visible", "unknown", "unpublished", "superseded", "not yet", "other tenant", "not a reader"]
+
+
+class DocumentStore(Protocol):
+    """The authority: which documents exist, which version is visible when, and to whom."""
+
+    def open_collection(self, name: str, fingerprint: str, index: str) -> Collection:
+        """The collection as recorded; recorded as given if it is new."""
+        ...
+
+    def collection(self, name: str) -> Collection | None: ...
+
+    def collections(self) -> list[Collection]: ...
+
+    def begin(self, document: Document) -> int:
+        """Note that this version is being made; returns a new epoch that fences every earlier one."""
+        ...
+
+    def stage(self, document: Document, epoch: int, chunks: Sequence[Chunk], vectors: Vectors) -> None:
+        """Write the version's chunks, not yet visible. Raises Fenced on a stale epoch."""
+        ...
+
+    def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
+        """Make these (document, epoch) visible in one transaction; all of them or, on Fenced, none.
+
+        Each gets its collection's next sequence number, and the version before it is closed at it.
+        """
+        ...
+
+    def annotate(self, document: Document) -> None:
+        """Replace title, metadata and readers of the current version, whose content is unchanged."""
+        ...
+
+    def delete(self, document_id: str, principal: Principal) -> Document | None:
+        """Close the current version at the next sequence number; None if there is none for them."""
+        ...
+
+    def current(self, document_id: str, principal: Principal) -> Document | None: ...
+
+    def documents(
+        self, principal: Principal, collection: str | None, after: str | None, limit: int
+    ) -> list[Document]:
+        """Current documents that the principal may read, by document id, those after `after`."""
+        ...
+
+    def matching(
+        self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int
+    ) -> list[str]:
+        """Ids of documents visible at `as_of` whose metadata meet the condition; at most `limit`."""
+        ...
+
+    def verdicts(
+        self, collection: str, principal: Principal, chunk_ids: Sequence[str], as_of: int
+    ) -> dict[str, Verdict]:
+        """May this principal see each chunk at sequence `as_of`? Unknown ids are "unknown"."""
+        ...
+
+    def load(self, chunk_ids: Sequence[str]) -> dict[str, tuple[Chunk, Document]]:
+        """Chunks with the document version they belong to. Asks nobody whether they may be seen."""
+        ...
+
+    def vectors(self, chunk_ids: Sequence[str]) -> dict[str, Vector]: ...
+
+    def neighbours(self, document_id: str, version: str, first: int, last: int) -> list[Chunk]:
+        """Chunks of one version with first <= ordinal <= last, in order."""
+        ...
+
+    def needless(self, closed_before: float, begun_before: float) -> list[Document]:
+        """Versions that nobody needs: closed before one Unix time, or begun before another and never published."""
+        ...
+
+    def chunk_ids(self, index: str, published: bool) -> set[str]:
+        """Chunk ids of an index: those of current versions, or every one that has rows."""
+        ...
+
+    def chunk_ids_of(self, document_id: str, version: str) -> list[str]: ...
+
+    def purge(self, document_id: str, version: str, begun_before: float) -> bool:
+        """Forget a version with its chunks, unless it is current or was begun later; says whether it did."""
+        ...
+
+    def add_turn(self, tenant: str, session_id: str, role: str, content: str) -> None: ...
+
+    def turns(self, tenant: str, session_id: str) -> list[tuple[str, str]]:
+        """(role, content) of a session, oldest first."""
+        ...
+
+    def clear_session(self, tenant: str, session_id: str) -> int: ...
+
+    def check(self) -> None:
+        """Return if the store answers, else raise Unavailable."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,89 @@
+"""Vectors and terms in this process: exact cosine and BM25 over everything, for tests and small sets.
+
+BM25 is Robertson and Zaragoza's with Lucene's idf, k1 = 1.2 and b = 0.75, over the tenant's rows.
+"""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nexus.ports import IndexRow, Scope
+from nexus.types import Vector
+
+K1, B = 1.2, 0.75
+
+
+def open(address: str, *, home: Path | None = None) -> "MemoryVectors":
+    """`memory:` needs nothing and keeps nothing."""
+    return MemoryVectors()
+
+
+class MemoryVectors:
+    """A VectorStore that ends with its process."""
+
+    def __init__(self) -> None:
+        self._indexes: dict[str, dict[str, tuple[IndexRow, Counter[str]]]] = {}
+        self._lock = threading.RLock()
+
+    def open_index(self, index: str, dimension: int) -> None:
+        with self._lock:
+            self._indexes.setdefault(index, {})
+
+    def upsert(self, index: str, rows: Sequence[IndexRow]) -> None:
+        with self._lock:
+            for row in rows:
+                self._indexes[index][row.chunk_id] = (row, Counter(row.terms.split()))
+
+    def delete(self, index: str, chunk_ids: Sequence[str]) -> None:
+        with self._lock:
+            for chunk_id in chunk_ids:
+                self._indexes[index].pop(chunk_id, None)
+
+    def flush(self, index: str) -> None:
+        """There is nothing to do: every row is as cheap as it will ever be."""
+
+    def search_dense(self, index: str, vector: Vector, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        with self._lock:
+            found = [(row.chunk_id, float(np.dot(row.vector, vector))) for row, _ in self._rows(index, scope)]
+        return _best(found, limit)
+
+    def search_text(self, index: str, terms: str, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        with self._lock:
+            rows = list(self._rows(index, scope))
+        if not rows:
+            return []
+        average = sum(sum(counts.values()) for _, counts in rows) / len(rows) or 1.0
+        scores: dict[str, float] = {}
+        for term in set(terms.split()):
+            holders = [(row, counts) for row, counts in rows if term in counts]
+            idf = math.log(1 + (len(rows) - len(holders) + 0.5) / (len(holders) + 0.5))
+            for row, counts in holders:
+                frequency, length = counts[term], sum(counts.values())
+                gain = frequency * (K1 + 1) / (frequency + K1 * (1 - B + B * length / average))
+                scores[row.chunk_id] = scores.get(row.chunk_id, 0.0) + idf * gain
+        return _best(list(scores.items()), limit)
+
+    def chunk_ids(self, index: str) -> set[str]:
+        with self._lock:
+            return set(self._indexes.get(index, {}))
+
+    def check(self) -> None:
+        """Memory always answers."""
+
+    def close(self) -> None:
+        with self._lock:
+            self._indexes.clear()
+
+    def _rows(self, index: str, scope: Scope) -> Iterator[tuple[IndexRow, Counter[str]]]:
+        wanted = None if scope.document_ids is None else set(scope.document_ids)
+        for row, counts in self._indexes.get(index, {}).values():
+            if row.tenant == scope.tenant and (wanted is None or row.document_id in wanted):
+                yield row, counts
+
+
+def _best(found: list[tuple[str, float]], limit: int) -> list[tuple[str, float]]:
+    return sorted(found, key=lambda item: (-item[1], item[0]))[:limit]

@@ -1,0 +1,528 @@
+"""The authority in one SQLite file: documents, versions, chunks, visibility, sessions.
+
+A version's content is written once (`versions`, `chunks`); when it was visible is a list of spans
+of sequence numbers (`spans`), so that A, then B, then A again leaves a true history. The partial
+unique index on open spans makes two current versions of one document impossible, not just unlikely.
+Vectors stand beside their chunks, so an index can be rebuilt and checked without a model.
+
+Several processes of one machine may share the file: WAL, one writer at a time, fsync at commit.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nexus.errors import ConfigError, Conflict, Fenced, Unavailable
+from nexus.filters import Combine, Compare, Filter
+from nexus.ports import Collection, Verdict
+from nexus.types import Chunk, Document, Piece, Principal, Vector, Vectors
+
+BUSY_SECONDS = 10.0
+
+MIGRATIONS = (
+    """
+    CREATE TABLE collections (
+        name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, index_name TEXT NOT NULL,
+        sequence INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE TABLE epochs (document_id TEXT PRIMARY KEY, epoch INTEGER NOT NULL) STRICT;
+    CREATE TABLE versions (
+        document_id TEXT NOT NULL, version TEXT NOT NULL, tenant TEXT NOT NULL, collection TEXT NOT NULL,
+        source TEXT NOT NULL, title TEXT NOT NULL, media_type TEXT NOT NULL, metadata TEXT NOT NULL,
+        readers TEXT NOT NULL, size INTEGER NOT NULL, chunks INTEGER NOT NULL, epoch INTEGER NOT NULL,
+        created_at REAL NOT NULL, begun_at REAL NOT NULL,
+        PRIMARY KEY (document_id, version)
+    ) STRICT;
+    CREATE TABLE spans (
+        document_id TEXT NOT NULL, version TEXT NOT NULL, opened INTEGER NOT NULL, closed INTEGER,
+        closed_at REAL, PRIMARY KEY (document_id, opened)
+    ) STRICT;
+    CREATE UNIQUE INDEX one_current_version ON spans (document_id) WHERE closed IS NULL;
+    CREATE INDEX spans_by_version ON spans (document_id, version);
+    CREATE INDEX spans_by_closing ON spans (closed_at) WHERE closed_at IS NOT NULL;
+    CREATE TABLE chunks (
+        chunk_id TEXT PRIMARY KEY, document_id TEXT NOT NULL, version TEXT NOT NULL, ordinal INTEGER NOT NULL,
+        text TEXT NOT NULL, heading TEXT NOT NULL, page INTEGER, first_line INTEGER, last_line INTEGER,
+        tokens INTEGER NOT NULL, vector BLOB NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX chunks_by_place ON chunks (document_id, version, ordinal);
+    CREATE INDEX versions_by_tenant ON versions (tenant, collection, document_id);
+    CREATE TABLE turns (
+        tenant TEXT NOT NULL, session_id TEXT NOT NULL, ordinal INTEGER PRIMARY KEY,
+        role TEXT NOT NULL, content TEXT NOT NULL, created_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX turns_by_session ON turns (tenant, session_id, ordinal);
+    """,
+)
+
+DOCUMENT = (
+    "v.document_id, v.version, v.tenant, v.collection, v.source, v.title, v.media_type, v.metadata, v.readers,"
+    " v.size, v.chunks, s.opened, s.closed, v.created_at"
+)
+CURRENT = f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version) WHERE s.closed IS NULL"
+MAY_READ = "(v.readers = '[]' OR EXISTS (SELECT 1 FROM json_each(v.readers) WHERE value = :subject))"
+CHUNK = "c.chunk_id, c.document_id, c.version, c.ordinal, c.text, c.heading, c.page, c.first_line, c.last_line, c.tokens"
+
+COLUMNS = {"source": "v.source", "title": "v.title", "media_type": "v.media_type"}
+COMPARISONS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+
+
+def open(address: str, *, home: Path | None = None) -> "SqliteDocuments":
+    """`sqlite:` is `documents.db` in the home; `sqlite:PATH` another file; `sqlite::memory:` none."""
+    place = address.partition(":")[2]
+    if not place and home is None:
+        raise ConfigError("'sqlite:' needs a home to keep its file in; give 'sqlite:PATH'")
+    return SqliteDocuments(place or str((home or Path()) / "documents.db"))
+
+
+class SqliteDocuments:
+    """A DocumentStore. Each thread has a connection of its own; memory has one, shared under a lock."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._memory = path == ":memory:"
+        self._lock = threading.RLock()
+        self._migrate()
+
+    # ── connections and transactions ────────────────────────────────────────────────────────────
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = getattr(self if self._memory else self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(
+                self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA cache_size = -65536")
+            if self._memory:
+                self.connection = connection
+            else:
+                self._local.connection = connection
+            with self._lock:
+                self._connections.append(connection)
+        return connection
+
+    @contextmanager
+    def _transaction(self, mode: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        """Everything in the block or nothing. A store that is locked, full or gone is Unavailable."""
+        if self._memory:
+            self._lock.acquire()
+        try:
+            connection = self._connect()
+            connection.execute(f"BEGIN {mode}")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+            raise Unavailable(
+                "the disk of the document store is full" if full else f"the document store is away: {error}",
+                code="storage_full" if full else "unavailable",
+            ) from error
+        finally:
+            if self._memory:
+                self._lock.release()
+
+    def _reading(self) -> Any:
+        return self._transaction("DEFERRED")
+
+    def _migrate(self) -> None:
+        with self._transaction("EXCLUSIVE") as db:
+            (done,) = db.execute("PRAGMA user_version").fetchone()
+            if done > len(MIGRATIONS):
+                raise ConfigError("the document store was written by a newer Nexus; upgrade Nexus to open it")
+            for number, script in enumerate(MIGRATIONS[done:], done + 1):
+                for statement in script.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {number}")
+
+    def check(self) -> None:
+        with self._reading() as db:
+            db.execute("SELECT 1 FROM collections LIMIT 1").fetchone()
+
+    def close(self) -> None:
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+
+    # ── collections ─────────────────────────────────────────────────────────────────────────────
+
+    def open_collection(self, name: str, fingerprint: str, index: str) -> Collection:
+        known = self.collection(name)
+        if known is not None:
+            return known
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO collections (name, fingerprint, index_name) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+                (name, fingerprint, index),
+            )
+            return _collection(db, name) or Collection(name, fingerprint, index, 0)
+
+    def collection(self, name: str) -> Collection | None:
+        with self._reading() as db:
+            return _collection(db, name)
+
+    def collections(self) -> list[Collection]:
+        with self._reading() as db:
+            rows = db.execute("SELECT name, fingerprint, index_name, sequence FROM collections ORDER BY name")
+            return [Collection(*row) for row in rows]
+
+    # ── the moves of HADES ──────────────────────────────────────────────────────────────────────
+
+    def begin(self, document: Document) -> int:
+        now = time.time()
+        with self._transaction() as db:
+            (epoch,) = db.execute(
+                "INSERT INTO epochs VALUES (?, 1) ON CONFLICT DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
+                (document.document_id,),
+            ).fetchone()
+            db.execute(
+                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET epoch = excluded.epoch, begun_at = excluded.begun_at",
+                (*_version_row(document), epoch, now, now),
+            )
+        return int(epoch)
+
+    def stage(self, document: Document, epoch: int, chunks: Sequence[Chunk], vectors: Vectors) -> None:
+        with self._transaction() as db:
+            _require_epoch(db, document, epoch)
+            db.execute(
+                "DELETE FROM chunks WHERE document_id = ? AND version = ? AND ordinal >= ?",
+                (document.document_id, document.version, len(chunks)),
+            )
+            db.executemany(
+                "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (_chunk_row(chunk, vector) for chunk, vector in zip(chunks, vectors, strict=True)),
+            )
+
+    def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
+        with self._transaction() as db:
+            return [_publish_one(db, document, epoch) for document, epoch in versions]
+
+    def annotate(self, document: Document) -> None:
+        with self._transaction() as db:
+            _annotate(db, document)
+
+    def delete(self, document_id: str, principal: Principal) -> Document | None:
+        with self._transaction() as db:
+            document = _current(db, document_id, principal)
+            if document is None:
+                return None
+            db.execute("UPDATE epochs SET epoch = epoch + 1 WHERE document_id = ?", (document_id,))
+            sequence = _next_sequence(db, document.collection)
+            _close_current(db, document_id, sequence)
+            return _with_span(document, document.opened, sequence)
+
+    # ── reading documents ───────────────────────────────────────────────────────────────────────
+
+    def current(self, document_id: str, principal: Principal) -> Document | None:
+        with self._reading() as db:
+            return _current(db, document_id, principal)
+
+    def documents(
+        self, principal: Principal, collection: str | None, after: str | None, limit: int
+    ) -> list[Document]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"{CURRENT} AND v.tenant = :tenant AND {MAY_READ} AND v.document_id > :after"
+                " AND (:collection IS NULL OR v.collection = :collection) ORDER BY v.document_id LIMIT :limit",
+                {**_who(principal), "after": after or "", "collection": collection, "limit": limit},
+            )
+            return [_document(row) for row in rows]
+
+    def matching(
+        self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int
+    ) -> list[str]:
+        parameters: dict[str, object] = {
+            **_who(principal), "collection": collection, "as_of": as_of, "limit": limit
+        }
+        where = _condition(condition, parameters)
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT v.document_id FROM versions v JOIN spans s USING (document_id, version)"
+                " WHERE v.tenant = :tenant AND v.collection = :collection"
+                f" AND s.opened <= :as_of AND (s.closed IS NULL OR s.closed > :as_of) AND {MAY_READ} AND ({where})"
+                " ORDER BY v.document_id LIMIT :limit",
+                parameters,
+            )
+            return [document_id for (document_id,) in rows]
+
+    def verdicts(
+        self, collection: str, principal: Principal, chunk_ids: Sequence[str], as_of: int
+    ) -> dict[str, Verdict]:
+        verdicts: dict[str, Verdict] = dict.fromkeys(chunk_ids, "unknown")
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT c.chunk_id, v.tenant = :tenant AND v.collection = :collection, {MAY_READ},"
+                " MAX(s.opened <= :as_of AND (s.closed IS NULL OR s.closed > :as_of)), MIN(s.opened)"
+                " FROM json_each(:ids) AS wanted JOIN chunks c ON c.chunk_id = wanted.value"
+                " JOIN versions v USING (document_id, version) LEFT JOIN spans s USING (document_id, version)"
+                " GROUP BY c.chunk_id",
+                {**_who(principal), "collection": collection, "as_of": as_of, "ids": json.dumps(list(chunk_ids))},
+            )
+            for chunk_id, ours, may_read, is_open, first_opened in rows:
+                verdicts[chunk_id] = _verdict(ours, may_read, is_open, first_opened, as_of)
+        return verdicts
+
+    def load(self, chunk_ids: Sequence[str]) -> dict[str, tuple[Chunk, Document]]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {CHUNK}, {DOCUMENT} FROM json_each(?) AS wanted"
+                " JOIN chunks c ON c.chunk_id = wanted.value JOIN versions v USING (document_id, version)"
+                " JOIN spans s USING (document_id, version) ORDER BY s.opened",
+                (json.dumps(list(chunk_ids)),),
+            )
+            return {row[0]: (_chunk(row[:10]), _document(row[10:])) for row in rows}
+
+    def vectors(self, chunk_ids: Sequence[str]) -> dict[str, Vector]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT chunk_id, vector FROM json_each(?) AS wanted JOIN chunks ON chunk_id = wanted.value",
+                (json.dumps(list(chunk_ids)),),
+            )
+            return {chunk_id: np.frombuffer(vector, dtype=np.float32) for chunk_id, vector in rows}
+
+    def neighbours(self, document_id: str, version: str, first: int, last: int) -> list[Chunk]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {CHUNK} FROM chunks c WHERE document_id = ? AND version = ?"
+                " AND ordinal BETWEEN ? AND ? ORDER BY ordinal",
+                (document_id, version, first, last),
+            )
+            return [_chunk(row) for row in rows]
+
+    # ── cleaning up and checking ────────────────────────────────────────────────────────────────
+
+    def needless(self, closed_before: float, begun_before: float) -> list[Document]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {DOCUMENT} FROM versions v LEFT JOIN spans s USING (document_id, version)"
+                " GROUP BY v.document_id, v.version"
+                " HAVING (MAX(s.opened) IS NULL AND v.begun_at < :begun)"
+                "     OR (COUNT(s.opened) > 0 AND COUNT(s.opened) = COUNT(s.closed) AND MAX(s.closed_at) < :closed"
+                "         AND v.begun_at < :begun)",
+                {"closed": closed_before, "begun": begun_before},
+            )
+            return [_document(row) for row in rows]
+
+    def chunk_ids(self, index: str, published: bool) -> set[str]:
+        wanted = "AND s.closed IS NULL AND s.opened IS NOT NULL" if published else ""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT DISTINCT c.chunk_id FROM chunks c JOIN versions v USING (document_id, version)"
+                " JOIN collections k ON k.name = v.collection LEFT JOIN spans s USING (document_id, version)"
+                f" WHERE k.index_name = ? {wanted}",
+                (index,),
+            )
+            return {chunk_id for (chunk_id,) in rows}
+
+    def chunk_ids_of(self, document_id: str, version: str) -> list[str]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT chunk_id FROM chunks WHERE document_id = ? AND version = ? ORDER BY ordinal",
+                (document_id, version),
+            )
+            return [chunk_id for (chunk_id,) in rows]
+
+    def purge(self, document_id: str, version: str, begun_before: float) -> bool:
+        key = (document_id, version)
+        with self._transaction() as db:
+            needed = db.execute(
+                "SELECT 1 FROM versions v LEFT JOIN spans s USING (document_id, version)"
+                " WHERE v.document_id = ? AND v.version = ?"
+                " AND (v.begun_at >= ? OR (s.opened IS NOT NULL AND s.closed IS NULL))",
+                (*key, begun_before),
+            ).fetchone()
+            if needed is not None:
+                return False
+            for table in ("chunks", "spans", "versions"):
+                db.execute(f"DELETE FROM {table} WHERE document_id = ? AND version = ?", key)
+            return True
+
+    # ── sessions ────────────────────────────────────────────────────────────────────────────────
+
+    def add_turn(self, tenant: str, session_id: str, role: str, content: str) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO turns (tenant, session_id, role, content, created_at) VALUES (?, ?, ?, ?, ?)",
+                (tenant, session_id, role, content, time.time()),
+            )
+
+    def turns(self, tenant: str, session_id: str) -> list[tuple[str, str]]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT role, content FROM turns WHERE tenant = ? AND session_id = ? ORDER BY ordinal",
+                (tenant, session_id),
+            )
+            return [(role, content) for role, content in rows]
+
+    def clear_session(self, tenant: str, session_id: str) -> int:
+        with self._transaction() as db:
+            return db.execute(
+                "DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id)
+            ).rowcount
+
+
+# ── inside a transaction ────────────────────────────────────────────────────────────────────────
+
+
+def _collection(db: sqlite3.Connection, name: str) -> Collection | None:
+    row = db.execute(
+        "SELECT name, fingerprint, index_name, sequence FROM collections WHERE name = ?", (name,)
+    ).fetchone()
+    return Collection(*row) if row else None
+
+
+def _require_epoch(db: sqlite3.Connection, document: Document, epoch: int) -> None:
+    row = db.execute("SELECT epoch FROM epochs WHERE document_id = ?", (document.document_id,)).fetchone()
+    if row is None or row[0] != epoch:
+        raise Fenced("a later upload or a delete of this document took over; add it again if it should stay")
+
+
+def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Document:
+    _require_epoch(db, document, epoch)
+    (staged,) = db.execute(
+        "SELECT COUNT(*) FROM chunks WHERE document_id = ? AND version = ?",
+        (document.document_id, document.version),
+    ).fetchone()
+    if staged != document.chunks:
+        raise Conflict("a version is published only when all of its chunks are staged")
+    _annotate(db, document)
+    sequence = _next_sequence(db, document.collection)
+    _close_current(db, document.document_id, sequence)
+    db.execute(
+        "INSERT INTO spans (document_id, version, opened) VALUES (?, ?, ?)",
+        (document.document_id, document.version, sequence),
+    )
+    return _with_span(document, sequence, None)
+
+
+def _annotate(db: sqlite3.Connection, document: Document) -> None:
+    db.execute(
+        "UPDATE versions SET title = ?, metadata = ?, readers = ?, chunks = ? WHERE document_id = ? AND version = ?",
+        (
+            document.title, json.dumps(dict(document.metadata)), json.dumps(sorted(document.readers)),
+            document.chunks, document.document_id, document.version,
+        ),
+    )
+
+
+def _next_sequence(db: sqlite3.Connection, collection: str) -> int:
+    (sequence,) = db.execute(
+        "UPDATE collections SET sequence = sequence + 1 WHERE name = ? RETURNING sequence", (collection,)
+    ).fetchone()
+    return int(sequence)
+
+
+def _close_current(db: sqlite3.Connection, document_id: str, sequence: int) -> None:
+    db.execute(
+        "UPDATE spans SET closed = ?, closed_at = ? WHERE document_id = ? AND closed IS NULL",
+        (sequence, time.time(), document_id),
+    )
+
+
+def _current(db: sqlite3.Connection, document_id: str, principal: Principal) -> Document | None:
+    row = db.execute(
+        f"{CURRENT} AND v.document_id = :document_id AND v.tenant = :tenant AND {MAY_READ}",
+        {**_who(principal), "document_id": document_id},
+    ).fetchone()
+    return _document(row) if row else None
+
+
+def _who(principal: Principal) -> dict[str, object]:
+    return {"tenant": principal.tenant, "subject": principal.subject}
+
+
+def _verdict(ours: int, may_read: int, is_open: int | None, first_opened: int | None, as_of: int) -> Verdict:
+    if not ours:
+        return "other tenant"
+    if first_opened is None:
+        return "unpublished"
+    if not is_open:
+        return "not yet" if first_opened > as_of else "superseded"
+    return "visible" if may_read else "not a reader"
+
+
+def _condition(condition: Filter, parameters: dict[str, object]) -> str:
+    """SQL for a filter tree; every key and value becomes a bound parameter."""
+    if isinstance(condition, Combine):
+        joint = " AND " if condition.every else " OR "
+        return joint.join(f"({_condition(part, parameters)})" for part in condition.parts)
+    return _comparison(condition, parameters)
+
+
+def _comparison(compare: Compare, parameters: dict[str, object]) -> str:
+    def bind(value: object) -> str:
+        name = f"p{len(parameters)}"
+        parameters[name] = value
+        return f":{name}"
+
+    if compare.key in COLUMNS:
+        left, kind = COLUMNS[compare.key], "'text'"
+    else:
+        path = bind(f'$."{compare.key}"')
+        left, kind = f"json_extract(v.metadata, {path})", f"json_type(v.metadata, {path})"
+    alike = [f"({left} {{}} {bind(value)} AND {kind} {_kinds(value)})" for value in compare.values]
+    if compare.operator in ("in", "nin", "eq", "ne"):
+        equal = " OR ".join(one.format("=") for one in alike)
+        return f"NOT COALESCE({equal}, 0)" if compare.operator in ("nin", "ne") else f"COALESCE({equal}, 0)"
+    return f"COALESCE({alike[0].format(COMPARISONS[compare.operator])}, 0)"
+
+
+def _kinds(value: object) -> str:
+    """SQLite says 1 for both true and 1, and orders numbers before text: compare like with like."""
+    if isinstance(value, bool):
+        return "IN ('true', 'false')"
+    return "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"
+
+
+# ── rows and values ─────────────────────────────────────────────────────────────────────────────
+
+
+def _version_row(document: Document) -> tuple[object, ...]:
+    return (
+        document.document_id, document.version, document.tenant, document.collection, document.source,
+        document.title, document.media_type, json.dumps(dict(document.metadata)),
+        json.dumps(sorted(document.readers)), document.size, document.chunks,
+    )  # fmt: skip
+
+
+def _document(row: Sequence[Any]) -> Document:
+    return Document(
+        document_id=row[0], version=row[1], tenant=row[2], collection=row[3], source=row[4], title=row[5],
+        media_type=row[6], metadata=json.loads(row[7]), readers=frozenset(json.loads(row[8])), size=row[9],
+        chunks=row[10], opened=row[11], closed=row[12], created_at=row[13],
+    )  # fmt: skip
+
+
+def _with_span(document: Document, opened: int | None, closed: int | None) -> Document:
+    return replace(document, opened=opened, closed=closed)
+
+
+def _chunk_row(chunk: Chunk, vector: Vector) -> tuple[object, ...]:
+    piece = chunk.piece
+    return (
+        chunk.chunk_id, chunk.document_id, chunk.version, chunk.ordinal, piece.text, json.dumps(piece.heading),
+        piece.page, piece.first_line, piece.last_line, piece.tokens, np.ascontiguousarray(vector, np.float32).tobytes(),
+    )  # fmt: skip
+
+
+def _chunk(row: Sequence[Any]) -> Chunk:
+    chunk_id, document_id, version, ordinal, text, heading, page, first_line, last_line, tokens = row
+    piece = Piece(text, tuple(json.loads(heading)), page, first_line, last_line, tokens)
+    return Chunk(chunk_id, document_id, version, ordinal, piece)

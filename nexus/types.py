@@ -1,0 +1,249 @@
+"""Frozen values that every floor speaks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Literal
+
+from numpy import float32
+from numpy.typing import NDArray
+
+from nexus.filters import Filter
+
+Vector = NDArray[float32]  # shape (dimension,), unit length
+Vectors = NDArray[float32]  # shape (n, dimension), each row of unit length
+
+BlockKind = Literal["heading", "text", "list", "table", "code"]
+
+
+def digest(*parts: str | bytes) -> str:
+    """The identity of an ordered list of parts: 32 hexadecimal digits of BLAKE2b.
+
+    Each part is preceded by its length, so ("ab", "c") and ("a", "bc") differ.
+    """
+    state = blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "big"))
+        state.update(data)
+    return state.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who asks: the tenant whose data they see, and a name for the record."""
+
+    tenant: str
+    subject: str
+    permissions: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One structural unit of a parsed document.
+
+    `level` is the depth of a heading (1 is the top), else 0. `page` counts from 1 where the format
+    has pages, slides or sheets. `first_line` and `last_line` count from 1 in the decoded source
+    where lines mean something to a reader, inclusive on both ends.
+    A table's first line is its header row where `header` is true.
+    """
+
+    kind: BlockKind
+    text: str
+    level: int = 0
+    page: int | None = None
+    first_line: int | None = None
+    last_line: int | None = None
+    header: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a parser made of some bytes."""
+
+    title: str
+    media_type: str
+    blocks: tuple[Block, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A cut of a document that fits the embedder: the text and where it stands."""
+
+    text: str
+    heading: tuple[str, ...] = ()
+    page: int | None = None
+    first_line: int | None = None
+    last_line: int | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece with its identity: chunk_id = H(document_id, version, ordinal)."""
+
+    chunk_id: str
+    document_id: str
+    version: str
+    ordinal: int
+    piece: Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One version of one document, as the authority knows it.
+
+    `opened` and `closed` are sequence numbers of the collection: the version is visible at s when
+    opened <= s < closed. `closed` is None while the version is current. `readers` are the subjects
+    that may see it; empty means everyone in the tenant. `created_at` is in Unix seconds.
+    """
+
+    document_id: str
+    version: str
+    tenant: str
+    collection: str
+    source: str
+    title: str
+    media_type: str
+    metadata: Mapping[str, object]
+    readers: frozenset[str]
+    size: int
+    chunks: int
+    opened: int | None = None
+    closed: int | None = None
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RouteScore:
+    """A candidate's place in one route: rank from 1, and the route's own score, larger is better."""
+
+    rank: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A visible chunk that matched, with its fused score and what each route said."""
+
+    chunk_id: str
+    document_id: str
+    version: str
+    ordinal: int
+    score: float
+    cosine: float
+    text: str
+    title: str
+    source: str
+    heading: tuple[str, ...]
+    page: int | None
+    first_line: int | None
+    last_line: int | None
+    metadata: Mapping[str, object]
+    routes: Mapping[str, RouteScore] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRequest:
+    """What to look for. Weights are of the fused score; `filters` limits it to some documents."""
+
+    query: str
+    k: int = 10
+    collection: str = "default"
+    filters: Filter | None = None
+    embedding_weight: float | None = None
+    text_weight: float | None = None
+    fusion: Literal["max", "rrf"] | None = None
+    as_of: int | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """The hits, best first, the sequence they were read at, and seconds spent per stage."""
+
+    hits: tuple[Hit, ...]
+    sequence: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    explain: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a search found for an answer: the hits as ranked, and the passages made of them."""
+
+    result: SearchResult
+    passages: tuple[Hit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a generator is asked: the rendered messages, and what they were rendered from.
+
+    Passage n of `passages` (from 1) is cited as [n].
+    """
+
+    messages: tuple[Message, ...]
+    question: str
+    passages: tuple[Hit, ...] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A passage that stood behind an answer; `cited` when the answer refers to it."""
+
+    number: int
+    hit: Hit
+    cited: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with its evidence. `confidence` is a calibrated probability (grounding.py)."""
+
+    query: str
+    response: str
+    sources: tuple[Source, ...]
+    confidence: float
+    abstained: bool
+    reason: str | None
+    sequence: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """Bytes to ingest and where they came from."""
+
+    source: str
+    content: bytes
+    collection: str = "default"
+    media_type: str | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    readers: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of an upload."""
+
+    document_id: str
+    version: str
+    chunks: int
+    sequence: int
+    outcome: Literal["done", "unchanged"]
+    title: str = ""
+    replaced: bool = False

@@ -1,0 +1,101 @@
+"""The house rules, checked on the source itself."""
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("nexus", "cluster", "actors", "deployments")  # each may import those before it
+MAY_IMPORT_RAY = ("actors/", "deployments/", "cluster/bootstrap.py")
+HTTP = {"fastapi", "starlette", "httpx", "uvicorn", "requests", "aiohttp"}
+HIDING_NAMES = {"utils", "common", "helpers", "base", "manager"}
+MAY_CATCH_ALL = {"deployments/middleware.py", "nexus/parsing.py", "nexus/guard.py"}
+LONGEST_FUNCTION = 70
+TOP_LEVEL = {*FLOORS, "tests", "pyproject.toml", "README.md", "Makefile", "requirements.lock", "requirements-test.lock"}
+
+SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(params=SOURCES, ids=name_of)
+def source(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Top-level names of everything imported anywhere in the file, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{name_of(path)}:{node.lineno} imports relatively"
+            yield node.module.partition(".")[0]
+
+
+def test_imports_go_down(source: Path) -> None:
+    floor = FLOORS.index(source.relative_to(ROOT).parts[0])
+    above = set(FLOORS[floor + 1 :])
+    assert not above & set(imports(source))
+
+
+def test_ray_is_imported_only_where_said(source: Path) -> None:
+    if not name_of(source).startswith(MAY_IMPORT_RAY):
+        assert "ray" not in set(imports(source))
+
+
+def test_http_is_spoken_only_in_deployments(source: Path) -> None:
+    if not name_of(source).startswith("deployments/"):
+        assert not HTTP & set(imports(source))
+
+
+def test_no_name_hides_what_is_inside(source: Path) -> None:
+    assert source.stem not in HIDING_NAMES
+
+
+def test_every_module_opens_with_a_sentence(source: Path) -> None:
+    opening = ast.get_docstring(ast.parse(source.read_text()))
+    assert opening and opening.partition("\n")[0].endswith((".", ":"))
+
+
+def test_functions_fit_on_a_screen(source: Path) -> None:
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGEST_FUNCTION, f"{name_of(source)}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_broad_excepts_are_rare_and_reasoned(source: Path) -> None:
+    lines = source.read_text().splitlines()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            caught = {name.id for name in ast.walk(node.type) if isinstance(name, ast.Name)} if node.type else {"all"}
+            reraises = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            if caught & {"all", "Exception", "BaseException"} and not reraises:
+                assert name_of(source) in MAY_CATCH_ALL, f"{name_of(source)}:{node.lineno} catches everything"
+                assert "#" in lines[node.lineno - 1], f"{name_of(source)}:{node.lineno} does not say why"
+
+
+def test_the_top_level_is_fixed() -> None:
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert found - {"build", "nexus.egg-info"} <= TOP_LEVEL
+
+
+def test_nexus_lists_its_public_names() -> None:
+    nexus = importlib.import_module("nexus")
+    public = {name for name, value in vars(nexus).items() if not name.startswith("_") and not hasattr(value, "__path__")}
+    public -= {name for name in public if f"nexus.{name}" in sys.modules}
+    assert set(nexus.__all__) == public
+
+
+def test_a_planted_fault_is_seen(tmp_path: Path) -> None:
+    """The walker sees imports that hide in functions: the rules above would otherwise mean little."""
+    module = tmp_path / "hiding.py"
+    module.write_text("def later():\n    import ray\n    from deployments import app\n")
+    assert set(imports(module)) == {"ray", "deployments"}

@@ -1,0 +1,219 @@
+"""The five moves of HADES: what is visible, to whom, when; over SQLite in memory and on disk."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tests.conftest import ALICE, BOB, MALLORY, House, build_house
+
+from nexus.errors import Conflict, Fenced, NotFound
+from nexus.hades import Hades, chunks_of
+from nexus.stores import memory, sqlite
+from nexus.types import Piece, Principal, SearchRequest
+
+
+@pytest.fixture(params=["memory", "disk"])
+def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+    address = "sqlite::memory:" if request.param == "memory" else "sqlite:"
+    documents = sqlite.open(address, home=tmp_path)
+    house = build_house(documents, memory.open("memory:"))
+    yield house
+    house.retriever.close()
+    documents.close()
+
+
+def found(house: House, query: str, who: Principal = ALICE, **fields: object) -> list[str]:
+    """Texts of the hits; none when the collection is not there yet."""
+    return [hit.text for hit in house.retriever.search(SearchRequest(query, **fields), who).hits]
+
+
+def test_staged_is_invisible_and_published_is_visible(house: House) -> None:
+    house.put("other.txt", "an unrelated text")
+    document = house.describe("a.txt", ["gripper torque", "gripper speed"])
+    epoch = house.stage(document, ["gripper torque", "gripper speed"])
+    assert "gripper torque" not in found(house, "gripper")
+    house.hades.publish([(document, epoch)])
+    assert {"gripper torque", "gripper speed"} <= set(found(house, "gripper"))
+
+
+def test_a_new_version_replaces_the_old_one_whole(house: House) -> None:
+    house.put("a.txt", "old gripper one", "old gripper two", "old gripper three")
+    house.put("a.txt", "new gripper one")
+    assert found(house, "gripper") == ["new gripper one"]
+
+
+def test_sequence_numbers_grow_by_one_and_as_of_sees_the_past(house: House) -> None:
+    first = house.put("a.txt", "gripper version one")
+    second = house.put("a.txt", "gripper version two")
+    assert (first.opened, second.opened) == (1, 2)
+    assert found(house, "gripper", as_of=1) == ["gripper version one"]
+    assert found(house, "gripper", as_of=2) == ["gripper version two"]
+    assert found(house, "gripper", as_of=0) == []
+
+
+def test_a_then_b_then_a_again_keeps_a_true_history(house: House) -> None:
+    for text in ("gripper A", "gripper B", "gripper A"):
+        house.put("a.txt", text)
+    assert [found(house, "gripper", as_of=s) for s in (1, 2, 3)] == [["gripper A"], ["gripper B"], ["gripper A"]]
+
+
+def test_a_later_begin_fences_the_earlier(house: House) -> None:
+    slow = house.describe("a.txt", ["slow gripper"])
+    slow_epoch = house.stage(slow, ["slow gripper"])
+    house.put("a.txt", "quick gripper")
+    with pytest.raises(Fenced):
+        house.hades.publish([(slow, slow_epoch)])
+    with pytest.raises(Fenced):
+        house.hades.stage(slow, slow_epoch, [], [], house.embedder.embed([]))
+    assert found(house, "gripper") == ["quick gripper"]
+
+
+def test_a_delete_fences_whoever_is_still_making_the_document(house: House) -> None:
+    published = house.put("a.txt", "first gripper")
+    late = house.describe("a.txt", ["late gripper"])
+    epoch = house.stage(late, ["late gripper"])
+    house.hades.delete(published.document_id, ALICE)
+    with pytest.raises(Fenced):
+        house.hades.publish([(late, epoch)])
+    assert found(house, "gripper") == []
+
+
+def test_a_batch_is_published_whole_or_not_at_all(house: House) -> None:
+    house.put("base.txt", "something else")
+    batch = []
+    for name in ("a", "b", "c"):
+        document = house.describe(f"{name}.txt", [f"gripper {name}"])
+        batch.append((document, house.stage(document, [f"gripper {name}"])))
+    fenced = [*batch[:2], (batch[2][0], batch[2][1] - 1)]
+    with pytest.raises(Fenced):
+        house.hades.publish(fenced)
+    assert not any("gripper" in text for text in found(house, "gripper"))
+    published = house.hades.publish(batch)
+    assert [document.opened for document in published] == [2, 3, 4]
+
+
+def test_a_version_with_chunks_missing_is_not_published(house: House) -> None:
+    document = house.describe("a.txt", ["one", "two"])
+    epoch = house.hades.begin(document)
+    chunks = chunks_of(document, [Piece("one")])
+    house.hades.stage(document, epoch, chunks, ["one"], house.embedder.embed(["one"]))
+    with pytest.raises(Conflict):
+        house.hades.publish([(document, epoch)])
+
+
+def test_deleted_is_gone_at_once_but_not_from_the_past(house: House) -> None:
+    document = house.put("a.txt", "gripper manual")
+    gone = house.hades.delete(document.document_id, ALICE)
+    assert gone.closed == 2
+    assert found(house, "gripper") == []
+    assert found(house, "gripper", as_of=1) == ["gripper manual"]
+    with pytest.raises(NotFound):
+        house.hades.delete(document.document_id, ALICE)
+
+
+def test_another_tenant_sees_nothing_and_can_delete_nothing(house: House) -> None:
+    document = house.put("a.txt", "gripper secret")
+    assert found(house, "gripper", MALLORY) == []
+    assert house.hades.documents.documents(MALLORY, None, None, 10) == []
+    assert house.hades.documents.current(document.document_id, MALLORY) is None
+    with pytest.raises(NotFound):
+        house.hades.delete(document.document_id, MALLORY)
+    assert found(house, "gripper") == ["gripper secret"]
+
+
+def test_readers_limit_who_sees_a_document(house: House) -> None:
+    house.put("a.txt", "gripper for alice", readers=frozenset({"alice"}))
+    house.put("b.txt", "gripper for all")
+    assert set(found(house, "gripper")) == {"gripper for alice", "gripper for all"}
+    assert found(house, "gripper", BOB) == ["gripper for all"]
+
+
+def test_the_same_source_in_two_tenants_is_two_documents(house: House) -> None:
+    ours, theirs = house.put("a.txt", "gripper ours"), house.put("a.txt", "gripper theirs", who=MALLORY)
+    assert ours.document_id != theirs.document_id
+    assert (found(house, "gripper"), found(house, "gripper", MALLORY)) == (["gripper ours"], ["gripper theirs"])
+
+
+def test_unchanged_content_is_recognised_and_its_metadata_brought_up_to_date(house: House) -> None:
+    document = house.put("a.txt", "gripper", metadata={"robot": "HX-3"})
+    again = house.describe("a.txt", ["gripper"], metadata={"robot": "HX-4"})
+    assert house.hades.is_unchanged(again, ALICE) is not None
+    current = house.hades.documents.current(document.document_id, ALICE)
+    assert current is not None
+    assert (current.metadata, current.opened) == ({"robot": "HX-4"}, 1)
+    assert house.hades.is_unchanged(house.describe("a.txt", ["another"]), ALICE) is None
+
+
+def test_vacuum_removes_what_nobody_needs_and_only_that(house: House) -> None:
+    house.put("a.txt", "gripper one")
+    house.put("a.txt", "gripper two")
+    abandoned = house.describe("b.txt", ["never finished"])
+    house.stage(abandoned, ["never finished"])
+    assert house.hades.vacuum(keep_closed_seconds=3600, keep_begun_seconds=3600) == 0
+    assert house.hades.vacuum(keep_closed_seconds=-1, keep_begun_seconds=-1) == 2
+    assert found(house, "gripper") == ["gripper two"]
+    index = house.hades.find_collection("default").index
+    assert len(house.hades.vectors.chunk_ids(index)) == 1
+    assert len(house.hades.documents.chunk_ids(index, published=False)) == 1
+
+
+def test_vacuum_leaves_a_version_that_came_back(house: House) -> None:
+    for text in ("gripper A", "gripper B", "gripper A"):
+        house.put("a.txt", text)
+    house.hades.vacuum(keep_closed_seconds=-1, keep_begun_seconds=-1)
+    assert found(house, "gripper") == ["gripper A"]
+    assert house.hades.fsck() == []
+
+
+def test_fsck_names_what_is_missing_and_what_is_left_over(house: House) -> None:
+    document = house.put("a.txt", "gripper one", "gripper two")
+    assert house.hades.fsck() == []
+    index = house.hades.find_collection("default").index
+    lost, left = house.hades.documents.chunk_ids_of(document.document_id, document.version)
+    house.hades.vectors.delete(index, [lost])
+    assert [(fault.kind, fault.ids) for fault in house.hades.fsck()] == [
+        ("visible chunks that no search can find", (lost,))
+    ]
+    house.hades.delete(document.document_id, ALICE)
+    house.hades.documents.purge(document.document_id, document.version, begun_before=float("inf"))
+    assert [(fault.kind, fault.ids) for fault in house.hades.fsck()] == [("vectors without a chunk", (left,))]
+
+
+def test_a_collection_is_not_mixed_with_another_embedder(house: House) -> None:
+    house.put("a.txt", "gripper")
+    other = Hades(house.hades.documents, house.hades.vectors, "another embedder", 64)
+    with pytest.raises(Conflict, match="another model"):
+        other.begin(house.describe("b.txt", ["x"]))
+
+
+def test_listing_pages_through_all_documents_once(house: House) -> None:
+    ids = {house.put(f"{n}.txt", f"gripper {n}").document_id for n in range(5)}
+    documents, after, seen = house.hades.documents, None, []
+    while page := documents.documents(ALICE, "default", after, 2):
+        seen += [document.document_id for document in page]
+        after = seen[-1]
+    assert len(seen) == 5 and set(seen) == ids
+    assert documents.documents(ALICE, "elsewhere", None, 10) == []
+
+
+def test_a_store_of_a_newer_nexus_is_refused(tmp_path: Path) -> None:
+    store = sqlite.open("sqlite:", home=tmp_path)
+    with store._transaction() as db:
+        db.execute("PRAGMA user_version = 99")
+    store.close()
+    with pytest.raises(Exception, match="newer Nexus"):
+        sqlite.open("sqlite:", home=tmp_path)
+
+
+def test_what_was_published_survives_reopening(tmp_path: Path) -> None:
+    first = sqlite.open("sqlite:", home=tmp_path)
+    vectors = memory.open("memory:")
+    house = build_house(first, vectors)
+    document = house.put("a.txt", "gripper", metadata={"pages": 3})
+    first.close()
+    second = sqlite.open("sqlite:", home=tmp_path)
+    reopened = build_house(second, vectors)
+    assert found(reopened, "gripper") == ["gripper"]
+    assert second.current(document.document_id, ALICE) == replace(document, created_at=second.current(document.document_id, ALICE).created_at)
+    second.close()
