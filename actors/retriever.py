@@ -41,9 +41,7 @@ class Retriever:
     async def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
         return await self._run(self._retriever.search, request, principal)
 
-    async def retrieve(
-        self, request: SearchRequest, principal: Principal, passages: int, tokens: int
-    ) -> Evidence:
+    async def retrieve(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence:
         """Search, and widen the best hits into at most so many passages of so many tokens in all."""
         return await self._run(self._retrieve, request, principal, passages, tokens)
 

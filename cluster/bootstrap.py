@@ -27,8 +27,10 @@ import psutil
 
 from nexus.config import Config
 from nexus.errors import AlreadyRunning, ConfigError, Unavailable
+from nexus.types import digest
 
 INSTANCE = "NEXUS_INSTANCE"
+START_SECONDS = 60.0
 STOP_SECONDS = 3.0
 MAX_SOCKET_PATH = 107  # of a Unix socket, which Ray makes deep under its folder
 
@@ -123,9 +125,14 @@ def _is_of(process: psutil.Process, instance: Instance) -> bool:
 
 
 def _leads_still(instance: Instance) -> bool:
-    """False when the leader's process id now belongs to somebody else's process."""
+    """False when the leader's process id now belongs to somebody else's process.
+
+    The leader itself ends once the head runs; its id stays taken for as long as its session lives.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
-        return not instance.session or psutil.Process(instance.session).create_time() < instance.started_at + 60
+        return (
+            not instance.session or psutil.Process(instance.session).create_time() < instance.started_at + START_SECONDS
+        )
     return True
 
 
@@ -164,7 +171,6 @@ def stop(home: Path) -> bool:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=STOP_SECONDS)
-    shutil.rmtree(instance.ray_folder, ignore_errors=True)
     (home / "run" / "instance.json").unlink(missing_ok=True)
     return bool(running)
 
@@ -242,14 +248,16 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
         "HF_HUB_OFFLINE": "1",
+        "MALLOC_ARENA_MAX": "2",  # glibc would keep an arena per thread, tens of megabytes in each process
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
-def start_head(config: Config) -> Instance:
+def start_head(config: Config) -> tuple[Instance, dict[str, str]]:
     """Start a Ray head on loopback and record it. Raises ConfigError for a port in use, Unavailable.
 
-    The caller holds the home's lock. What an earlier run left is stopped first.
+    The caller holds the home's lock. What an earlier run left is stopped first. Returned with the
+    instance: the environment that whoever talks to this head must have, from before `ray` is imported.
     """
     home = Path(config.home)
     stop(home)
@@ -269,13 +277,14 @@ def start_head(config: Config) -> Instance:
         ray_folder=_ray_folder(home),
         started_at=time.time(),
     )
+    shutil.rmtree(instance.ray_folder, ignore_errors=True)  # its logs were kept until now
     shutil.rmtree(home / "run" / "metrics", ignore_errors=True)
     (home / "run" / "metrics").mkdir(parents=True)
     (home / "logs").mkdir(exist_ok=True)
     _record(home, instance)
-    os.environ.update(environment_of(config, instance.id))
+    environment = {**os.environ, **environment_of(config, instance.id)}
     command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={others[0]}",
         f"--dashboard-agent-grpc-port={others[1]}", f"--runtime-env-agent-port={others[2]}",
@@ -283,14 +292,20 @@ def start_head(config: Config) -> Instance:
         f"--object-store-memory={config.ray.object_store_bytes}", f"--temp-dir={instance.ray_folder}",
         "--include-log-monitor=False", "--no-monitor",
     ]  # fmt: skip
-    with (home / "logs" / "ray-head.log").open("ab") as log:
+    with (home / "logs" / "ray-head.log").open("wb") as log:
         head = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env=environment, start_new_session=True
         )
-    instance = replace(instance, session=head.pid)
-    _record(home, instance)
-    _await_port(port, head, home)
-    return instance
+        instance = replace(instance, session=head.pid)
+        _record(home, instance)
+        try:
+            failed = head.wait(START_SECONDS) != 0
+        except subprocess.TimeoutExpired:
+            failed = True
+    if failed:
+        stop(home)
+        raise Unavailable(f"the Ray head did not start; {home / 'logs' / 'ray-head.log'} says why")
+    return instance, environment
 
 
 def _ray_folder(home: Path) -> str:
@@ -299,18 +314,4 @@ def _ray_folder(home: Path) -> str:
     longest = folder / "session_2026-01-01_00-00-00_000000_0000000" / "sockets" / "plasma_store"
     if len(str(longest)) < MAX_SOCKET_PATH:
         return str(folder)
-    return tempfile.mkdtemp(prefix="nexus-ray-")
-
-
-def _await_port(port: int, head: subprocess.Popen[bytes], home: Path, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if head.poll() is not None:
-            break
-        with socket.socket() as probe:
-            probe.settimeout(0.2)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise Unavailable(f"the Ray head did not start; {home / 'logs' / 'ray-head.log'} says why")
-
+    return f"{tempfile.gettempdir()}/nexus-{os.getuid()}-{digest(str(home))[:8]}"

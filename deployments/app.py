@@ -2,11 +2,15 @@
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
@@ -16,10 +20,10 @@ from actors.retriever import Retriever
 from actors.vectors import Vectors
 from deployments import gateway
 from nexus.access import KeyRing
-from nexus.config import Config
+from nexus.config import Config, load_config
 from nexus.errors import NexusError, Overloaded, Unavailable
 from nexus.pipelines.rag import Tools
-from nexus.registry import find_module, open_part, scheme
+from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
 
 APPLICATION = "nexus"
@@ -33,9 +37,6 @@ class Remote:
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         async def call(*arguments: Any) -> Any:
-            from ray.exceptions import RayActorError, RayTaskError
-            from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-
             try:
                 return await getattr(self._handle, method).remote(*arguments)
             except RayTaskError as error:
@@ -84,8 +85,16 @@ class Gateway:
                     **{name: part.ready for name, part in parts.items()},
                     "documents": lambda: asyncio.to_thread(documents.check),
                 },
-            )
+            ),
+            says_request_id=False,
         )
+
+
+class RemotePoolIngestor(Ingestor):
+    """The ingestor, with the embedder pool one hop away."""
+
+    def __init__(self, config: Config, vectors_address: str, pool: DeploymentHandle) -> None:
+        super().__init__(config, vectors_address, Remote(pool))  # type: ignore[arg-type]
 
 
 def build(config: Config, vectors_port: int) -> serve.Application:
@@ -94,20 +103,21 @@ def build(config: Config, vectors_port: int) -> serve.Application:
     Each replica says how many requests it takes at once and how many may wait; past that, 503.
     """
     threads = config.models.embedder_threads or os.cpu_count() or 1
-    embedder = _deploy(Embedder, 16, 256).bind(config.models.embedder, threads)
+    embedder = _deploy("embedder", Embedder, 16, 256).bind(config.models.embedder, threads)
     parts: dict[str, Any] = {"embedder": embedder}
     address = config.stores.vectors
     if address == "milvus-lite:":
-        parts["vectors"] = _deploy(Vectors, 16, 64).bind(str(config.home), vectors_port)
+        parts["vectors"] = _deploy("vectors", Vectors, 16, 64).bind(str(config.home), vectors_port)
         address = f"milvus-lite://127.0.0.1:{vectors_port}"
-    parts["retriever"] = _deploy(Retriever, 32, 256).bind(config, address)
-    parts["ingestor"] = _deploy(Ingestor, config.parsing.workers + 2, 1024).bind(config, address, _Pool(embedder))
-    return _deploy(serve.ingress()(Gateway), 256, 1024).bind(config, parts)
+    parts["retriever"] = _deploy("retriever", Retriever, 32, 256).bind(config, address)
+    ingestor = _deploy("ingestor", RemotePoolIngestor, config.parsing.workers + 2, 1024)
+    parts["ingestor"] = ingestor.bind(config, address, embedder)
+    return _deploy("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts)
 
 
-def _deploy(actor: type, at_once: int, waiting: int) -> serve.Deployment:
+def _deploy(name: str, actor: type, at_once: int, waiting: int) -> serve.Deployment:
     return serve.deployment(
-        name=actor.__name__.lower(),
+        name=name,
         num_replicas=1,
         max_ongoing_requests=at_once,
         max_queued_requests=waiting,
@@ -119,4 +129,21 @@ def _deploy(actor: type, at_once: int, waiting: int) -> serve.Deployment:
     )(actor)
 
 
-__all__: Sequence[str] = ("APPLICATION", "Gateway", "Remote", "build", "scheme")
+def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
+    """Put the application on a running head; `deployments.running` calls this in a process of its own."""
+    config = load_config(Path(config_file) if config_file else None)
+    ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
+    serve.start(
+        proxy_location="EveryNode",
+        http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},
+    )
+    try:
+        serve.run(build(config, int(vectors_port)), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        deployments = serve.status().applications[APPLICATION].deployments
+        reasons = [f"{name}: {one.message.strip()}" for name, one in deployments.items() if one.status == "UNHEALTHY"]
+        sys.exit("\n".join(reasons) or str(error))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

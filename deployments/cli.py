@@ -19,10 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster import bootstrap
 from deployments import client as http
 from deployments.doctor import examine
+from deployments.running import bring_up, is_ready
 from nexus import __version__
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.config import default_home, load_config
 from nexus.errors import NexusError, NotFound
+from nexus.registry import require_part
 
 SENDERS = 4
 SKIPPED_CODES = ("unsupported_media_type",)
@@ -65,17 +67,17 @@ def up(
     started = time.monotonic()
     settings = load_config(config)
     home = Path(settings.home)
+    for kind, address in settings.parts():
+        require_part(kind, address)
     bootstrap.prepare_home(home)
     with bootstrap.lock_home(home):
         instance = bootstrap.find_instance(home)
-        from deployments.running import bring_up, is_ready
-
         if instance is not None and bootstrap.processes_of(instance) and is_ready(instance.url):
             typer.echo(f"Nexus already runs at {instance.url}")
             return
         new_key = _ensure_admin_key(home)
         typer.echo(f"Starting Nexus {__version__} in {home} …", err=True)
-        instance = bring_up(settings, wait)
+        instance = bring_up(settings, config, wait)
     typer.echo(f"Nexus is ready at {instance.url}  ({time.monotonic() - started:.0f} s)")
     typer.echo(f"  Ray dashboard  {instance.dashboard}  (token: {home / 'ray-token'})")
     typer.echo(f"  state and logs {home}")
@@ -135,7 +137,9 @@ def status(as_json: Json = False) -> None:
         typer.echo(f"Nexus {'is ready' if is_ready else 'is not ready'} at {shown['url']}")
         for part, state in shown["parts"].items():
             typer.echo(f"  {part:<12} {state}")
-        typer.echo(f"  {shown['processes']} processes, {shown['memory_bytes'] / 2**30:.2f} GiB, up {shown['up_seconds']} s")
+        typer.echo(
+            f"  {shown['processes']} processes, {shown['memory_bytes'] / 2**30:.2f} GiB, up {shown['up_seconds']} s"
+        )
     raise typer.Exit(0 if is_ready else 1)
 
 
@@ -324,7 +328,9 @@ def _keys() -> Iterator[KeyRing]:
 def create_key(
     name: Annotated[str, typer.Argument(help="What it is for.")],
     tenant: Annotated[str, typer.Option(help="Whose documents it sees.")] = "default",
-    permission: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(sorted(PERMISSIONS))}; repeatable.")] = None,
+    permission: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(sorted(PERMISSIONS))}; repeatable.")
+    ] = None,
     days: Annotated[float | None, typer.Option(min=0, help="It ends after so many days.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -344,7 +350,9 @@ def list_keys(as_json: Json = False) -> None:
         typer.echo(json.dumps([{f: _plain(getattr(key, f)) for f in key.__slots__} for key in keys]))
         return
     for key in keys:
-        state = "revoked" if key.revoked_at else "expired" if (key.expires_at or time.time() + 1) < time.time() else "valid"
+        state = (
+            "revoked" if key.revoked_at else "expired" if (key.expires_at or time.time() + 1) < time.time() else "valid"
+        )
         typer.echo(f"{key.id}  {state:<8} {key.tenant:<16} {key.name:<24} {' '.join(sorted(key.permissions))}")
 
 

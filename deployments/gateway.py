@@ -6,7 +6,6 @@ from typing import Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -51,21 +50,17 @@ class Lent:
     checks: dict[str, Callable[[], Awaitable[object]]]
 
 
-def build(lent: Lent) -> ASGIApp:
+def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
     app = FastAPI(title="Nexus", version=__version__, redoc_url=None)
     app.state.lent = lent
     app.add_exception_handler(NexusError, _answer_nexus_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_fault)
     for routes in (health, documents, answers, sessions, openai):
         app.include_router(routes.router)
-    if lent.config.http.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware, allow_origins=list(lent.config.http.allowed_origins),
-            allow_methods=["GET", "POST", "DELETE"], allow_headers=["authorization", "content-type", "x-api-key"],
-        )  # fmt: skip
-    return middleware.wrap(app, lent.keys, lent.config.http.max_body_bytes)
+    return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
 
 
 def _respond(request: Request, status: int, code: str, detail: str, faults: Sequence[tuple[str, str]] = ()) -> Response:
@@ -93,7 +88,11 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
 
 def _pointer(location: Sequence[object]) -> str:
     """FastAPI's location as a JSON pointer; an offset into malformed JSON points at nothing."""
-    parts = [str(part) for part in location[1:] if not (location[0] == "body" and len(location) == 2 and isinstance(part, int))]
+    parts = [
+        str(part)
+        for part in location[1:]
+        if not (location[0] == "body" and len(location) == 2 and isinstance(part, int))
+    ]
     return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in parts)
 
 
@@ -106,3 +105,8 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
     response = _respond(request, error.status_code, code, detail)
     response.headers.update({k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"})
     return response
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    """A bug: the middleware logs it; the caller learns its request id and no more."""
+    return _respond(request, 500, "internal_error", middleware.FAULT)

@@ -11,12 +11,24 @@ from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nexus.access import KeyRing
+from nexus.config import Http
 from nexus.errors import (
-    CallerError, Conflict, Forbidden, InvalidRequest, NexusError, NotFound, Overloaded, TooLarge, TryAgain,
-    Unauthenticated, Unprocessable, UnsupportedMedia,
+    CallerError,
+    Conflict,
+    Forbidden,
+    InvalidRequest,
+    NexusError,
+    NotFound,
+    Overloaded,
+    TooLarge,
+    TryAgain,
+    Unauthenticated,
+    Unprocessable,
+    UnsupportedMedia,
 )  # fmt: skip
 
 log = logging.getLogger("nexus.gateway")
@@ -24,6 +36,7 @@ log = logging.getLogger("nexus.gateway")
 PUBLIC = frozenset({"/livez", "/readyz", "/healthz"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 RETRY_AFTER_SECONDS = 2
+FAULT = "something went wrong here; the request id finds it in the log"
 
 STATUS: dict[type[NexusError], int] = {
     InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, NotFound: 404, Conflict: 409, TooLarge: 413,
@@ -40,12 +53,17 @@ OPENAI_TYPES = {
 }  # fmt: skip
 
 
-def wrap(app: ASGIApp, keys: KeyRing, max_body_bytes: int) -> ASGIApp:
+def wrap(app: ASGIApp, keys: KeyRing, http: Http, says_request_id: bool) -> ASGIApp:
     """The application inside its layers; a request passes them from the last line to the first."""
-    app = BodyLimit(app, max_body_bytes)
+    app = BodyLimit(app, http.max_body_bytes)
     app = Identity(app, keys)
     app = Answering(app)
-    return RequestId(app)
+    if http.allowed_origins:  # outside Identity: a browser's preflight carries no key
+        app = CORSMiddleware(
+            app, allow_origins=list(http.allowed_origins), allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-api-key"],
+        )  # fmt: skip
+    return RequestId(app, says_request_id)
 
 
 def status_of(error: NexusError, path: str) -> int:
@@ -107,10 +125,13 @@ async def send_nexus_error(scope: Scope, send: Send, error: NexusError) -> None:
 
 
 class RequestId:
-    """Gives each request an id, the caller's if it is a sane one, and says it in the answer."""
+    """Gives each request an id, the caller's if it is a sane one, and says it in the answer.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Ray Serve names requests itself, and says the name: there this only takes note of it.
+    """
+
+    def __init__(self, app: ASGIApp, says_it: bool) -> None:
+        self.app, self.says_it = app, says_it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -123,7 +144,8 @@ class RequestId:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
+                if self.says_it:
+                    headers["x-request-id"] = request_id
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 
@@ -140,11 +162,12 @@ class Answering:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started = False
+        started = finished = False
 
         async def note_start(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
+            nonlocal started, finished
+            started = True
+            finished = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
@@ -155,11 +178,10 @@ class Answering:
             await send_nexus_error(scope, send, error)
         except Exception:  # the last line of defence: a bug must become an answer and a log line
             log.exception("request %s failed", scope["state"]["request_id"])
-            if started:
-                raise
-            await send_error(
-                scope, send, 500, "internal_error", "something went wrong here; the request id finds it in the log"
-            )
+            if started and not finished:
+                raise  # a stream cut short must look cut short
+            if not started:
+                await send_error(scope, send, 500, "internal_error", FAULT)
 
 
 class Identity:
@@ -193,7 +215,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        refusal = TooLarge(f"a request body has at most {self.max_bytes} bytes; split the document, or raise http.max_body_bytes")
+        refusal = TooLarge(
+            f"a request body has at most {self.max_bytes} bytes; split the document, or raise http.max_body_bytes"
+        )
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdigit() and int(announced) > self.max_bytes:
             raise refusal

@@ -1,5 +1,7 @@
 """Bring the application up on a Ray head, and wait until it answers."""
 
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -7,36 +9,44 @@ from pathlib import Path
 
 from cluster import bootstrap
 from cluster.bootstrap import Instance
-from deployments.app import APPLICATION, build
 from nexus.config import Config
-from nexus.errors import Unavailable
+from nexus.errors import NexusError, Unavailable
 
 
-def bring_up(config: Config, wait_seconds: float) -> Instance:
+def bring_up(config: Config, config_file: Path | None, wait_seconds: float) -> Instance:
     """Head, Serve, application, ready. On failure everything started is stopped again."""
-    instance = bootstrap.start_head(config)
+    deadline = time.monotonic() + wait_seconds
+    instance, environment = bootstrap.start_head(config)
     try:
-        _deploy(config, instance)
-        await_ready(instance.url, wait_seconds)
-    except BaseException:
+        _deploy(config, instance, environment, config_file, deadline)
+        await_ready(instance.url, deadline)
+    except (NexusError, KeyboardInterrupt):
         bootstrap.stop(Path(config.home))
         raise
     return instance
 
 
-def _deploy(config: Config, instance: Instance) -> None:
-    import ray
-    from ray import serve
-
-    ray.init(address=instance.ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
-    try:
-        serve.start(
-            proxy_location="EveryNode",
-            http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},
+def _deploy(
+    config: Config, instance: Instance, environment: dict[str, str], config_file: Path | None, deadline: float
+) -> None:
+    """In a process of its own: it needs the head's environment, and `ray.init` may wait for ever."""
+    log_file = Path(config.home) / "logs" / "deploy.log"
+    command = [sys.executable, "-m", "deployments.app", instance.ray_address, str(instance.vectors_port)]
+    if config_file is not None:
+        command.append(str(config_file.absolute()))
+    with log_file.open("wb") as log:
+        try:
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False,
+                timeout=max(1.0, deadline - time.monotonic()),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise Unavailable(f"the application was not deployed in time; {log_file} says how far it came") from None
+    if done.returncode:
+        lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+        raise Unavailable(
+            f"the application was not deployed ({lines[-1] if lines else 'no reason given'}); see {log_file}"
         )
-        serve.run(build(config, instance.vectors_port), name=APPLICATION, route_prefix="/", blocking=False)
-    finally:
-        ray.shutdown()
 
 
 def is_ready(url: str) -> bool:
@@ -48,10 +58,9 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def await_ready(url: str, seconds: float) -> None:
-    """Return once `/readyz` says 200. Raises Unavailable when it does not in time."""
-    deadline = time.monotonic() + seconds
+def await_ready(url: str, deadline: float) -> None:
+    """Return once `/readyz` says 200. Raises Unavailable when it does not by the deadline (monotonic seconds)."""
     while not is_ready(url):
         if time.monotonic() > deadline:
-            raise Unavailable(f"{url}/readyz was not ready within {seconds:.0f} s; `nexus status` says which part is missing")
+            raise Unavailable(f"{url}/readyz is not ready yet; `nexus status` says which part is missing")
         time.sleep(0.2)

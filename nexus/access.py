@@ -65,9 +65,13 @@ class KeyRing:
         """Make a key; its text is returned here and never again."""
         for label, value in (("a key's name", name), ("a tenant", tenant)):
             if not NAME.fullmatch(value):
-                raise InvalidRequest(f"{label} is 1 to 64 letters, digits, '_', '.' or '-', and begins with neither of the last three")
+                raise InvalidRequest(
+                    f"{label} is 1 to 64 letters, digits, '_', '.' or '-', and begins with neither of the last three"
+                )
         if unknown := permissions - PERMISSIONS:
-            raise InvalidRequest(f"unknown permission {sorted(unknown)[0]!r}; there are {', '.join(sorted(PERMISSIONS))}")
+            raise InvalidRequest(
+                f"unknown permission {sorted(unknown)[0]!r}; there are {', '.join(sorted(PERMISSIONS))}"
+            )
         now = time.time()
         expires = None if lifetime_seconds is None else now + lifetime_seconds
         key = Key(_random(12), name, tenant, permissions, now, expires, None)

@@ -15,7 +15,6 @@ from platformdirs import user_data_path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-
 from nexus.errors import ConfigError
 
 PREFIX = "NEXUS_"
@@ -150,6 +149,14 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
         return (env_settings, init_settings)
 
+    def parts(self) -> list[tuple[Literal["stores", "models"], str]]:
+        """The address of every exchangeable part, with the kind of part it names."""
+        stores, models = self.stores, self.models
+        return [
+            ("stores", stores.vectors), ("stores", stores.documents),
+            ("models", models.embedder), ("models", models.generator),
+        ]  # fmt: skip
+
     @property
     def url(self) -> str:
         host = f"[{self.http.host}]" if ":" in self.http.host else self.http.host
@@ -243,9 +250,7 @@ def _from_aliases(environment: Mapping[str, str]) -> dict[str, Any]:
     elif engine in NEURAL_ENGINES:
         values.setdefault("models", {})["generator"] = NEURAL_ENGINES[engine]
     elif engine:
-        raise ConfigError(
-            f"NEURAL_ENGINE_BACKEND={engine!r}: use extractive, openai, or local with LOCAL_MODEL_PATH"
-        )
+        raise ConfigError(f"NEURAL_ENGINE_BACKEND={engine!r}: use extractive, openai, or local with LOCAL_MODEL_PATH")
     return values
 
 
@@ -264,8 +269,8 @@ def _explain(error: ValidationError, file: Path | None, environment: Mapping[str
         place = [str(part) for part in fault["loc"]]
         variable = PREFIX + "__".join(place[:2]).upper()
         origin = variable if variable in environment else (str(file) if file else "the defaults")
-        reason = "is not a setting" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        reason = (
+            "is not a setting" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        )
         lines.append(f"{'.'.join(place)} (from {origin}): {reason}")
     return "; ".join(lines)
-
-

@@ -62,8 +62,7 @@ def _parse(tree: object, pointer: str, conditions: list[int]) -> Filter:
         if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
             raise InvalidRequest(f"{kind!r} takes a non-empty list of filters", pointer=f"{pointer}/filters")
         return Combine(
-            kind == "and",
-            tuple(_parse(part, f"{pointer}/filters/{i}", conditions) for i, part in enumerate(parts)),
+            kind == "and", tuple(_parse(part, f"{pointer}/filters/{i}", conditions) for i, part in enumerate(parts))
         )
     if "key" in tree and "type" in tree:
         if set(tree) != {"type", "key", "value"}:

@@ -101,7 +101,9 @@ class Hades:
         self.open_collection(document.collection)
         return self.documents.begin(document)
 
-    def stage(self, document: Document, epoch: int, chunks: Sequence[Chunk], texts: Sequence[str], vectors: Vectors) -> None:
+    def stage(
+        self, document: Document, epoch: int, chunks: Sequence[Chunk], texts: Sequence[str], vectors: Vectors
+    ) -> None:
         """Write chunks and vectors, visible to nobody. `texts` are what was embedded, for the text route."""
         collection = self.open_collection(document.collection)
         self.documents.stage(document, epoch, chunks, vectors)

@@ -136,15 +136,11 @@ class DocumentStore(Protocol):
 
     def current(self, document_id: str, principal: Principal) -> Document | None: ...
 
-    def documents(
-        self, principal: Principal, collection: str | None, after: str | None, limit: int
-    ) -> list[Document]:
+    def documents(self, principal: Principal, collection: str | None, after: str | None, limit: int) -> list[Document]:
         """Current documents that the principal may read, by document id, those after `after`."""
         ...
 
-    def matching(
-        self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int
-    ) -> list[str]:
+    def matching(self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int) -> list[str]:
         """Ids of documents visible at `as_of` whose metadata meet the condition; at most `limit`."""
         ...
 

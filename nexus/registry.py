@@ -15,11 +15,6 @@ from nexus.errors import ConfigError
 Kind = Literal["stores", "models"]
 
 
-def scheme(address: str) -> str:
-    """The part of an address before its first colon."""
-    return address.partition(":")[0]
-
-
 def open_part(kind: Kind, address: str, **options: Any) -> Any:
     """Open the part that `address` names. Raises ConfigError when there is no such module."""
     return find_module(kind, address).open(address, **options)
@@ -27,14 +22,27 @@ def open_part(kind: Kind, address: str, **options: Any) -> Any:
 
 def find_module(kind: Kind, address: str) -> ModuleType:
     """The module that opens this address, imported; its heavy libraries may load with it."""
+    name = require_part(kind, address)
+    found = import_module(name)
+    if not hasattr(found, "open"):
+        raise ConfigError(f"{address!r}: the module {name} has no open(address)")
+    return found
+
+
+def require_part(kind: Kind, address: str) -> str:
+    """The name of the module for this address, not imported. Raises ConfigError when there is none."""
     name, colon, _ = address.partition(":")
     module = name.replace("-", "_")
     full = module if "." in module else f"nexus.{kind}.{module}"
-    if not colon or not all(part.isidentifier() for part in full.split(".")) or util.find_spec(full) is None:
-        known = ", ".join(sorted(f"{m.name.replace('_', '-')}:" for m in iter_modules(_package(kind).__path__)))
+    if not colon or not all(part.isidentifier() for part in full.split(".")) or not _exists(full):
+        package = import_module(f"nexus.{kind}")
+        known = ", ".join(sorted(f"{m.name.replace('_', '-')}:" for m in iter_modules(package.__path__)))
         raise ConfigError(f"{address!r} names no part of nexus.{kind}: it must begin with one of {known}")
-    return import_module(full)
+    return full
 
 
-def _package(kind: Kind) -> ModuleType:
-    return import_module(f"nexus.{kind}")
+def _exists(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False

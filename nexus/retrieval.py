@@ -97,9 +97,7 @@ class Retriever:
         """Where the routes look; and, for a filter too wide to hand to them, the documents allowed."""
         if request.filters is None:
             return Scope(principal.tenant), None
-        documents = self.hades.documents.matching(
-            request.collection, principal, request.filters, sequence, limit=10**9
-        )
+        documents = self.hades.documents.matching(request.collection, principal, request.filters, sequence, limit=10**9)
         if len(documents) > FILTERED_DOCUMENTS:
             return Scope(principal.tenant), set(documents)
         return Scope(principal.tenant, tuple(documents)), None

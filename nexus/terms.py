@@ -14,8 +14,13 @@ import Stemmer
 
 # Lucene's EnglishAnalyzer.ENGLISH_STOP_WORDS_SET, and question words that carry no topic.
 STOP_WORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these"
-    " they this to was will with do does did how what when where which who why can could should would i we you".split()
+    re.findall(
+        r"\w+",
+        """
+        a an and are as at be but by for if in into is it no not of on or such that the their then there these
+        they this to was will with do does did how what when where which who why can could should would i we you
+        """,
+    )
 )
 WORD = re.compile(r"\w+")
 LONGEST_WORD = 64

@@ -1,5 +1,6 @@
 """What the tests share: a small honest embedder, and a whole Nexus in one process."""
 
+import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,13 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from starlette.testclient import TestClient
 
+from deployments.gateway import Lent, build
+from nexus.access import PERMISSIONS, KeyRing
+from nexus.chunking import ChunkSettings
+from nexus.config import Config
 from nexus.hades import Hades, chunks_of, document_id_of, version_of
+from nexus.ingest import Ingestor
+from nexus.models import extractive
+from nexus.parsing import Limits, Parsers
+from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore, VectorStore
 from nexus.retrieval import RetrievalSettings, Retriever
+from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
 from nexus.terms import extract_terms
-from nexus.types import Document, Piece, Principal, Vectors
+from nexus.types import Document, Evidence, Piece, Principal, Receipt, SearchRequest, SearchResult, Upload, Vectors
 
 ALICE = Principal("acme", "alice", frozenset({"documents:read", "documents:write"}))
 BOB = Principal("acme", "bob", frozenset({"documents:read"}))
@@ -80,3 +91,72 @@ def house() -> Iterator[House]:
     yield house
     house.retriever.close()
     documents.close()
+
+
+class LocalRetriever:
+    """The retriever actor's methods over a House, in this process."""
+
+    def __init__(self, house: House) -> None:
+        self.house = house
+
+    async def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
+        return self.house.retriever.search(request, principal)
+
+    async def retrieve(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence:
+        result = self.house.retriever.search(request, principal)
+        return Evidence(result, tuple(self.house.retriever.expand(result.hits[:passages], tokens)))
+
+    async def embed(self, texts: Sequence[str]) -> Vectors:
+        return self.house.embedder.embed(texts)
+
+
+class LocalIngestor:
+    """The ingestor actor's method over a House, in this process, with real parsing children."""
+
+    def __init__(self, house: House) -> None:
+        self.parsers = Parsers(Limits(cpu_seconds=10, wall_seconds=20))
+        self.ingestion = Ingestor(
+            house.hades, self.parsers, house.embedder.embed, lambda texts: [len(t.split()) for t in texts],
+            ChunkSettings(), house.embedder.fingerprint,
+        )  # fmt: skip
+
+    async def add(self, upload: Upload, principal: Principal) -> Receipt:
+        return self.ingestion.ingest(upload, principal)
+
+
+@dataclass
+class Door:
+    """A front door over one House, the keys to it, and what stands behind it."""
+
+    client: TestClient
+    lent: Lent
+    keys: KeyRing
+    house: House
+
+    def headers(self, tenant: str = "default", name: str = "tester", *permissions: str) -> dict[str, str]:
+        key, _ = self.keys.create(name, tenant, frozenset(permissions) or PERMISSIONS)
+        return {"authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def door(house: House, tmp_path: Path) -> Iterator[Door]:
+    keys = KeyRing(tmp_path)
+    retriever, ingestor = LocalRetriever(house), LocalIngestor(house)
+    generator = extractive.open("extractive:", embed=retriever.embed)
+    lent = Lent(
+        config=Config(home=tmp_path, http={"max_body_bytes": 2**20}),
+        keys=keys,
+        documents=house.hades.documents,
+        sessions=Sessions(house.hades.documents),
+        retriever=retriever,
+        ingestor=ingestor,
+        embedder=retriever,
+        embedder_name="word-embedder",
+        count_tokens=lambda texts: [len(text.split()) for text in texts],
+        rag=Tools(retriever.retrieve, generator, passages=5, passage_tokens=500, abstain_below=0.3),
+        checks={"documents": lambda: asyncio.to_thread(house.hades.documents.check)},
+    )
+    with TestClient(build(lent), raise_server_exceptions=False) as client:
+        yield Door(client, lent, keys, house)
+    ingestor.parsers.close()
+    keys.close()

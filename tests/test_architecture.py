@@ -89,7 +89,9 @@ def test_the_top_level_is_fixed() -> None:
 
 def test_nexus_lists_its_public_names() -> None:
     nexus = importlib.import_module("nexus")
-    public = {name for name, value in vars(nexus).items() if not name.startswith("_") and not hasattr(value, "__path__")}
+    public = {
+        name for name, value in vars(nexus).items() if not name.startswith("_") and not hasattr(value, "__path__")
+    }
     public -= {name for name in public if f"nexus.{name}" in sys.modules}
     assert set(nexus.__all__) == public
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.conftest import ALICE, BOB, MALLORY, House, build_house
 
 from nexus.errors import Conflict, Fenced, NotFound
 from nexus.hades import Hades, chunks_of
 from nexus.stores import memory, sqlite
 from nexus.types import Piece, Principal, SearchRequest
+from tests.conftest import ALICE, BOB, MALLORY, House, build_house
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -215,5 +215,7 @@ def test_what_was_published_survives_reopening(tmp_path: Path) -> None:
     second = sqlite.open("sqlite:", home=tmp_path)
     reopened = build_house(second, vectors)
     assert found(reopened, "gripper") == ["gripper"]
-    assert second.current(document.document_id, ALICE) == replace(document, created_at=second.current(document.document_id, ALICE).created_at)
+    assert second.current(document.document_id, ALICE) == replace(
+        document, created_at=second.current(document.document_id, ALICE).created_at
+    )
     second.close()

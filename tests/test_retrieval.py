@@ -3,7 +3,6 @@
 import string
 
 import pytest
-from tests.conftest import ALICE, BOB, MALLORY, House
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +10,11 @@ from nexus.errors import InvalidRequest, NotFound
 from nexus.filters import parse_filter
 from nexus.retrieval import MAX_K, fuse
 from nexus.types import SearchRequest
+from tests.conftest import ALICE, BOB, MALLORY, House
 
-scores = st.lists(st.tuples(st.sampled_from(string.ascii_lowercase), st.floats(0.01, 50)), max_size=20, unique_by=lambda x: x[0])
+scores = st.lists(
+    st.tuples(st.sampled_from(string.ascii_lowercase), st.floats(0.01, 50)), max_size=20, unique_by=lambda x: x[0]
+)
 
 
 def ranked(route: list[tuple[str, float]]) -> list[tuple[str, float]]:
@@ -138,7 +140,13 @@ def test_filters_that_mean_nothing_are_refused_with_their_place(tree: dict, poin
     assert caught.value.pointer == pointer
 
 
-@given(st.recursive(st.text() | st.integers() | st.booleans() | st.none(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=20))
+@given(
+    st.recursive(
+        st.text() | st.integers() | st.booleans() | st.none(),
+        lambda c: st.lists(c) | st.dictionaries(st.text(), c),
+        max_leaves=20,
+    )
+)
 def test_any_json_is_a_filter_or_refused(tree: object) -> None:
     try:
         parse_filter(tree)  # type: ignore[arg-type]

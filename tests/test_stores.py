@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import ALICE, build_house
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from nexus.registry import open_part
 from nexus.stores import milvus, milvus_lite, sqlite
 from nexus.terms import shadow
 from nexus.types import SearchRequest, Vector
+from tests.conftest import ALICE, build_house
 
 ACME = Scope("acme")
 
@@ -80,7 +80,9 @@ def test_a_search_stays_within_its_scope(store: VectorStore) -> None:
         assert {i for i, _ in store.search_dense("test", unit(0), 10, scope)} == expected
 
 
-@pytest.mark.parametrize("tenant", ['x" or tenant != "', "'] or 1==1 or id in ['", '"\\" or "" == "', "{tenant}", "%", "\\"])
+@pytest.mark.parametrize(
+    "tenant", ['x" or tenant != "', "'] or 1==1 or id in ['", '"\\" or "" == "', "{tenant}", "%", "\\"]
+)
 def test_no_tenant_name_escapes_its_quotes(store: VectorStore, tenant: str) -> None:
     store.upsert("test", [row(1, "gripper"), row(2, "gripper", tenant=tenant)])
     assert {i for i, _ in store.search_dense("test", unit(0), 10, Scope(tenant))} == {"c2"}
@@ -167,5 +169,5 @@ def test_a_server_that_is_away_is_unavailable() -> None:
 
 @pytest.mark.parametrize("address", ["milvus:", "milvus-lite:", "nonsense:", "../etc:", "memory", "os.path:join"])
 def test_an_address_that_names_nothing_is_refused(address: str) -> None:
-    with pytest.raises((ConfigError, AttributeError)):
+    with pytest.raises(ConfigError):
         open_part("stores", address)

@@ -1,7 +1,7 @@
 """Searches, and answers with their sources."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 import orjson
@@ -39,7 +39,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
     return reply(show_answer(await timed(stream), trace_id))
 
 
-async def timed(stream: AsyncIterator[str | Answer]) -> Answer:
+async def timed(stream: AsyncGenerator[str | Answer]) -> Answer:
     started = time.perf_counter()
     answer = await rag.collect(stream)
     note("query", answer.seconds, started)
@@ -57,9 +57,9 @@ def note(kind: str, seconds: Mapping[str, float], started: float) -> None:
             telemetry.rag_stage.labels(stage).observe(spent)
 
 
-async def _deltas(stream: AsyncIterator[str | Answer], trace_id: str) -> AsyncIterator[bytes]:
+async def _deltas(stream: AsyncGenerator[str | Answer], trace_id: str) -> AsyncGenerator[bytes]:
     started = time.perf_counter()
-    async with aclosing(stream) as items:  # type: ignore[type-var]
+    async with aclosing(stream) as items:
         async for item in items:
             if isinstance(item, Answer):
                 note("query", item.seconds, started)
@@ -74,12 +74,12 @@ def event(value: object) -> bytes:
     return b"data: " + orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
 
 
-async def events(stream: AsyncIterator[bytes]) -> StreamingResponse:
+async def events(stream: AsyncGenerator[bytes]) -> StreamingResponse:
     """A stream whose first event is made before the answer's head is sent, so that errors have a status."""
     first = await anext(stream)
 
-    async def all_of_it() -> AsyncIterator[bytes]:
-        async with aclosing(stream):  # type: ignore[type-var]
+    async def all_of_it() -> AsyncGenerator[bytes]:
+        async with aclosing(stream):
             yield first
             async for item in stream:
                 yield item

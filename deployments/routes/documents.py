@@ -91,9 +91,7 @@ async def list_documents(
 
 
 @router.get("/documents/{document_id}")
-async def get_document(
-    request: Request, document_id: str, principal: Principal = permit("documents:read")
-) -> Response:
+async def get_document(request: Request, document_id: str, principal: Principal = permit("documents:read")) -> Response:
     document = await asyncio.to_thread(lent(request).documents.current, document_id, principal)
     if document is None:
         raise NotFound("no such document")

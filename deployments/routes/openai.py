@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -47,7 +47,9 @@ def _model(name: str) -> dict[str, object]:
 
 
 def _unknown_model(name: str) -> NotFound:
-    return NotFound(f"the model {name[:100]!r} does not exist; GET /v1/models lists them", pointer="/model", code="model_not_found")
+    return NotFound(
+        f"the model {name[:100]!r} does not exist; GET /v1/models lists them", pointer="/model", code="model_not_found"
+    )
 
 
 @router.post("/chat/completions", response_model=None)
@@ -117,8 +119,8 @@ class UsageCounter:
 
 
 async def _chunks(
-    stream: AsyncIterator[str | Answer], head: dict[str, Any], usage: UsageCounter | None
-) -> AsyncIterator[bytes]:
+    stream: AsyncGenerator[str | Answer], head: dict[str, Any], usage: UsageCounter | None
+) -> AsyncGenerator[bytes]:
     started = time.perf_counter()
 
     def chunk(delta: dict[str, str], finish: str | None = None, **beside: Any) -> bytes:
@@ -126,7 +128,7 @@ async def _chunks(
         return event({**head, "object": "chat.completion.chunk", "choices": [choice], **beside})
 
     role: dict[str, str] = {"role": "assistant"}
-    async with aclosing(stream) as items:  # type: ignore[type-var]
+    async with aclosing(stream) as items:
         async for item in items:
             if isinstance(item, str):
                 yield chunk({**role, "content": item})

@@ -23,17 +23,13 @@ async def add_context(
 
 
 @router.get("/get_context")
-async def get_context(
-    request: Request, session_id: str, principal: Principal = permit("sessions:read")
-) -> Response:
+async def get_context(request: Request, session_id: str, principal: Principal = permit("sessions:read")) -> Response:
     context = await asyncio.to_thread(lent(request).sessions.context, principal, session_id)
     return reply({"session_id": session_id, "context": context})
 
 
 @router.delete("/clear_context")
-async def clear_context(
-    request: Request, session_id: str, principal: Principal = permit("sessions:write")
-) -> Response:
+async def clear_context(request: Request, session_id: str, principal: Principal = permit("sessions:write")) -> Response:
     await asyncio.to_thread(lent(request).sessions.clear, principal, session_id)
     return reply({"message": f"Context cleared for session {session_id}."})
 

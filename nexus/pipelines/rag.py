@@ -1,7 +1,7 @@
 """An answer from the documents: retrieve, judge the evidence, generate, check the citations."""
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,7 +48,7 @@ class Tools:
     abstain_below: float
 
 
-async def run(request: Ask, tools: Tools) -> AsyncIterator[str | Answer]:
+async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
     """Pieces of the answer as they come, then the Answer itself, last and always."""
     started = time.perf_counter()
     query = request.search.query
@@ -95,7 +95,7 @@ async def collect(stream: AsyncIterator[str | Answer]) -> Answer:
     return answer
 
 
-async def _generate(request: Ask, passages: Sequence[Hit], tools: Tools) -> AsyncIterator[str]:
+async def _generate(request: Ask, passages: Sequence[Hit], tools: Tools) -> AsyncGenerator[str]:
     prompt = Prompt(
         messages=render(request, passages),
         question=request.search.query,
@@ -116,10 +116,7 @@ def render(request: Ask, passages: Sequence[Hit]) -> tuple[Message, ...]:
         for number, hit in enumerate(passages, 1)
     )
     context = f"The conversation so far:\n{_fence(request.context)}\n\n" if request.context else ""
-    return (
-        Message("system", INSTRUCTIONS),
-        Message("user", f"{fenced}\n\n{context}Question: {request.search.query}"),
-    )
+    return (Message("system", INSTRUCTIONS), Message("user", f"{fenced}\n\n{context}Question: {request.search.query}"))
 
 
 def _fence(text: str) -> str:

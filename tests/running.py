@@ -1,0 +1,82 @@
+"""A whole Nexus in a home of its own, for system tests and benches: started, lent, stopped."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Running:
+    """Where a Nexus is, and how to speak to it by command and over HTTP."""
+
+    home: Path
+    port: int
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def key(self) -> str:
+        return (self.home / "admin-key").read_text().strip()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("NEXUS_", "RAY_"))}
+        return {**kept, "NEXUS_HOME": str(self.home), "NEXUS_HTTP__PORT": str(self.port), **self.extra}
+
+    def nexus(self, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        """Run the command line as a user would."""
+        return subprocess.run(
+            [sys.executable, "-m", "deployments.cli", *arguments], cwd=ROOT, env=self.environment, text=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout, check=False,
+        )  # fmt: skip
+
+    def must(self, *arguments: str, timeout: float = 240) -> str:
+        """Run it, and fail with what it printed unless it exits with 0."""
+        done = self.nexus(*arguments, timeout=timeout)
+        assert done.returncode == 0, (
+            f"nexus {' '.join(arguments)} exited with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
+        return done.stdout
+
+    def json(self, *arguments: str) -> Any:
+        """Run a read command with --json and parse what it prints, whatever its exit code."""
+        done = self.nexus(*arguments, "--json")
+        assert done.stdout, done.stderr
+        return json.loads(done.stdout)
+
+    def http(self, **options: Any) -> httpx.Client:
+        headers = {"authorization": f"Bearer {self.key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=300, trust_env=False, **options)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running_nexus(**extra: str) -> Iterator[Running]:
+    """`nexus up` in a temporary home, `nexus down` at the end, whatever happens between."""
+    with tempfile.TemporaryDirectory(prefix="nx", ignore_cleanup_errors=True) as folder:
+        running = Running(Path(folder) / "home", free_port(), extra)
+        try:
+            running.must("up")
+            yield running
+        finally:
+            running.must("down")

@@ -1,0 +1,147 @@
+"""What `up` and `down` lean on: the home, its lock, ports, and which processes are ours."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import bootstrap
+from cluster.bootstrap import Instance
+from nexus.config import Config
+from nexus.errors import AlreadyRunning, ConfigError
+
+CHILD = "import sys; print('up', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    bootstrap.prepare_home(tmp_path / "home")
+    return tmp_path / "home"
+
+
+def instance(**fields: object) -> Instance:
+    some = Instance(
+        "i" * 32, 0, bootstrap._boot_id(), "http://x", "127.0.0.1:1", "http://y", 1, "/nonexistent", time.time()
+    )
+    return replace(some, **fields)
+
+
+def start(**arguments: object) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen([sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **arguments)
+    assert child.stdout is not None and child.stdout.readline() == b"up\n"
+    return child
+
+
+def end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
+def test_a_home_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="NEXUS_HOME"):
+        bootstrap.prepare_home(tmp_path / "file" / "home")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_home_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        bootstrap.prepare_home(tmp_path / "home")
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from cluster import bootstrap
+with bootstrap.lock_home(Path(sys.argv[1])):
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_up_at_a_time_and_a_dead_one_blocks_nobody(home: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(home)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"up\n"
+    with pytest.raises(AlreadyRunning), bootstrap.lock_home(home):
+        pass
+    end(holder)
+    with bootstrap.lock_home(home):
+        pass
+
+
+def test_what_is_recorded_is_found_and_rubbish_is_not(home: Path) -> None:
+    assert bootstrap.find_instance(home) is None
+    bootstrap._record(home, instance())
+    found = bootstrap.find_instance(home)
+    assert found is not None and found.id == "i" * 32
+    for rubbish in ("", "{", "[]", '{"id": 1}'):
+        (home / "run" / "instance.json").write_text(rubbish)
+        assert bootstrap.find_instance(home) is None
+
+
+def test_stop_ends_exactly_the_processes_that_are_ours(home: Path) -> None:
+    by_mark = start(env={**os.environ, bootstrap.INSTANCE: "mine"})
+    by_session = start(start_new_session=True)
+    stranger = start(env={**os.environ, bootstrap.INSTANCE: "another"})
+    bootstrap._record(home, instance(id="mine", session=by_session.pid))
+    assert bootstrap.stop(home)
+    assert not psutil.pid_exists(by_mark.pid) and not psutil.pid_exists(by_session.pid)
+    assert stranger.poll() is None
+    assert not bootstrap.stop(home)
+    for child in (by_mark, by_session, stranger):
+        end(child)
+
+
+def test_a_process_id_taken_over_by_a_stranger_is_left_alone(home: Path) -> None:
+    stranger = start(start_new_session=True)
+    bootstrap._record(home, instance(session=stranger.pid, started_at=time.time() - 3600))
+    assert not bootstrap.stop(home)
+    assert stranger.poll() is None
+    bootstrap._record(home, instance(session=stranger.pid, boot_id="another boot"))
+    assert not bootstrap.stop(home)
+    end(stranger)
+
+
+def test_a_port_in_use_is_named_with_the_setting_that_changes_it() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} is in use.*NEXUS_HTTP__PORT"):
+            bootstrap.require_port(port, "http.port (NEXUS_HTTP__PORT)")
+    bootstrap.require_port(port, "x")
+
+
+def test_free_ports_are_all_different() -> None:
+    assert len(set(bootstrap.free_ports(50))) == 50
+
+
+def test_the_token_is_made_once_and_is_the_owners_alone(home: Path) -> None:
+    token = bootstrap.ray_token(home)
+    assert len(token) == 64 and bootstrap.ray_token(home) == token
+    assert (home / "ray-token").stat().st_mode & 0o077 == 0
+
+
+def test_the_environment_locks_ray_and_turns_the_throughput_flags_on(home: Path) -> None:
+    environment = bootstrap.environment_of(Config(home=home), "id")
+    wanted = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_HA_PROXY": "1",
+              "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_AUTH_TOKEN": bootstrap.ray_token(home)}  # fmt: skip
+    assert wanted.items() <= environment.items()
+    ports = [value for name, value in environment.items() if name.endswith("_PORT")]
+    assert len(set(ports)) == len(ports)
+
+
+def test_deep_homes_get_a_short_ray_folder(tmp_path: Path) -> None:
+    assert bootstrap._ray_folder(Path("/h")) == "/h/run/ray"
+    assert len(bootstrap._ray_folder(tmp_path / ("x" * 90))) < 60
