@@ -51,7 +51,10 @@ class Ingestor:
         return receipt
 
     async def ready(self) -> bool:
-        await self._ingestion()
+        """True once the embedder pool and both stores answer. Raises Unavailable."""
+        hades = (await self._ingestion()).hades
+        await self._run(hades.documents.check)
+        await self._run(hades.vectors.check)
         return True
 
     async def _ingestion(self) -> Ingestion:

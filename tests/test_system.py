@@ -133,7 +133,7 @@ def test_a_second_up_says_that_it_runs(nexus: Running) -> None:
 
 # ── OpenAI's own client ─────────────────────────────────────────────────────────────────────────
 
-QUESTION = [{"role": "user", "content": "Which torque do the wheel nuts of the WD-8 Dray need?"}]
+QUESTION = [{"role": "user", "content": "What torque do the wheel nuts of the WD-8 need?"}]
 
 
 def test_the_stock_client_chats_in_both_modes(client: openai.OpenAI) -> None:
@@ -225,9 +225,8 @@ def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: 
     until(60, answers)
     with nexus.http() as http:
         assert {d["document_id"] for d in http.get("/rag/documents?limit=1000").json()["documents"]} == before
-        added = http.post(
-            "/rag/add_document", json={"filename": f"after-{part}.md", "content": "# After\n\nIt still works."}
-        )
+        document = {"filename": f"after-{part}.md", "content": "# After\n\nIt still works."}
+        added = http.post("/rag/add_document", json=document)
         assert added.status_code == 201, added.text
         http.delete(f"/rag/documents/{added.json()['document_id']}")
 

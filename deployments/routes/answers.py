@@ -1,5 +1,6 @@
 """Searches, and answers with their sources."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -30,7 +31,9 @@ async def search(request: Request, body: Search, principal: Principal = permit("
 async def query(request: Request, body: Query, principal: Principal = permit("documents:read")) -> Response:
     """An answer with its sources; with `stream`, server-sent events whose last is the whole answer."""
     here = lent(request)
-    context = here.sessions.context(principal, body.session_id) if body.session_id is not None else ""
+    context = ""
+    if body.session_id is not None:
+        context = await asyncio.to_thread(here.sessions.context, principal, body.session_id)
     ask = rag.Ask(body.to_request(), principal, context)
     trace_id = request.state.request_id
     stream = rag.run(ask, here.rag)

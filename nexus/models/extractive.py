@@ -31,31 +31,32 @@ CARRIED_STATEMENTS = 24
 CARRIED_CODE_LINES = 30
 SAME_TERMS = 0.6  # two statements say the same when they share this much of the shorter one's terms
 HEADING_WORDS = 8
+CELLS_FOLLOW = " — "  # after the first cell of a row, which is what the row is about
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What a statement's score is made of, how much it must be, and how close to the best one's.
+    """What a statement's score is made of, how much it must be, and how far below the best one's it may be.
 
-    `around` are the terms of the question that the statement, its heading and its title mention,
-    `own` those in the statement itself, both as a weighted share; `rank` is for each e-fold of the
-    passage's number; `question` is for a statement that only asks.
+    `around` is the weighted share of the question's terms that the statement, its heading and its title
+    mention, `own` that of the statement alone; `rank` is for each e-fold of the passage's number.
     """
 
     cosine: float
     around: float
     own: float
     rank: float
-    question: float
     least: float
     slack: float
 
 
 # Fitted on chunking_eval to put a sentence of the answer first (a softmax over the sentences retrieved
-# for each question), then divided so that the first weight is 1. `least` refuses what no question of
-# that set needs; `slack` keeps second sentences that are as likely to be wanted as not.
-BY_MEANING = Scale(cosine=1.0, around=1.2, own=0.0, rank=-0.13, question=-0.45, least=0.6, slack=0.15)
-BY_WORDS = Scale(cosine=0.0, around=1.0, own=0.35, rank=-0.14, question=-0.3, least=0.4, slack=0.12)
+# for each question), then divided so that the first weight is 1. `least` refuses what 1 in 100 of its
+# questions would need; within `slack`, further sentences are wanted as often as they are not.
+BY_MEANING = Scale(cosine=1.0, around=1.2, own=0.0, rank=-0.13, least=0.6, slack=0.15)
+BY_WORDS = Scale(cosine=0.0, around=1.0, own=0.35, rank=-0.14, least=0.25, slack=0.12)
+# What the form of a statement adds: fitted in the same way, but for the row, of which that set has none.
+QUESTION, FRAGMENT, SHORT, FIGURE, NAMED_ROW = -0.45, -0.15, -0.2, 0.1, 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,13 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A statement that might be quoted: its index among all, what it mentions, and how well it fits."""
+    """A statement that might be quoted: its index among all, what it mentions, and what speaks for it."""
 
     index: int
     mentioned: frozenset[str]
     own: float
     around: float
+    form: float
     score: float = 0.0
 
 
@@ -102,7 +104,8 @@ class Extractive:
     async def stream(self, prompt: Prompt) -> AsyncIterator[str]:
         """The answer quote by quote; nothing where no statement answers the question."""
         passages = prompt.passages
-        statements = [said for number, hit in enumerate(passages, 1) for said in read_statements(number, hit.text)]
+        read = [read_statements(number, hit.text) for number, hit in enumerate(passages, 1)]
+        statements = [statement for statements in read for statement in statements]
         candidates = find_candidates(prompt.question, passages, statements)
         scale = BY_WORDS
         ranked = _rank(candidates, statements, scale, [0.0] * len(candidates))
@@ -201,7 +204,7 @@ def _read_table(lines: Sequence[str]) -> Iterator[str]:
         pairs = [(name, cell) for name, cell in zip(names, row, strict=True) if cell.strip("-–—")]
         if pairs:
             told = "; ".join(f"{name}: {cell}" if name else cell for name, cell in pairs[1:])
-            yield f"{pairs[0][1]} — {told}" if told else pairs[0][1]
+            yield f"{pairs[0][1]}{CELLS_FOLLOW}{told}" if told else pairs[0][1]
 
 
 def _cells(line: str) -> list[str]:
@@ -227,8 +230,21 @@ def _read_prose(lines: Sequence[str]) -> Iterator[tuple[Kind, str, str]]:
 
 # Choosing
 
+_ASKS_FIGURE = re.compile(
+    r"""
+      \bhow\s(?:many|much|long|far|old|often|heavy|tall|high|deep|wide|tight|thin|thick|full|fast|large|big|small
+              |hot|cold|low|late|early|close|strong|loud|quickly|soon)\b
+    | \bwhen\b
+    | \b(?:what|which)\b(?:\s\S+){0,3}?\s(?:percent\w*|number|amount|year|date|rate|torque|temperature|cost|price
+              |value|level|pressure|speed|weight|mass|distance|voltage|current|capacity|limit|size|age|time
+              |offset|range|length|width|height|duration|frequency)\b
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 
-def find_candidates(question: str, passages: Sequence[Hit], statements: Sequence[Statement]) -> list[Candidate]:
+def find_candidates(
+    question: str, passages: Sequence[Hit], statements: Sequence[Statement]
+) -> list[Candidate]:
     """What might be quoted, with the share of the question's terms in it and around it.
 
     A term weighs more the fewer statements mention it. Headings say nothing by themselves, and
@@ -236,20 +252,37 @@ def find_candidates(question: str, passages: Sequence[Hit], statements: Sequence
     """
     mentions = [find_mentions(statement.text) for statement in statements]
     names = [find_mentions(" ".join((hit.title, *hit.heading))) for hit in passages]
+    wanted = frozenset(wanted_terms(question))
+    count = len(mentions)
     rarity = {
-        term: weigh_term(term) * math.log1p((len(mentions) + 0.5) / (sum(term in said for said in mentions) + 0.5))
-        for term in wanted_terms(question)
+        term: weigh_term(term) * math.log1p((count + 0.5) / (sum(term in said for said in mentions) + 0.5))
+        for term in wanted
     }
     whole = sum(rarity.values()) or 1.0
+    asks_figure = _ASKS_FIGURE.search(question) is not None
     candidates = []
     for index, (statement, mentioned) in enumerate(zip(statements, mentions, strict=True)):
-        if statement.kind == "heading" or (statement.text.endswith(":") and not find_carried(index, statements)):
+        announces = statement.text.endswith(":")
+        if statement.kind == "heading" or (announces and not find_carried(index, statements)):
             continue
         near = mentioned | names[statement.passage - 1] | find_mentions(statement.context)
         own = sum(weight for term, weight in rarity.items() if term in mentioned) / whole
         around = sum(weight for term, weight in rarity.items() if term in near) / whole
-        candidates.append(Candidate(index, mentioned, own, around))
+        form = _weigh_form(statement, asks_figure, wanted)
+        candidates.append(Candidate(index, mentioned, own, around, form))
     return candidates
+
+
+def _weigh_form(statement: Statement, asks_figure: bool, wanted: frozenset[str]) -> float:
+    text, is_sentence = statement.text, statement.kind == "sentence"
+    form = QUESTION if text.endswith("?") else 0.0
+    form += FRAGMENT if is_sentence and not _STOPPED.search(text) else 0.0
+    form += SHORT if is_sentence and len(text.split()) < 3 else 0.0
+    form += FIGURE if asks_figure and any(sign.isdigit() for sign in text) else 0.0
+    if statement.kind == "row":
+        subject = find_mentions(text.partition(CELLS_FOLLOW)[0]) & wanted
+        form += NAMED_ROW if any(len(term) > 2 and any(sign.isdigit() for sign in term) for term in subject) else 0.0
+    return form
 
 
 def _rank(
@@ -258,18 +291,19 @@ def _rank(
     """The candidates with their scores, best first, ties in reading order."""
     scored = []
     for candidate, cosine in zip(candidates, cosines, strict=True):
-        statement = statements[candidate.index]
         score = scale.cosine * cosine + scale.around * candidate.around + scale.own * candidate.own
-        score += scale.rank * math.log(statement.passage) + scale.question * statement.text.endswith("?")
-        scored.append(replace(candidate, score=score))
+        score += scale.rank * math.log(statements[candidate.index].passage) + candidate.form
+        # Rounded, because the last bits of a cosine depend on what else was embedded with it.
+        scored.append(replace(candidate, score=round(score, 4)))
     return sorted(scored, key=lambda candidate: (-candidate.score, candidate.index))
 
 
 def choose(ranked: Sequence[Candidate], statements: Sequence[Statement], scale: Scale) -> list[int]:
     """Indices of the statements to quote, best first: good enough, and each saying something else."""
+    least = max(scale.least, ranked[0].score - scale.slack) if ranked else 0.0
     chosen: list[Candidate] = []
     for candidate in ranked:
-        if candidate.score < max(scale.least, ranked[0].score - scale.slack) or len(chosen) == MOST_STATEMENTS:
+        if len(chosen) == MOST_STATEMENTS or candidate.score < least:
             break
         if not any(_overlap(candidate.mentioned, other.mentioned) >= SAME_TERMS for other in chosen):
             chosen.append(candidate)
@@ -297,7 +331,7 @@ def _is_same_passage(statements: Sequence[Statement], one: int, other: int) -> b
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """Statements that are given together under one citation; `carried` is the code or the steps they announce."""
+    """Statements given together under one citation, and in `carried` the code or the steps they announce."""
 
     index: int
     passage: int
@@ -328,7 +362,8 @@ def gather(chosen: Sequence[int], statements: Sequence[Statement], wanted: froze
         if used.isdisjoint(run):
             used.update(run, carried)
             said = tuple(_excerpt(statements[i], wanted) for i in run)
-            quotes.append(Quote(index, statements[index].passage, said, tuple(statements[i] for i in carried)))
+            brought = tuple(statements[i] for i in carried)
+            quotes.append(Quote(index, statements[index].passage, said, brought))
     return quotes
 
 
@@ -337,8 +372,9 @@ def _with_companions(index: int, statements: Sequence[Statement], wanted: frozen
     run = [index]
     if _LEANING.match(statements[index].text) and _is_companion(index - 1, index, statements):
         run.insert(0, index - 1)
-    elif _is_companion(index + 1, index, statements) and _LEANING.match(statements[index + 1].text):
-        if find_mentions(statements[index + 1].text) & wanted:
+    elif _is_companion(index + 1, index, statements):
+        following = statements[index + 1].text
+        if _LEANING.match(following) and find_mentions(following) & wanted:
             run.append(index + 1)
     return run
 
@@ -348,8 +384,9 @@ def _is_companion(index: int, of: int, statements: Sequence[Statement]) -> bool:
     if not 0 <= index < len(statements) or not _is_same_passage(statements, index, of):
         return False
     one, later = statements[index], statements[max(index, of)]
-    is_joined = one.kind == statements[of].kind and one.paragraph == statements[of].paragraph and not later.marker
-    return is_joined and one.kind in ("sentence", "item") and len(one.text.split()) <= COMPANION_WORDS
+    is_like = one.kind == statements[of].kind and one.kind in ("sentence", "item")
+    is_joined = one.paragraph == statements[of].paragraph and not later.marker
+    return is_like and is_joined and len(one.text.split()) <= COMPANION_WORDS
 
 
 def find_carried(index: int, statements: Sequence[Statement]) -> list[int]:
@@ -412,9 +449,9 @@ def compose(quotes: Sequence[Quote], max_tokens: int | None, stop: Sequence[str]
 def _render(quote: Quote, room: int) -> str:
     """A quote with its citation; what it carries is shortened to fit, and so is the quote itself."""
     citation = f"[{quote.passage}]"
-    *first, last = [_REFERENCE.sub("", said.text) if said.kind != "code" else said.text for said in quote.statements]
     if quote.statements[-1].kind == "code":
         return f"{_fenced(quote.statements)}\n\n{citation}"
+    *first, last = [_REFERENCE.sub("", statement.text) for statement in quote.statements]
     if quote.carried:
         head = " ".join([*first, f"{last.rstrip(':')} {citation}:"])
         carried = list(quote.carried)

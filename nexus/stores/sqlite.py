@@ -106,7 +106,7 @@ class SqliteDocuments:
             )
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA cache_size = -65536")
+            connection.execute("PRAGMA cache_size = -16384")
             if self._memory:
                 self.connection = connection
             else:
