@@ -74,6 +74,14 @@ def test_a_unique_word_reaches_the_top(house: House) -> None:
     assert "XK9931" in house.retriever.search(SearchRequest("XK9931"), ALICE).hits[0].text
 
 
+def test_a_chunk_is_found_by_its_neighbours_words_too_but_after_them(house: House) -> None:
+    house.put("a", "the gripper closes", "its torque is four", "the wheel turns", "the lamp burns")
+    request = SearchRequest("torque", embedding_weight=0, text_weight=1)
+    texts = [hit.text for hit in house.retriever.search(request, ALICE).hits]
+    assert texts[0] == "its torque is four"
+    assert set(texts[1:]) == {"the gripper closes", "the wheel turns"}
+
+
 def test_weights_of_zero_switch_a_route_off(house: House) -> None:
     house.put("a.txt", "gripper torque")
     dense = house.retriever.search(SearchRequest("gripper", embedding_weight=1, text_weight=0), ALICE).hits[0]
