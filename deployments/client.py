@@ -1,6 +1,7 @@
 """Nexus over HTTP, as the command line speaks it."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from nexus.config import load_config
 from nexus.errors import InvalidRequest, NexusError, NotFound, Unauthenticated, Unavailable
 
 SEARCH_SECONDS = 60.0
+ADD_PAUSES = (1.0, 2.0, 4.0, 8.0)
 KINDS: dict[int, type[NexusError]] = {401: Unauthenticated, 404: NotFound, 503: Unavailable}
 
 
@@ -46,7 +48,16 @@ class Client:
         return response.status_code, response.json()
 
     def add(self, file: Path, source: str, collection: str) -> tuple[int, Any]:
-        """Send one file; no time limit, for a large one takes its time."""
+        """Send one file, again after a pause while a part is away; adding twice is adding once."""
+        for pause in ADD_PAUSES:
+            try:
+                return self._add(file, source, collection)
+            except Unavailable:
+                time.sleep(pause)
+        return self._add(file, source, collection)
+
+    def _add(self, file: Path, source: str, collection: str) -> tuple[int, Any]:
+        """No time limit, for a large file takes its time."""
         with file.open("rb") as content:
             return self.call(
                 "POST", "/rag/add_document", files={"file": (file.name, content)},

@@ -226,9 +226,9 @@ def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: 
     with nexus.http() as http:
         assert {d["document_id"] for d in http.get("/rag/documents?limit=1000").json()["documents"]} == before
         document = {"filename": f"after-{part}.md", "content": "# After\n\nIt still works."}
-        added = http.post("/rag/add_document", json=document)
-        assert added.status_code == 201, added.text
-        http.delete(f"/rag/documents/{added.json()['document_id']}")
+        until(30, lambda: http.post("/rag/add_document", json=document).status_code in (200, 201))
+        found = http.post("/rag/search", json={"query": f"after {part} still works", "k": 1}).json()["hits"][0]
+        http.delete(f"/rag/documents/{found['document_id']}").raise_for_status()
 
 
 def test_down_and_up_keep_documents_sessions_and_keys(nexus: Running) -> None:
