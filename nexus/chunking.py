@@ -18,8 +18,8 @@ What holds for every cut:
 - `embedded_text` of a piece has at most `max_tokens` tokens by the embedder's own count. Sums of
   units only plan; each finished piece is counted, and divided further where the sum was wrong.
   Where the prefix alone takes that many tokens the promise cannot be kept, and is not made.
-- A piece has at most 16 characters per token of its budget, whatever the tokenizer says: some
-  count a word of 200 kB as one unknown token.
+- A piece has no more than some 16 characters per token of its budget, whatever the tokenizer
+  says: some count a word of 200 kB as one unknown token.
 """
 
 import re
@@ -43,12 +43,12 @@ HEADING_CHARACTERS = 200
 DEEPEST_LEVEL = 9
 BATCH_CHARACTERS = 250_000
 TINY_SHARE = 4  # a section is tiny up to a quarter of the wanted size
+FRAGMENT_SHARE = 8  # a long word is cut into so many parts for each piece
 GRAIN_SHARE = 16  # smaller neighbours are one unit: it bounds the work of dividing a row
 BREAK_COSTS = (0.0, 0.02, 0.04, 0.1, 0.3, 1.0)  # by depth: 0 between blocks, then by rung of a ladder
 PROSE = ("text", "list")
 SENTENCE_DEPTH = 2  # what is deeper begins within a sentence
 BOND_COST = 0.2  # between a line that ends in a colon and what it introduces
-TIE_COST = 2.0  # between a heading or a header row and what stands under it
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,9 @@ def cut(parsed: Parsed, count_tokens: CountTokens, settings: ChunkSettings) -> l
 
     `count_tokens` gives the number of the embedder's own tokens for each of some texts, special
     tokens not counted. `Piece.tokens` is that number for `embedded_text(parsed.title, piece)`.
-    Lines and page of a piece are those of the text that is new in it: a repeated header row and
-    overlap do not count. Where a block has one line of text for each of its lines, its parts have
-    their own lines; else they have those of the block.
+    The page of a piece is that of its first block. Its lines are those of all it contains but a
+    repeated header row: where a block has one line of text for each of its lines, a part of it has
+    its own lines, else those of the block.
     """
     scale = _Scale(count_tokens, settings.max_tokens)
     sections = _weighed(_sections(parsed.blocks), scale)
@@ -385,8 +385,6 @@ def _size_cost(size: int, goal: int) -> float:
 
 
 def _break_cost(before: _Unit, unit: _Unit) -> float:
-    if before.kind == "heading" or (unit.depth > 0 and unit.header == before.text != ""):
-        return TIE_COST
     cost = BREAK_COSTS[min(unit.depth, len(BREAK_COSTS) - 1)]
     return max(cost, BOND_COST) if unit.depth == 0 and before.text.endswith(":") else cost
 
@@ -467,16 +465,16 @@ def _settled(drafts: list[_Draft], title: str, scale: _Scale) -> list[Piece]:
 
 def _halved(draft: _Draft) -> list[_Draft]:
     """Less of a draft: without its overlap, or in two, or without its header row; [] when nothing helps."""
-    first, *more = draft.units
-    if draft.lead.text and not first.header:
+    units = draft.units
+    if draft.lead.text and not units[0].header:
         return [replace(draft, lead=_Lead())]
-    if more:
-        middle = len(draft.units) // 2
-        start, rest = draft.units[:middle], draft.units[middle:]
+    if len(units) == 1 and len(units[0].text) > 1:
+        units = tuple(_broken(units[0], FRAGMENT_SHARE * len(units[0].text)))
+    if len(units) > 1:
+        start, rest = units[: len(units) // 2], units[len(units) // 2 :]
         return [replace(draft, units=start), replace(draft, lead=_header_lead(rest[0]), units=rest)]
-    if len(first.text) > 1:
-        parts = _parts(first, _fragments(first.text, len(first.text)), first.rung)
-        return [replace(draft, units=(part,)) for part in parts]
+    if units != draft.units:
+        return [replace(draft, units=units)]
     return [replace(draft, lead=_Lead())] if draft.lead.text else []
 
 
@@ -487,16 +485,21 @@ def _taken_apart(unit: _Unit, room: int, scale: _Scale) -> list[_Unit]:
     """The unit itself, or where it is too long its parts, each of which fits or is one character."""
     if unit.tokens + unit.header_tokens <= room or len(unit.text) < 2:
         return [unit]
+    parts = _broken(unit, room)
+    weights = scale.weigh([part.text for part in parts])
+    weighed = [replace(part, tokens=weight) for part, weight in zip(parts, weights, strict=True)]
+    return [smaller for part in weighed for smaller in _taken_apart(part, room, scale)]
+
+
+def _broken(unit: _Unit, room: int) -> list[_Unit]:
+    """The parts of a unit at the next rung of its ladder that divides it, or at the end by characters."""
     ladder = _LADDERS[unit.kind]
     strings, rung = [unit.text], unit.rung
     while len(strings) == 1 and rung < len(ladder):
         strings, rung = ladder[rung](unit.text), rung + 1
     if len(strings) == 1:
         strings, rung = _fragments(unit.text, room), len(BREAK_COSTS) - 1
-    parts = _parts(unit, strings, rung)
-    weights = scale.weigh([part.text for part in parts])
-    weighed = [replace(part, tokens=weight) for part, weight in zip(parts, weights, strict=True)]
-    return [smaller for part in weighed for smaller in _taken_apart(part, room, scale)]
+    return _parts(unit, strings, rung)
 
 
 def _parts(unit: _Unit, strings: list[str], rung: int) -> list[_Unit]:
@@ -561,8 +564,10 @@ def _rows(text: str) -> list[str]:
 
 
 def _fragments(text: str, room: int) -> list[str]:
-    """A text without white space cut by characters: as many as there is room for tokens, then halves."""
-    size = room if len(text) > room else (len(text) + 1) // 2
+    """A word cut by characters: into parts small enough to fill a piece well, or one such part into halves."""
+    size = max(1, room // FRAGMENT_SHARE)
+    if len(text) <= size:
+        size = (len(text) + 1) // 2
     return _divide(text, range(size, len(text), size))
 
 
@@ -594,15 +599,15 @@ _ENUMERATOR = re.compile(r"(?:^|\n)[^\S\n]*(?:\d{1,3}|[A-Za-z])$")
 
 # Before these a stop never ends a sentence …
 _NEVER_LAST = re.compile(
-    r"""mr|mrs|ms|mx|dr|prof|st|gen|col|lt|sgt|capt|cmdr|rev|hon|gov|sen|rep|pres|messrs|mt|ft|e\.?g|i\.?e|cf|viz
-    |vs|approx|ca|figs?|eqs?|sec|ch|chap|refs?|vols?|pp|ver|resp|incl""",
+    r"""mr|mrs|ms|mx|dr|prof|st|gen|col|lt|sgt|capt|cmdr|rev|hon|gov|sen|rep|pres|messrs|mt|e\.?g|i\.?e|cf|viz
+    |vs|approx|ca|figs?|eqs?|ch|chap|refs?|vols?|pp|ver|resp|incl""",
     re.VERBOSE,
 )
 # … before these it does not where a number follows …
-_BEFORE_NUMBERS = re.compile(r"nos?|nr|p|art|op|tab")
+_BEFORE_NUMBERS = re.compile(r"nos?|nr|art|op|tab")
 # … and before these, and before initials, only where a word follows that often opens a sentence.
 _MAYBE_LAST = re.compile(
-    r"""al|etc|inc|ltd|co|corp|llc|plc|bros|dept|est|jr|sr|esq|ave|blvd|rd|eds?|ph\.d|[mb]\.sc
+    r"""al|etc|inc|ltd|co|corp|llc|plc|bros|dept|est|jr|sr|esq|ave|blvd|rd|eds?|ph\.d|[mb]\.sc|ft|sec
     |jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[^\W\d_]\.)*[^\W\d_]""",
     re.VERBOSE,
 )
@@ -682,7 +687,7 @@ def _on_one_line(name: str) -> str:
 
 
 def _estimate(text: str) -> int:
-    """About how many tokens a text has, rather more than fewer: three letters of a word, or one other sign, are one."""
+    """About how many tokens a text has, rather too many: one for three letters of a word or for another sign."""
     signs = _WEIGHTY.findall(unicodedata.normalize("NFD", text))  # some tokenizers count the parts of 한
     return sum(-(-len(sign) // 3) for sign in signs)
 

@@ -27,7 +27,7 @@ NAMED_WORDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Log odds for each unit of a feature, and without any; 0 for what a search without a route cannot know."""
+    """Log odds: without any evidence, and for each unit of a feature; 0 where a search cannot know it."""
 
     base: float
     cosine: float
@@ -49,11 +49,12 @@ USUAL_TEXT_LEAD = 0.34
 # Words that ask rather than name: a passage without them lacks nothing.
 _ASKING = frozenset(
     extract_terms(
-        "about again all also am any anything back been before being come each else every explain far find from get"
-        " give go going got had happen has have having he her here his its just keep know let like list long made make"
-        " many may me mean mention might more most much must my need new now only or our out over per please put"
-        " question same say shall she show so some something still take tell than them thing through too under"
-        " up us use using via want way were while whose within without your"
+        "about again all also am any anything back been before being come each else every explain far"
+        " find from get give go going got had happen has have having he her here his its just keep"
+        " know let like list long made make many may me mean mention might more most much must my need"
+        " new now only or our out over per please put question same say shall she show so some"
+        " something still take tell than them thing through too under up us use using via want way"
+        " were while whose within without your"
     )
 )
 _NAME = re.compile(r"\w+(?:[-./]\w+)*")
@@ -101,6 +102,12 @@ def assess(query: str, hits: Sequence[Hit]) -> Judgement:
     if not hits:
         return Judgement(0.0, "nothing was found")
     features, weights = measure(query, hits), weights_for(hits)
+    confidence = weigh(features, weights)
+    return Judgement(confidence, _reason(features, weights) if confidence < WEAK_BELOW else None)
+
+
+def weigh(features: Features, weights: Weights) -> float:
+    """The probability that the features stand for an answer."""
     odds = (
         weights.base
         + weights.cosine * features.cosine
@@ -109,8 +116,7 @@ def assess(query: str, hits: Sequence[Hit]) -> Judgement:
         + weights.coverage * features.coverage
         + weights.agreement * features.agreement
     )
-    confidence = 1 / (1 + math.exp(-odds))
-    return Judgement(confidence, _reason(features, weights) if confidence < WEAK_BELOW else None)
+    return 1 / (1 + math.exp(-odds))
 
 
 def weights_for(hits: Sequence[Hit]) -> Weights:

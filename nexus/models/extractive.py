@@ -21,7 +21,7 @@ Embed = Callable[[Sequence[str]], Awaitable[Vectors]]
 Kind = Literal["sentence", "item", "row", "code", "heading"]
 
 MOST_STATEMENTS = 3
-COMPARED_STATEMENTS = 20  # these are embedded, in one call
+COMPARED_STATEMENTS = 16  # these are embedded, in one call
 COMPARED_CHARACTERS = 240
 DEFAULT_WORDS = 250
 WORDS_PER_TOKEN = 0.75
@@ -29,7 +29,7 @@ QUOTED_WORDS = 60  # what is longer is a table that lost its cells, or the like:
 COMPANION_WORDS = 30
 CARRIED_STATEMENTS = 24
 CARRIED_CODE_LINES = 30
-SAME_TERMS = 0.6  # two statements say the same when they share this much of the shorter one's terms
+SAME_TERMS = 0.45  # two statements say the same when they share this much of the shorter one's terms
 HEADING_WORDS = 8
 CELLS_FOLLOW = " — "  # after the first cell of a row, which is what the row is about
 
@@ -55,8 +55,12 @@ class Scale:
 # questions would need; within `slack`, further sentences are wanted as often as they are not.
 BY_MEANING = Scale(cosine=1.0, around=1.2, own=0.0, rank=-0.13, least=0.6, slack=0.15)
 BY_WORDS = Scale(cosine=0.0, around=1.0, own=0.35, rank=-0.14, least=0.25, slack=0.12)
-# What the form of a statement adds: fitted in the same way, but for the row, of which that set has none.
-QUESTION, FRAGMENT, SHORT, FIGURE, NAMED_ROW = -0.45, -0.15, -0.2, 0.1, 0.2
+# What the form of a statement adds. The first four agree with the same fit; that set has no tables, so
+# those of rows are chosen: a row keyed by the name asked for is likely the answer, and one that is only
+# about its table's subject is an answer to something else.
+QUESTION, FRAGMENT, SHORT, FIGURE = -0.45, -0.15, -0.2, 0.2
+NAMED_ROW, OTHER_ROW = 0.2, -0.5
+OWN_SUBJECT = 0.33  # of the terms that title and heading leave open, a row must mention this share
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +166,20 @@ def _read_paragraph(paragraph: str, is_introduced: bool, is_last: bool) -> Itera
     if _is_code(lines, is_introduced):
         yield "code", "", "\n".join(line for line in lines if not line.lstrip().startswith("```"))
         return
-    if len(lines) == 1 and not is_introduced and not is_last and _is_heading(lines[0]):
+    if len(lines) == 1 and not is_introduced and _is_heading(lines[0], is_last):
         yield "heading", "", lines[0].strip().lstrip("# ")
         return
-    for is_table, group in groupby(lines, lambda line: _PIPE.search(line) is not None):
+    for is_table, group in groupby(lines, _is_row):
         if is_table:
             yield from (("row", "", row) for row in _read_table(list(group)))
         else:
             yield from _read_prose(list(group))
 
 
-def _is_heading(line: str) -> bool:
+def _is_heading(line: str, is_last: bool) -> bool:
+    """Whether a line names what follows. Where nothing does, one with a figure in it is a remark."""
+    if is_last and any(sign.isdigit() for sign in line):
+        return False
     is_short = len(line.split()) <= HEADING_WORDS and ": " not in line
     return is_short and not _STOPPED.search(line) and not _MARKER.match(line) and not _PIPE.search(line)
 
@@ -189,6 +196,10 @@ def _is_code(lines: Sequence[str], is_introduced: bool) -> bool:
     return is_introduced and is_plain and not first[:1].isupper()
 
 
+def _is_row(line: str) -> bool:
+    return _PIPE.search(line) is not None or ("|" in line and _RULE.fullmatch(line) is not None)
+
+
 def _is_prose(line: str) -> bool:
     return bool(re.search(r"\w[.!?…][\"”’)]*\s*$", line)) and line.count(" ") > 3
 
@@ -203,8 +214,11 @@ def _read_table(lines: Sequence[str]) -> Iterator[str]:
         names = header if len(header) == len(row) else [""] * len(row)
         pairs = [(name, cell) for name, cell in zip(names, row, strict=True) if cell.strip("-–—")]
         if pairs:
-            told = "; ".join(f"{name}: {cell}" if name else cell for name, cell in pairs[1:])
-            yield f"{pairs[0][1]}{CELLS_FOLLOW}{told}" if told else pairs[0][1]
+            (name, subject), *others = pairs
+            if name and not any(sign.isalpha() for sign in subject):
+                subject = f"{name} {subject}"
+            told = "; ".join(f"{name}: {cell}" if name else cell for name, cell in others)
+            yield f"{subject}{CELLS_FOLLOW}{told}" if told else subject
 
 
 def _cells(line: str) -> list[str]:
@@ -230,21 +244,29 @@ def _read_prose(lines: Sequence[str]) -> Iterator[tuple[Kind, str, str]]:
 
 # Choosing
 
-_ASKS_FIGURE = re.compile(
-    r"""
-      \bhow\s(?:many|much|long|far|old|often|heavy|tall|high|deep|wide|tight|thin|thick|full|fast|large|big|small
-              |hot|cold|low|late|early|close|strong|loud|quickly|soon)\b
-    | \bwhen\b
-    | \b(?:what|which)\b(?:\s\S+){0,3}?\s(?:percent\w*|number|amount|year|date|rate|torque|temperature|cost|price
-              |value|level|pressure|speed|weight|mass|distance|voltage|current|capacity|limit|size|age|time
-              |offset|range|length|width|height|duration|frequency)\b
-    """,
-    re.IGNORECASE | re.VERBOSE,
+_FIGURES = (  # words that ask for a figure, and what such a figure is followed by
+    (r"heavy|weigh\w*|mass|load", r"kg|g|t|lbs?|tons?|tonnes?"),
+    (r"how (?:long|soon|often|late|quickly)|when|duration|time", r"m?s|sec\w*|min\w*|h|hours?|days?|weeks?"),
+    (r"how (?:long|old|soon)|when|age", r"months?|years?"),
+    (r"how (?:long|far|high|deep|wide|tall|thick|thin|close)|distance|length|height|depth", r"[kcm]?m|ft|in"),
+    (r"offset|range|size|clearance|gap|tread", r"[kcm]?m|ft|in"),
+    (r"tight|torque", r"N·m|Nm"),
+    (r"hot|cold|warm|temperature", r"°\s?[CF]|K"),
+    (r"full|level|percent\w*|rate|share|charge", r"%|percent"),
+    (r"fast|speed", r"m/s|km/h|mph|rpm"),
+    (r"pressure", r"bar|psi|[kM]?Pa"),
+    (r"voltage", r"[mk]?V"),
+    (r"current", r"m?A"),
+    (r"how (?:many|much)|number|amount|count|date|year|cost|price|value|version|limit", r""),
 )
+_ASKED_FIGURES = tuple(
+    (re.compile(rf"\b(?:{asked})\b", re.IGNORECASE), re.compile(rf"\d\s?(?:{unit})(?!\w)" if unit else r"\d"))
+    for asked, unit in _FIGURES
+)
+_ASKS = re.compile(r"\b(?:how (?!(?:do|to|can|should|does|did)\b)|what\b|which\b|when\b)", re.IGNORECASE)
 
-def find_candidates(
-    question: str, passages: Sequence[Hit], statements: Sequence[Statement]
-) -> list[Candidate]:
+
+def find_candidates(question: str, passages: Sequence[Hit], statements: Sequence[Statement]) -> list[Candidate]:
     """What might be quoted, with the share of the question's terms in it and around it.
 
     A term weighs more the fewer statements mention it. Headings say nothing by themselves, and
@@ -259,30 +281,47 @@ def find_candidates(
         for term in wanted
     }
     whole = sum(rarity.values()) or 1.0
-    asks_figure = _ASKS_FIGURE.search(question) is not None
+
+    def share(mentioned: frozenset[str]) -> float:
+        return sum(weight for term, weight in rarity.items() if term in mentioned) / whole
+
+    figures = find_figures(question)
     candidates = []
     for index, (statement, mentioned) in enumerate(zip(statements, mentions, strict=True)):
         announces = statement.text.endswith(":")
         if statement.kind == "heading" or (announces and not find_carried(index, statements)):
             continue
-        near = mentioned | names[statement.passage - 1] | find_mentions(statement.context)
-        own = sum(weight for term, weight in rarity.items() if term in mentioned) / whole
-        around = sum(weight for term, weight in rarity.items() if term in near) / whole
-        form = _weigh_form(statement, asks_figure, wanted)
+        heading = names[statement.passage - 1] | find_mentions(statement.context)
+        own, around = share(mentioned), share(mentioned | heading)
+        form = _weigh_form(statement, figures)
+        if statement.kind == "row":
+            form += NAMED_ROW if _is_keyed(statement, wanted) else 0.0
+            left_open = 1 - share(heading)
+            form += OTHER_ROW if around - share(heading) < OWN_SUBJECT * left_open else 0.0
         candidates.append(Candidate(index, mentioned, own, around, form))
     return candidates
 
 
-def _weigh_form(statement: Statement, asks_figure: bool, wanted: frozenset[str]) -> float:
+def find_figures(question: str) -> list[re.Pattern[str]]:
+    """Patterns of the figures that a question asks for: how heavy is told in kg, and how many by a number."""
+    if not _ASKS.search(question):
+        return []
+    return [figure for asked, figure in _ASKED_FIGURES if asked.search(question)]
+
+
+def _weigh_form(statement: Statement, figures: Sequence[re.Pattern[str]]) -> float:
     text, is_sentence = statement.text, statement.kind == "sentence"
     form = QUESTION if text.endswith("?") else 0.0
     form += FRAGMENT if is_sentence and not _STOPPED.search(text) else 0.0
     form += SHORT if is_sentence and len(text.split()) < 3 else 0.0
-    form += FIGURE if asks_figure and any(sign.isdigit() for sign in text) else 0.0
-    if statement.kind == "row":
-        subject = find_mentions(text.partition(CELLS_FOLLOW)[0]) & wanted
-        form += NAMED_ROW if any(len(term) > 2 and any(sign.isdigit() for sign in term) for term in subject) else 0.0
+    form += FIGURE if any(figure.search(text) for figure in figures) else 0.0
     return form
+
+
+def _is_keyed(row: Statement, wanted: frozenset[str]) -> bool:
+    """Whether the first cell of a row has a name or number that the question asks for."""
+    subject = find_mentions(row.text.partition(CELLS_FOLLOW)[0]) & wanted
+    return any(len(term) > 2 and any(sign.isdigit() for sign in term) for term in subject)
 
 
 def _rank(
@@ -307,23 +346,11 @@ def choose(ranked: Sequence[Candidate], statements: Sequence[Statement], scale: 
             break
         if not any(_overlap(candidate.mentioned, other.mentioned) >= SAME_TERMS for other in chosen):
             chosen.append(candidate)
-    return list(dict.fromkeys(_introduction(candidate.index, statements) for candidate in chosen))
+    return [candidate.index for candidate in chosen]
 
 
 def _overlap(one: frozenset[str], other: frozenset[str]) -> float:
     return len(one & other) / max(1, min(len(one), len(other)))
-
-
-def _introduction(index: int, statements: Sequence[Statement]) -> int:
-    """For code the statement that introduces it, where there is one; else the statement itself."""
-    first = index
-    while first > 0 and statements[first].kind == "code" and _is_same_passage(statements, first - 1, first):
-        first -= 1
-    return first if statements[first].text.endswith(":") else index
-
-
-def _is_same_passage(statements: Sequence[Statement], one: int, other: int) -> bool:
-    return statements[one].passage == statements[other].passage
 
 
 # Composing
@@ -357,14 +384,35 @@ def gather(chosen: Sequence[int], statements: Sequence[Statement], wanted: froze
     quotes: list[Quote] = []
     used: set[int] = set()
     for index in chosen:
-        run = _with_companions(index, statements, wanted)
-        carried = find_carried(index, statements)
-        if used.isdisjoint(run):
+        run, carried = _with_companions(index, statements, wanted), find_carried(index, statements)
+        if statements[index].kind == "code":
+            run, carried = _with_introduction(index, statements)
+        if used.isdisjoint([*run, *carried]):
             used.update(run, carried)
             said = tuple(_excerpt(statements[i], wanted) for i in run)
             brought = tuple(statements[i] for i in carried)
-            quotes.append(Quote(index, statements[index].passage, said, brought))
+            quotes.append(Quote(run[0], statements[index].passage, said, brought))
     return quotes
+
+
+def _with_introduction(index: int, statements: Sequence[Statement]) -> tuple[list[int], list[int]]:
+    """The statement before some code and all the code after it; without such a statement, only the code."""
+    first = last = index
+    while _is_code_beside(first - 1, index, statements):
+        first -= 1
+    while _is_code_beside(last + 1, index, statements):
+        last += 1
+    code = list(range(first, last + 1))
+    before = first - 1
+    if before < 0 or statements[before].passage != statements[index].passage:
+        return code, []
+    is_short = len(statements[before].text.split()) <= COMPANION_WORDS
+    return ([before], code) if is_short and statements[before].kind in ("sentence", "item") else (code, [])
+
+
+def _is_code_beside(index: int, of: int, statements: Sequence[Statement]) -> bool:
+    is_there = 0 <= index < len(statements) and statements[index].passage == statements[of].passage
+    return is_there and statements[index].kind == "code"
 
 
 def _with_companions(index: int, statements: Sequence[Statement], wanted: frozenset[str]) -> list[int]:
@@ -381,7 +429,7 @@ def _with_companions(index: int, statements: Sequence[Statement], wanted: frozen
 
 def _is_companion(index: int, of: int, statements: Sequence[Statement]) -> bool:
     """Whether a statement stands in the same paragraph, or list item, as one beside it, and is short."""
-    if not 0 <= index < len(statements) or not _is_same_passage(statements, index, of):
+    if not 0 <= index < len(statements) or statements[index].passage != statements[of].passage:
         return False
     one, later = statements[index], statements[max(index, of)]
     is_like = one.kind == statements[of].kind and one.kind in ("sentence", "item")
@@ -453,7 +501,7 @@ def _render(quote: Quote, room: int) -> str:
         return f"{_fenced(quote.statements)}\n\n{citation}"
     *first, last = [_REFERENCE.sub("", statement.text) for statement in quote.statements]
     if quote.carried:
-        head = " ".join([*first, f"{last.rstrip(':')} {citation}:"])
+        head = " ".join([*first, f"{last.rstrip(':.')} {citation}:"])
         carried = list(quote.carried)
         while len(carried) > 1 and len(f"{head} {_listed(carried)}".split()) > room:
             carried.pop()
