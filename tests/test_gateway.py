@@ -350,7 +350,8 @@ def test_embeddings_as_numbers_and_as_base64_are_the_same(door: Door) -> None:
 @pytest.mark.parametrize(
     ("fields", "status"),
     [({"model": "x"}, 404), ({"input": []}, 400), ({"input": ""}, 400), ({"input": [" "]}, 400),
-     ({"input": [[1, 2]]}, 400), ({"dimensions": 3}, 400), ({"encoding_format": "hex"}, 400), ({"input": ["x"] * 3000}, 400)],
+     ({"input": [[1, 2]]}, 400), ({"dimensions": 3}, 400), ({"encoding_format": "hex"}, 400),
+     ({"input": ["x"] * 3000}, 400)],
 )  # fmt: skip
 def test_embeddings_that_cannot_be_made(door: Door, fields: dict, status: int) -> None:
     body = {"model": "word-embedder", "input": "gripper", **fields}
