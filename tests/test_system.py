@@ -222,11 +222,11 @@ def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: 
             query = http.post("/rag/query", json={"query": "What torque do the wheel nuts of the WD-8 need?"})
             return http.get("/readyz").status_code == 200 and "96 N·m" in query.json().get("response", "")
 
-    until(60, answers)
+    until(180, answers)
     with nexus.http() as http:
         assert {d["document_id"] for d in http.get("/rag/documents?limit=1000").json()["documents"]} == before
         document = {"filename": f"after-{part}.md", "content": "# After\n\nIt still works."}
-        until(30, lambda: http.post("/rag/add_document", json=document).status_code in (200, 201))
+        until(60, lambda: http.post("/rag/add_document", json=document).status_code in (200, 201))
         found = http.post("/rag/search", json={"query": f"after {part} still works", "k": 1}).json()["hits"][0]
         http.delete(f"/rag/documents/{found['document_id']}").raise_for_status()
 
