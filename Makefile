@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DOCS ?= deployments/manuals
-QUESTION ?= What torque do the wheel nuts of the WD-8 need?
+QUESTION ?= How do I clear an E-217 that stays latched?
 export NEXUS_HOME ?= $(CURDIR)/.demo
 
 .DEFAULT_GOAL := help

@@ -78,8 +78,8 @@ def test_the_manuals_answer_their_questions(nexus: Running, http: httpx.Client) 
 
 
 def test_ask_search_and_status_print_what_a_person_reads(nexus: Running) -> None:
-    answer = nexus.must("ask", "What torque do the wheel nuts of the WD-8 need?")
-    assert "96 N·m" in answer and "[1]" in answer and "Confidence" in answer
+    answer = nexus.must("ask", "How do I clear an E-217 that stays latched?")
+    assert "service card" in answer and "[1]" in answer and "Confidence" in answer
     found = nexus.must("search", "wheel nut torque", "-k", "2", "--explain")
     assert found.startswith("1. ") and "dense #" in found and "removed:" in found
     status = nexus.json("status")
@@ -133,14 +133,14 @@ def test_a_second_up_says_that_it_runs(nexus: Running) -> None:
 
 # ── OpenAI's own client ─────────────────────────────────────────────────────────────────────────
 
-QUESTION = [{"role": "user", "content": "What torque do the wheel nuts of the WD-8 need?"}]
+QUESTION = [{"role": "user", "content": "How do I clear an E-217 that stays latched?"}]
 
 
 def test_the_stock_client_chats_in_both_modes(client: openai.OpenAI) -> None:
     assert {"nexus-rag", "nexus-rag/default"} <= {model.id for model in client.models.list()}
     assert client.models.retrieve("nexus-rag/default").id == "nexus-rag/default"
     whole = client.chat.completions.create(model="nexus-rag", messages=QUESTION)
-    assert "96 N·m" in whole.choices[0].message.content and whole.usage.total_tokens > 0
+    assert "service card" in whole.choices[0].message.content and whole.usage.total_tokens > 0
     assert whole.sources[0]["title"]
     chunks = list(client.chat.completions.create(model="nexus-rag", messages=QUESTION, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
@@ -219,8 +219,8 @@ def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: 
 
     def answers() -> bool:
         with nexus.http() as http:
-            query = http.post("/rag/query", json={"query": "What torque do the wheel nuts of the WD-8 need?"})
-            return http.get("/readyz").status_code == 200 and "96 N·m" in query.json().get("response", "")
+            query = http.post("/rag/query", json={"query": "How do I clear an E-217 that stays latched?"})
+            return http.get("/readyz").status_code == 200 and "service card" in query.json().get("response", "")
 
     until(180, answers)
     with nexus.http() as http:
