@@ -40,11 +40,11 @@ class Weights:
 # Fitted by `python -m tests.bench.confidence --fit`: logistic regression over scifact (train) and
 # chunking_eval with all-MiniLM-L6-v2, answerable and unanswerable questions weighing the same, once for
 # each choice of routes. Another embedder has other cosines and wants its own fit.
-BOTH_ROUTES = Weights(-5.4, 4.05, 0.0, 3.6, 2.61, 0.72)
-DENSE_ROUTE = Weights(-5.0, 3.0, 6.0, 0.0, 3.2, 0.0)
-TEXT_ROUTE = Weights(-4.0, 0.0, 0.0, 4.2, 4.0, 0.0)
-USUAL_COSINE_LEAD = 0.12
-USUAL_TEXT_LEAD = 0.34
+BOTH_ROUTES = Weights(-5.34, cosine=4.19, cosine_lead=0.0, text_lead=3.37, coverage=2.52, agreement=0.80)
+DENSE_ROUTE = Weights(-4.03, cosine=3.29, cosine_lead=7.14, text_lead=0.0, coverage=3.59, agreement=0.0)
+TEXT_ROUTE = Weights(-3.25, cosine=0.0, cosine_lead=0.0, text_lead=4.11, coverage=4.65, agreement=0.0)
+USUAL_COSINE_LEAD = 0.08
+USUAL_TEXT_LEAD = 0.33
 
 # Words that ask rather than name: a passage without them lacks nothing.
 _ASKING = frozenset(

@@ -30,6 +30,7 @@ import threading
 import time
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -43,7 +44,7 @@ from typing import Any, NoReturn, Self, get_args
 from nexus.errors import InvalidRequest, NexusError, Unavailable, Unprocessable, UnsupportedMedia
 from nexus.types import Block, BlockKind, Parsed
 
-PARSER = "nexus-1"
+PARSER = "nexus-1"  # part of every version: another value makes every document be read again
 
 _MEMORY_EXIT = 70  # how a worker says that it ran out of memory, when it can say nothing else
 _SLACK_SECONDS = 30.0  # what the caller waits beyond the worker's own clock
@@ -343,7 +344,7 @@ def _read_code(content: bytes, draft: _Draft) -> None:
 
 def _read_csv(content: bytes, draft: _Draft) -> None:
     text = _decode(content)
-    csv.field_size_limit(len(content) + 1)
+    csv.field_size_limit(1 << 30)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text))
     try:
         rows = list(reader)
@@ -519,16 +520,20 @@ def _read_rst(content: bytes, draft: _Draft) -> None:
     text = _decode(content)
     settings = {**_RST_SETTINGS, "line_length_limit": len(text) + 1}
     tree = core.publish_doctree(text, settings_overrides=settings)
+    located = (nodes.TextElement, nodes.list_item, nodes.Admonition, nodes.image)
+    reached = 0
     for node in list(tree.findall(nodes.Element)):
         name, line = node.tagname, node.line
         if name == "system_message":
             node.parent.remove(node)
         elif name == "problematic":  # a reference to nothing here: keep its words, not its signs
             node.parent.replace(node, nodes.Text(re.sub(r"^[`|*]*(.+?)[`|*_]*$", r"\1", node.astext())))
-        elif line and name not in ("section", "table") and not isinstance(node, nodes.Inline):
-            line -= name == "title"  # docutils counts the line under a title
-            last = line + (node.astext() if name == "literal_block" else node.rawsource).count("\n")
-            node["classes"].append(f"lines-{line}-{last if isinstance(node, nodes.TextElement) else line}")
+        elif line and line >= reached and isinstance(node, located) and not isinstance(node, nodes.Inline):
+            reached = line  # a smaller number counts from somewhere else, as in a csv-table
+            line -= name == "title" and node.parent.tagname == "section"  # docutils counts the line under a title
+            text = node.astext() if name == "literal_block" else node.rawsource
+            last = line + (text.count("\n") if isinstance(node, nodes.TextElement) else 0)
+            node["classes"].append(f"lines-{line}-{last}")
     _add_html(draft, core.publish_from_doctree(tree, writer="html5", settings_overrides=settings).decode())
 
 
@@ -847,7 +852,7 @@ def _check_archive(content: bytes, limits: Limits) -> None:
                     with archive.open(entry) as part:
                         if b"<!DOCTYPE" in part.read(4096).replace(b"\0", b""):
                             raise Unprocessable("the file declares XML entities, which are never resolved")
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise Unprocessable("the file is damaged or cut short: open it in its own program and save it again") from error
 
 
@@ -1160,11 +1165,7 @@ def _warm(limits: Limits) -> None:
     for library in ("charset_normalizer", "docx", "openpyxl", "pptx", "pypdfium2"):
         import_module(library)
     _patch_docutils()
-    for media_type, sample in (
-        ("text/markdown", b"---\na: b\n---\n"),
-        ("text/x-rst", b"a\n=\n\nb\n"),
-        ("text/csv", b"a"),
-    ):
+    for media_type, sample in (("text/markdown", b"---\na: b\n---\n"), ("text/x-rst", b"a\n=\n\nb\n")):
         _read("warm", media_type, sample, limits)
     gc.collect()
     gc.freeze()

@@ -306,8 +306,8 @@ def test_the_prefix_is_part_of_the_plan() -> None:
 
 
 def test_list_items_stay_whole() -> None:
-    for length, together in ((5, 2), (10, 1)):  # in the second, three even pieces would break items
-        items = [f"- Item {number}. More {words(length - 1)}\n  last" for number in range(4)]
+    for rest, together in ((". More", 2), (" is here now. More of it than", 1)):  # the latter do not fit in twos
+        items = [f"- Item {number}{rest} {words(3)}\n  last" for number in range(4)]
         expected = ["\n".join(items[start : start + together]) for start in range(0, 4, together)]
         assert texts_of(Block("list", "\n".join(items))) == expected
         assert texts_of(*(Block("list", item) for item in items)) == expected

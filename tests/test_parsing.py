@@ -234,6 +234,11 @@ Part
 * one
 * two
 
+.. csv-table:: Sizes
+   :header: Name, Size
+
+   "one, or two", 1.5
+
 .. toctree::
 
    First-Page
@@ -260,7 +265,9 @@ Part
         ("table", "A | B\nx | y", 38, 41),
         ("heading", "Part", 2, 43, 43),
         ("list", "- one\n- two", 46, 47),
-        ("list", "- First Page\n- Titled", 51, 52),
+        ("text", "Sizes", 49, 49),
+        ("table", "Name | Size\none, or two | 1.5", 49, 49),
+        ("list", "- First Page\n- Titled", 56, 57),
     ]
 
 
@@ -783,6 +790,7 @@ def test_signals_that_the_host_blocks_or_ignores_still_end_a_worker(monkeypatch:
 @pytest.mark.parametrize("verb", ["stop", "drip"])
 def test_a_worker_that_stopped_its_own_clock(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     with trial_parsers(Limits()) as parsers:
+        try_out(parsers, "shout")  # so that the zygote is there, and the caller's clock runs for the worker alone
         with monkeypatch.context() as patch, pytest.raises(Unprocessable, match="needed more than 60 s"):
             patch.setattr(parsing, "_SLACK_SECONDS", 0.5 - 60)
             try_out(parsers, verb)

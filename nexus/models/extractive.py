@@ -55,11 +55,12 @@ class Scale:
 # questions would need; within `slack`, further sentences are wanted as often as they are not.
 BY_MEANING = Scale(cosine=1.0, around=1.2, own=0.0, rank=-0.13, least=0.6, slack=0.15)
 BY_WORDS = Scale(cosine=0.0, around=1.0, own=0.35, rank=-0.14, least=0.25, slack=0.12)
-# What the form of a statement adds. The first four agree with the same fit; that set has no tables, so
-# those of rows are chosen: a row keyed by the name asked for is likely the answer, and one that is only
-# about its table's subject is an answer to something else.
+# What the form of a statement adds. The first four agree with the same fit. That set has no tables and
+# hardly any codes, so the others are chosen: a row keyed by the name asked for is likely the answer, one
+# that is only about its table's subject answers something else, and about E-512, where no passage
+# mentions E-512, there is little to say.
 QUESTION, FRAGMENT, SHORT, FIGURE = -0.45, -0.15, -0.2, 0.2
-NAMED_ROW, OTHER_ROW = 0.2, -0.5
+NAMED_ROW, OTHER_ROW, UNKNOWN_NAME = 0.2, -0.5, -0.25
 OWN_SUBJECT = 0.33  # of the terms that title and heading leave open, a row must mention this share
 
 
@@ -129,7 +130,7 @@ class Extractive:
 _BLANK = re.compile(r"\n(?:[^\S\n]*\n)+")
 _MARKER = re.compile(r"(\s*(?:[-*+•‣◦–]|\d{1,3}[.)]))\s+(?=\S)")
 _PIPE = re.compile(r"(?:^|(?<=\s))\|(?=\s|$)")
-_RULE = re.compile(r"[\s|:+=-]*-[\s|:+=-]*")
+_RULE_SIGNS = frozenset("-|:+= \t")
 _FIGURE = re.compile(r"(?!(?:19|20)\d\d$)[-+±]?\d[\d.,]*(?:\s?\S{1,4})?")
 _STOPPED = re.compile(r"[.!?…:;,]['\"”’)\]]*$")
 _CODE_SIGNS = re.compile(
@@ -197,7 +198,12 @@ def _is_code(lines: Sequence[str], is_introduced: bool) -> bool:
 
 
 def _is_row(line: str) -> bool:
-    return _PIPE.search(line) is not None or ("|" in line and _RULE.fullmatch(line) is not None)
+    return _PIPE.search(line) is not None or ("|" in line and _is_rule(line))
+
+
+def _is_rule(line: str) -> bool:
+    """Whether a line is what Markdown has under the names of the columns."""
+    return "-" in line and _RULE_SIGNS.issuperset(line)
 
 
 def _is_prose(line: str) -> bool:
@@ -206,7 +212,7 @@ def _is_prose(line: str) -> bool:
 
 def _read_table(lines: Sequence[str]) -> Iterator[str]:
     """Each row as "first cell — column: cell; column: cell"; the first row names the columns if it can."""
-    rows = [_cells(line) for line in lines if not _RULE.fullmatch(line)]
+    rows = [_cells(line) for line in lines if not _is_rule(line)]
     header: list[str] = []
     if len(rows) > 1 and all(cell and not _FIGURE.fullmatch(cell) for cell in rows[0]):
         header = rows.pop(0)
@@ -285,6 +291,8 @@ def find_candidates(question: str, passages: Sequence[Hit], statements: Sequence
     def share(mentioned: frozenset[str]) -> float:
         return sum(weight for term, weight in rarity.items() if term in mentioned) / whole
 
+    known = frozenset().union(*mentions, *names)
+    unknown = UNKNOWN_NAME if any(_is_name(term) and term not in known for term in wanted) else 0.0
     figures = find_figures(question)
     candidates = []
     for index, (statement, mentioned) in enumerate(zip(statements, mentions, strict=True)):
@@ -293,7 +301,7 @@ def find_candidates(question: str, passages: Sequence[Hit], statements: Sequence
             continue
         heading = names[statement.passage - 1] | find_mentions(statement.context)
         own, around = share(mentioned), share(mentioned | heading)
-        form = _weigh_form(statement, figures)
+        form = _weigh_form(statement, figures) + unknown
         if statement.kind == "row":
             form += NAMED_ROW if _is_keyed(statement, wanted) else 0.0
             left_open = 1 - share(heading)
@@ -322,6 +330,10 @@ def _is_keyed(row: Statement, wanted: frozenset[str]) -> bool:
     """Whether the first cell of a row has a name or number that the question asks for."""
     subject = find_mentions(row.text.partition(CELLS_FOLLOW)[0]) & wanted
     return any(len(term) > 2 and any(sign.isdigit() for sign in term) for term in subject)
+
+
+def _is_name(term: str) -> bool:
+    return any(sign.isdigit() for sign in term) and any(sign.isalpha() for sign in term)
 
 
 def _rank(
