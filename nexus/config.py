@@ -124,7 +124,7 @@ class Config(BaseSettings):
     """Every setting of one Nexus installation."""
 
     model_config = SettingsConfigDict(
-        frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__",
+        frozen=True, extra="forbid", env_prefix=PREFIX, env_nested_delimiter="__", env_ignore_empty=True,
         nested_model_default_partial_update=True,
     )  # fmt: skip
 
@@ -140,6 +140,11 @@ class Config(BaseSettings):
     access: Access = Access()
     hades: Hades = Hades()
     telemetry: Telemetry = Telemetry()
+
+    @field_validator("home")
+    @classmethod
+    def _make_absolute(cls, home: Path) -> Path:
+        return home.expanduser().absolute()
 
     @classmethod
     def settings_customise_sources(

@@ -94,6 +94,13 @@ def test_aliases_of_the_founding_documents_work(monkeypatch: pytest.MonkeyPatch)
     assert config.models.generator == "gguf:/models/m.gguf"
 
 
+def test_a_relative_home_is_made_absolute_and_an_empty_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXUS_HOME", "some/home")
+    assert load_config().home == Path.cwd() / "some" / "home"
+    monkeypatch.setenv("NEXUS_HOME", "")
+    assert load_config().home.name == "nexus" and load_config().home.is_absolute()
+
+
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     config = load_config()
