@@ -75,9 +75,9 @@ def up(
         if instance is not None and bootstrap.processes_of(instance) and is_ready(instance.url):
             typer.echo(f"Nexus already runs at {instance.url}")
             return
-        new_key = _ensure_admin_key(home)
         typer.echo(f"Starting Nexus {__version__} in {home} …", err=True)
         instance = bring_up(settings, config, wait)
+        new_key = _ensure_admin_key(home)
     typer.echo(f"Nexus is ready at {instance.url}  ({time.monotonic() - started:.0f} s)")
     typer.echo(f"  Ray dashboard  {instance.dashboard}  (token: {home / 'ray-token'})")
     typer.echo(f"  state and logs {home}")

@@ -52,7 +52,9 @@ class Lent:
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
-    app = FastAPI(title="Nexus", version=__version__, redoc_url=None)
+    app = FastAPI(
+        title="Nexus", version=__version__, docs_url=None, redoc_url=None
+    )  # both pages load scripts from elsewhere
     app.state.lent = lent
     app.add_exception_handler(NexusError, _answer_nexus_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
