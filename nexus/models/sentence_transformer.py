@@ -456,14 +456,11 @@ class BertEncoder:
         context = projected.new_zeros(len(projected), projected.shape[1] // 3)
         for run in runs:
             split = projected[run.rows].view(run.count, run.length, 3, self._heads, -1)
-            heads = split.permute(2, 0, 3, 1, 4).contiguous()  # (3, count, heads, length, size)
+            query, key, value = split.permute(2, 0, 3, 1, 4)  # each (count, heads, length, size)
             if self._device.type == "cuda":
-                query, key, value = heads
                 mixed = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
-            else:  # torch's flash attention for CPUs takes one and a half times as long as these three steps
-                query, key, value = heads.flatten(1, 2)
-                mixed = torch.bmm(torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1), value)
-                mixed = mixed.view(run.count, self._heads, run.length, -1)
+            else:  # torch's flash attention for CPUs takes twice the time of these three steps
+                mixed = torch.matmul(torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1), value)
             context[run.rows].view(run.count, run.length, self._heads, -1).copy_(mixed.transpose(1, 2))
         return context
 
