@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,16 @@ def test_a_question_the_documents_do_not_answer_is_declined_with_a_reason(door: 
         "/rag/query", json={"query": "Who won the chess championship of 1972?"}, headers=headers
     ).json()
     assert body["abstained"] and body["reason"] and not any(source["cited"] for source in body["sources"])
+
+
+def test_an_abstention_has_a_reason_however_strict_the_setting(door: Door) -> None:
+    headers = door.headers()
+    add(door, headers=headers)
+    fields = {name: getattr(door.lent, name) for name in door.lent.__dataclass_fields__}
+    strict = TestClient(build(Lent(**{**fields, "rag": replace(door.lent.rag, abstain_below=1.0)})))
+    question = {"query": "What torque does the gripper close with?"}
+    body = strict.post("/rag/query", json=question, headers=headers).json()
+    assert body["abstained"] and body["reason"]
 
 
 def test_a_streamed_answer_ends_with_the_whole(door: Door) -> None:

@@ -58,7 +58,7 @@ async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
     pieces: list[str] = []
     reason = None
     if judgement.confidence < tools.abstain_below:
-        reason = judgement.reason
+        reason = judgement.reason or "the evidence is weaker than this installation asks for"
     else:
         async with aclosing(_generate(request, evidence.passages, tools)) as stream:
             async for piece in stream:
