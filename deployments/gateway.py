@@ -72,9 +72,8 @@ def _respond(request: Request, status: int, code: str, detail: str, faults: Sequ
 
 async def _answer_nexus_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, NexusError)
-    faults = [(error.pointer, error.message)] if error.pointer else []
     status = middleware.status_of(error, request.url.path)
-    return _respond(request, status, error.code, error.message, faults)
+    return _respond(request, status, error.code, error.message, middleware.faults_of(error))
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:

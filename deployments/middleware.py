@@ -74,6 +74,11 @@ def status_of(error: NexusError, path: str) -> int:
     return 400 if status == 422 and path.startswith("/v1/") else status
 
 
+def faults_of(error: NexusError) -> list[tuple[str, str]]:
+    """(JSON pointer, what is wrong there), where the error points at a field."""
+    return [(error.pointer, error.message)] if error.pointer else []
+
+
 def render(
     path: str, request_id: str, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = ()
 ) -> tuple[dict[str, str], bytes]:
@@ -120,8 +125,7 @@ async def send_error(
 
 
 async def send_nexus_error(scope: Scope, send: Send, error: NexusError) -> None:
-    faults = [(error.pointer, error.message)] if error.pointer else []
-    await send_error(scope, send, status_of(error, scope["path"]), error.code, error.message, faults)
+    await send_error(scope, send, status_of(error, scope["path"]), error.code, error.message, faults_of(error))
 
 
 class RequestId:
