@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 
@@ -75,8 +76,10 @@ class Retriever:
         if scope.document_ids == ():
             return SearchResult((), sequence, clock.seconds, _explanation([], {}, set()) if request.explain else None)
         wanted = max(self.settings.candidates, request.k)
+        # Asked for while the text route runs, and made once however often the routes are widened.
+        embedded = cache(lambda: self._embed(request.query, clock))
         while True:
-            candidates = self._candidates(request, collection, scope, wanted, clock)
+            candidates = self._candidates(request, collection, scope, wanted, clock, embedded)
             with clock.time("authority"):
                 verdicts = self.hades.documents.verdicts(
                     collection.name, principal, [c.chunk_id for c in candidates], sequence
@@ -103,7 +106,13 @@ class Retriever:
         return Scope(principal.tenant, tuple(documents)), None
 
     def _candidates(
-        self, request: SearchRequest, collection: Collection, scope: Scope, limit: int, clock: "Clock"
+        self,
+        request: SearchRequest,
+        collection: Collection,
+        scope: Scope,
+        limit: int,
+        clock: "Clock",
+        embedded: Callable[[], Vector],
     ) -> list[Candidate]:
         embedding_weight, text_weight = self._weights(request)
         vectors, index = self.hades.vectors, collection.index
@@ -115,8 +124,7 @@ class Retriever:
             # The text route needs no vector: it runs in the store while the query is embedded here.
             searching = self._pool.submit(vectors.search_text, index, terms, limit, scope) if text_weight else None
             if embedding_weight:
-                with clock.time("embed"):
-                    vector = self.embedder.embed([request.query])[0]
+                vector = embedded()
                 dense = vectors.search_dense(index, vector, limit, scope)
             if searching is not None:
                 text = searching.result()
@@ -127,6 +135,11 @@ class Retriever:
             cosines = {}
         fusion = request.fusion or self.settings.fusion
         return fuse(dense, text, cosines, embedding_weight, text_weight, fusion)
+
+    def _embed(self, query: str, clock: "Clock") -> Vector:
+        with clock.time("embed"):
+            vector: Vector = self.embedder.embed([query])[0]
+        return vector
 
     def _weights(self, request: SearchRequest) -> tuple[float, float]:
         settings = self.settings

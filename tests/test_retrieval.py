@@ -99,6 +99,19 @@ def test_closed_versions_do_not_crowd_out_visible_ones(house: House) -> None:
     assert sorted(texts) == ["gripper gripper revision 29", "gripper of the arm that stays"]
 
 
+def test_a_query_is_embedded_once_however_often_the_routes_are_widened(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(30):
+        house.put("a.txt", f"gripper gripper revision {n}")
+    house.retriever.settings = type(house.retriever.settings)(candidates=5)
+    calls = []
+    embed = house.embedder.embed
+    monkeypatch.setattr(house.embedder, "embed", lambda texts: calls.append(texts) or embed(texts))
+    house.retriever.search(SearchRequest("gripper", k=5), ALICE)
+    assert calls == [["gripper"]]
+
+
 @pytest.mark.parametrize(
     ("tree", "sources"),
     [
