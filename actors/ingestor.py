@@ -1,7 +1,8 @@
-"""Documents in: parsing children, cutting, the embedder pool, and the moves of HADES."""
+"""Documents in: the conveyor of accepted files, the janitor, and the check of both stores."""
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,21 +11,22 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from nexus.chunking import ChunkSettings
 from nexus.config import Config
+from nexus.conveyor import Conveyor, Pace
 from nexus.errors import TryAgain
-from nexus.hades import Hades
-from nexus.ingest import Ingestor as Ingestion
-from nexus.parsing import Limits, Parsers
-from nexus.registry import find_module, open_part
-from nexus.types import Principal, Receipt, Upload, Vectors
+from nexus.hades import Fault, Hades, Removed
+from nexus.ingest import Ingestor as Steps
+from nexus.ingest import Source, open_steps
+from nexus.jobs import Jobs, Outcome
+from nexus.registry import open_part
+from nexus.types import Principal, Receipt, Vectors
 
 log = logging.getLogger("nexus.ingestor")
 Result = TypeVar("Result")
 
 TEXTS_PER_CALL = 64  # to the embedder pool, so that a long document does not keep others waiting
-IDLE_SECONDS = 0.5
-JANITOR_SECONDS = 300.0
+JANITOR_SECONDS = 60.0
+NICENESS = 5  # reading and cutting give way to questions
 
 
 class EmbedderPool(Protocol):
@@ -33,85 +35,116 @@ class EmbedderPool(Protocol):
 
 
 class Ingestor:
-    """One process that turns uploads into published documents, a few at a time."""
+    """One process that works through the files of accepted jobs, and keeps the stores clean."""
 
     def __init__(self, config: Config, vectors_address: str, pool: EmbedderPool) -> None:
         self._config, self._vectors_address, self._pool = config, vectors_address, pool
-        self._threads = ThreadPoolExecutor(config.parsing.workers + 2, "ingest")
-        self._starting: asyncio.Task[Ingestion] | None = None
-        self._flushing: asyncio.TimerHandle | None = None
+        self._threads = ThreadPoolExecutor(4, "ask")
+        self._starting: asyncio.Task[Conveyor] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def add(self, upload: Upload, principal: Principal) -> Receipt:
-        """Bytes in, published document out. Raises what `nexus.ingest` raises."""
-        ingestion = await self._ingestion()
-        receipt = await self._run(ingestion.ingest, upload, principal)
-        if receipt.outcome == "done":
-            self._flush_when_idle(ingestion)
-        return receipt
+    async def finish(self, job_id: str, number: int) -> Outcome:
+        """How a file ends, once it does."""
+        return await (await self._conveyor()).wait(job_id, number)
+
+    async def wake(self) -> None:
+        """There are new files to work on."""
+        (await self._conveyor()).wake()
+
+    async def find_unchanged(self, sources: Sequence[Source], principal: Principal) -> list[Receipt | None]:
+        """For each source, the receipt of the current version if it was made of these very bytes."""
+        steps = (await self._conveyor()).ingestor
+        return await self._run(lambda: [steps.find_unchanged(source, principal) for source in sources])
+
+    async def vacuum(self, keep_closed_seconds: float, document_ids: Sequence[str] | None = None) -> list[Removed]:
+        """Remove what no retained `as_of` needs, of these documents where given. Raises Unavailable."""
+        conveyor = await self._conveyor()
+        keep = self._config.hades.keep_staged_seconds
+        return await self._run(conveyor.ingestor.hades.vacuum, keep_closed_seconds, keep, document_ids)
+
+    async def fsck(self, repair: bool) -> list[Fault]:
+        """What is wrong in the stores and in the list of jobs; with `repair`, what is still wrong after it."""
+        conveyor = await self._conveyor()
+        return await self._run(examine, conveyor.ingestor.hades, conveyor.jobs, repair)
 
     async def ready(self) -> bool:
         """True once the embedder pool and both stores answer. Raises Unavailable."""
-        hades = (await self._ingestion()).hades
+        hades = (await self._conveyor()).ingestor.hades
         await self._run(hades.documents.check)
         await self._run(hades.vectors.check)
         return True
 
-    async def _ingestion(self) -> Ingestion:
+    async def _conveyor(self) -> Conveyor:
         """Made on the first call, once: the embedder pool must be there to say what it is."""
         if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
             self._starting = asyncio.create_task(self._open())
         return await asyncio.shield(self._starting)
 
-    async def _open(self) -> Ingestion:
-        config = self._config
+    async def _open(self) -> Conveyor:
+        config, home = self._config, Path(self._config.home)
         about = await self._pool.describe()
         fingerprint, dimension = str(about["fingerprint"]), int(str(about["dimension"]))
-        home = Path(config.home)
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         hades = Hades(
             open_part("stores", config.stores.documents, home=home),
             open_part("stores", self._vectors_address, home=home),
             fingerprint,
             dimension,
         )
-        limits = config.parsing
-        self._tasks.add(asyncio.create_task(self._keep_clean(hades)))
-        return Ingestion(
-            hades=hades,
-            parsers=Parsers(Limits(limits.memory_bytes, limits.cpu_seconds, limits.wall_seconds)),
-            embed=partial(self._embed, asyncio.get_running_loop(), dimension),
-            count_tokens=find_module("models", config.models.embedder).open_tokenizer(config.models.embedder),
-            chunking=ChunkSettings(config.chunking.target_tokens, config.chunking.max_tokens),
-            fingerprint=fingerprint,
-        )
+        steps: Steps = open_steps(config, hades, partial(self._embed, asyncio.get_running_loop()))
+        pace = Pace(config.parsing.workers, config.ingest.embedders, stuck_seconds=config.ingest.stuck_seconds)
+        conveyor = Conveyor(Jobs(home), steps, pace)
+        self._keep(conveyor.run())
+        self._keep(self._keep_clean(conveyor))
+        return conveyor
 
-    def _embed(self, loop: asyncio.AbstractEventLoop, dimension: int, texts: Sequence[str]) -> Vectors:
+    def _keep(self, work: Awaitable[None]) -> None:
+        """Run something for as long as this process; if it ends, so does the process, and Serve makes another."""
+
+        async def run() -> None:
+            try:
+                await work
+            finally:
+                log.critical("the ingestor cannot go on", exc_info=True)
+                os._exit(1)
+
+        self._tasks.add(asyncio.create_task(run()))
+
+    def _embed(self, loop: asyncio.AbstractEventLoop, texts: Sequence[str]) -> Vectors:
         """Called in a thread of ours: the pool is asked on the loop, and waited for here."""
         parts = [
             asyncio.run_coroutine_threadsafe(_await(self._pool.embed(texts[i : i + TEXTS_PER_CALL])), loop).result()
             for i in range(0, len(texts), TEXTS_PER_CALL)
         ]
-        return np.concatenate(parts) if parts else np.zeros((0, dimension), np.float32)
+        return np.concatenate(parts)
 
-    def _flush_when_idle(self, ingestion: Ingestion) -> None:
-        if self._flushing is not None:
-            self._flushing.cancel()
-        loop = asyncio.get_running_loop()
-        self._flushing = loop.call_later(IDLE_SECONDS, lambda: self._threads.submit(ingestion.flush))
-
-    async def _keep_clean(self, hades: Hades) -> None:
-        """Now and then, remove what no `as_of` needs and what was begun and left."""
-        settings = self._config.hades
+    async def _keep_clean(self, conveyor: Conveyor) -> None:
+        """Now and then, remove what nobody needs any more, and say what that was."""
+        settings, hades = self._config.hades, conveyor.ingestor.hades
         while True:
             try:
-                removed = await self._run(hades.vacuum, settings.keep_closed_seconds, settings.keep_begun_seconds)
-                log.info("vacuum removed %d versions", removed)
-            except TryAgain as error:  # a store is away; the next round finds the same versions
-                log.warning("vacuum was put off: %s", error)
+                removed = await self._run(hades.vacuum, settings.keep_closed_seconds, settings.keep_staged_seconds)
+                for one in removed:
+                    log.info("removed %s of %s: %d chunks", one.why, one.document.source, one.chunks)
+                tidied = await self._run(conveyor.jobs.tidy)
+                if any(tidied.values()):
+                    log.info("removed %s", tidied)
+            except TryAgain as error:  # a store is away; the next round finds the same
+                log.warning("cleaning was put off: %s", error)
             await asyncio.sleep(JANITOR_SECONDS)
 
     async def _run(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))
+
+
+def examine(hades: Hades, jobs: Jobs, repair: bool) -> list[Fault]:
+    """Both stores and the list of jobs, compared; mended first where asked for."""
+    faults = hades.fsck()
+    if repair and faults:
+        hades.repair(faults)
+        faults = hades.fsck()
+    stuck = jobs.faults()
+    return [*faults, *([Fault("jobs that nobody works on", "", tuple(stuck))] if stuck else [])]
 
 
 async def _await(coroutine: Awaitable[Vectors]) -> Vectors:

@@ -22,6 +22,7 @@ from deployments import gateway
 from nexus.access import KeyRing
 from nexus.config import Config, load_config
 from nexus.errors import NexusError, Overloaded, Unavailable
+from nexus.jobs import Jobs
 from nexus.pipelines.rag import Tools
 from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
@@ -68,6 +69,7 @@ class Gateway:
                 config=config,
                 keys=KeyRing(home, [key.get_secret_value() for key in config.access.development_keys]),
                 documents=documents,
+                jobs=Jobs(home),
                 sessions=Sessions(documents),
                 retriever=retriever,
                 ingestor=parts["ingestor"],
@@ -110,7 +112,7 @@ def build(config: Config, vectors_port: int) -> serve.Application:
         parts["vectors"] = _deploy("vectors", Vectors, 16, 64).bind(str(config.home), vectors_port)
         address = f"milvus-lite://127.0.0.1:{vectors_port}"
     parts["retriever"] = _deploy("retriever", Retriever, 32, 256).bind(config, address)
-    ingestor = _deploy("ingestor", RemotePoolIngestor, config.parsing.workers + 2, 1024)
+    ingestor = _deploy("ingestor", RemotePoolIngestor, 1024, 1024)
     parts["ingestor"] = ingestor.bind(config, address, embedder)
     return _deploy("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts)
 

@@ -10,23 +10,30 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments import middleware
-from deployments.routes import answers, documents, health, openai, sessions
+from deployments.routes import answers, documents, health, jobs, openai, sessions, upkeep
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.config import Config
 from nexus.errors import NexusError
+from nexus.hades import Fault, Removed
+from nexus.ingest import Source
+from nexus.jobs import Jobs, Outcome
 from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore
 from nexus.sessions import Sessions
-from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Upload, Vectors
+from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vectors
 
 
 class Searching(Protocol):
     async def search(self, request: SearchRequest, principal: Principal) -> SearchResult: ...
 
 
-class Adding(Protocol):
-    async def add(self, upload: Upload, principal: Principal) -> Receipt: ...
+class Ingesting(Protocol):
+    async def finish(self, job_id: str, number: int) -> Outcome: ...
+    async def wake(self) -> None: ...
+    async def find_unchanged(self, sources: Sequence[Source], principal: Principal) -> list[Receipt | None]: ...
+    async def vacuum(self, keep_closed_seconds: float, document_ids: Sequence[str] | None = None) -> list[Removed]: ...
+    async def fsck(self, repair: bool) -> list[Fault]: ...
 
 
 class Embedding(Protocol):
@@ -40,9 +47,10 @@ class Lent:
     config: Config
     keys: KeyRing
     documents: DocumentStore
+    jobs: Jobs
     sessions: Sessions
     retriever: Searching
-    ingestor: Adding
+    ingestor: Ingesting
     embedder: Embedding
     embedder_name: str
     count_tokens: Callable[[Sequence[str]], list[int]]
@@ -60,7 +68,7 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    for routes in (health, documents, answers, sessions, openai):
+    for routes in (health, documents, jobs, upkeep, answers, sessions, openai):
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
 

@@ -6,18 +6,31 @@ Unknown fields are refused. Sizes are bounded here, before any work is done.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nexus.filters import parse_filter
+from nexus.jobs import File, Job
+from nexus.ports import Deletion
 from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchResult
 
 MAX_METADATA_BYTES = 16 * 1024
+STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
 CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0, le=1)]
+
+
+def _is_small(metadata: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+        raise ValueError(f"metadata has at most {MAX_METADATA_BYTES} bytes")
+    return metadata
+
+
+Metadata = Annotated[dict[str, Any], AfterValidator(_is_small)]
 
 
 class Shape(BaseModel):
@@ -29,15 +42,23 @@ class AddDocument(Shape):
 
     filename: Annotated[str, Field(min_length=1, max_length=1024)]
     content: str
-    metadata: dict[str, Any] = {}
+    metadata: Metadata = {}
     collection: CollectionName = "default"
 
-    @field_validator("metadata")
-    @classmethod
-    def _is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
-            raise ValueError(f"metadata has at most {MAX_METADATA_BYTES} bytes")
-        return metadata
+
+class AnnouncedFile(Shape):
+    """A file to be sent: `digest` is the BLAKE2b of its bytes, 16 bytes long, in hexadecimal."""
+
+    filename: Annotated[str, Field(min_length=1, max_length=1024)]
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    size: Annotated[int, Field(ge=0)]
+    media_type: Annotated[str, Field(max_length=128)] | None = None
+    metadata: Metadata = {}
+
+
+class AnnounceFiles(Shape):
+    files: Annotated[list[AnnouncedFile], Field(min_length=1, max_length=100_000)]
+    collection: CollectionName = "default"
 
 
 class Hybrid(Shape):
@@ -163,6 +184,70 @@ def show_receipt(receipt: Receipt) -> dict[str, Any]:
         "title": receipt.title,
         "chunks": receipt.chunks,
         "sequence": receipt.sequence,
+    }
+
+
+def show_job(job: Job, under_way: Sequence[File], now: float) -> dict[str, Any]:
+    """A job with its progress; `rate` is in files a second over all of its life, unchanged ones left out."""
+    seconds = max((job.ended_at or now) - job.created_at, 1e-3)
+    rate = (job.ended - job.counts.get("unchanged", 0)) / seconds
+    left = job.total - job.ended
+    return {
+        "job_id": job.job_id,
+        "state": job.state,
+        "reason": job.reason,
+        "kind": job.kind,
+        "collection": job.collection,
+        "created_at": job.created_at,
+        "ended_at": job.ended_at,
+        "files": job.total,
+        "counts": dict(job.counts),
+        "progress": job.ended / job.total if job.total else 1.0,
+        "rate": rate,
+        "seconds_left": left / rate if left and rate else 0.0 if not left else None,
+        "under_way": [show_file(file) for file in under_way],
+        "stuck": [show_file(file) for file in under_way if now - (file.since or now) > STUCK_SECONDS],
+    }
+
+
+def show_file(file: File) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "number": file.number,
+        "filename": file.source,
+        "size": file.size,
+        "state": file.state,
+        "stage": file.stage,
+        "reason": file.reason,
+        "code": file.code,
+        "attempts": file.attempts,
+        "heartbeat_at": file.beat_at,
+        "stage_since": file.since,
+        "ended_at": file.ended_at,
+    }
+    if file.receipt is not None:
+        shown |= {
+            "document_id": file.receipt.document_id,
+            "version": file.receipt.version,
+            "chunks": file.receipt.chunks,
+            "sequence": file.receipt.sequence,
+        }
+    return shown
+
+
+def show_deletion(deletion: Deletion) -> dict[str, Any]:
+    """A receipt: what was deleted, by whom and when; and what of it is gone, from where, since when."""
+    return {
+        "document_id": deletion.document_id,
+        "collection": deletion.collection,
+        "source": deletion.source,
+        "deleted_by": deletion.subject,
+        "deleted_at": deletion.deleted_at,
+        "sequence": deletion.sequence,
+        "purged_at": deletion.purged_at,
+        "purged": {
+            "document store": {"versions": deletion.versions, "chunks": deletion.chunks},
+            "vector store": {"vectors": deletion.vectors},
+        },
     }
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nexus.errors import ConfigError
+from nexus.failpoints import parse_failpoints
 
 PREFIX = "NEXUS_"
 NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
@@ -113,11 +114,19 @@ class Telemetry(Section):
     otlp_endpoint: str | None = None
 
 
+class Ingest(Section):
+    """The conveyor of accepted files. A step that shows no sign of life for `stuck_seconds` is tried once more."""
+
+    stuck_seconds: Annotated[float, Field(gt=0)] = 180.0
+    embedders: Positive = 2  # batches at the embedder pool at once
+    wait_seconds: Annotated[float, Field(gt=0)] = 240.0  # for one document, before the answer is 202
+
+
 class Hades(Section):
-    """How long a replaced or deleted version stays for `as_of`, and an abandoned attempt for its maker."""
+    """How long a replaced or deleted version stays for `as_of`, and a staged one for whoever will publish it."""
 
     keep_closed_seconds: Annotated[float, Field(ge=0)] = 86_400.0
-    keep_begun_seconds: Annotated[float, Field(ge=60)] = 3600.0
+    keep_staged_seconds: Annotated[float, Field(ge=30)] = 60.0
 
 
 class Config(BaseSettings):
@@ -138,6 +147,7 @@ class Config(BaseSettings):
     answers: Answers = Answers()
     parsing: Parsing = Parsing()
     access: Access = Access()
+    ingest: Ingest = Ingest()
     hades: Hades = Hades()
     telemetry: Telemetry = Telemetry()
 
@@ -189,6 +199,7 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] | None 
         file = home / "nexus.yaml"
     from_file = _read_yaml(file) if file is not None else {}
     _refuse_unknown_variables(environment)
+    parse_failpoints(environment)
     values = _merge(_from_aliases(environment), from_file)
     values.setdefault("home", str(home))
     if environment.get("NEXUS_HOME"):

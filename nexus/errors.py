@@ -42,6 +42,11 @@ class NexusError(Exception):
         return _rebuild, (type(self), self.message, self.pointer, self.code)
 
 
+def named(kind: str, message: str, code: str) -> NexusError:
+    """The error of a class in this file, by its name: how one that was written down comes back."""
+    return _rebuild(globals()[kind], message, None, code)
+
+
 def _rebuild(kind: type[NexusError], message: str, pointer: str | None, code: str) -> NexusError:
     return kind(message, pointer=pointer, code=code)
 

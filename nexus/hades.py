@@ -10,25 +10,32 @@ principal at this sequence number. From that one rule follows the rest:
 - The five moves. `begin` takes an epoch; a later `begin` fences the earlier, which then gets
   `Fenced`. `stage` writes chunks and vectors that nobody can see. `publish` is one transaction of
   the document store: the version becomes current at the collection's next sequence number, and the
-  one before it is closed at that number. `vacuum` removes what was closed, or begun and left, long
-  enough ago. `delete` closes a document and opens nothing: it is a publish of nothing.
+  one before it is closed at that number. `delete` closes a document and opens nothing: it is a
+  publish of nothing, with a receipt. `vacuum` retires what was closed, or staged and left, long
+  enough ago: it closes the past to `as_of`, removes the vectors, then the rows.
 - A version is visible at s when opened <= s < closed. A reader takes the sequence number first and
   asks the hint after, so it sees the whole old version or the whole new one; `as_of` is the same
-  question with an older s.
+  question with an older s, refused below the collection's horizon, where versions are missing.
 - A crash leaves only invisible rows. They are named by `fsck` and removed by `vacuum`.
 
-The order of writes matters in one place: vectors are staged before `publish`, so that what is
-visible can be found; and purged after their rows, so that what was found is explained as unknown.
+The order of writes matters twice. Rows are staged before vectors, and both before `publish`: what
+is visible can be found, and a vector without a row is nobody's work under way. Vectors are purged
+before rows: what is left after a crash is still known, and the next `vacuum` finds it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
+import numpy as np
+
+from nexus.chunking import embedded_text
 from nexus.errors import Conflict, NotFound
-from nexus.ports import Collection, DocumentStore, IndexRow, VectorStore
+from nexus.failpoints import pass_through
+from nexus.ports import Collection, DocumentStore, IndexRow, Staged, VectorStore
 from nexus.terms import shadow
-from nexus.types import Chunk, Document, Piece, Principal, Vectors, digest
+from nexus.types import Chunk, Document, Piece, Principal, chunk_id_of, digest
 
 
 def document_id_of(tenant: str, collection: str, source: str) -> str:
@@ -36,16 +43,16 @@ def document_id_of(tenant: str, collection: str, source: str) -> str:
     return digest("document", tenant, collection, source)
 
 
-def version_of(content: bytes, parser: str, chunker: str, embedder: str) -> str:
-    """The identity of what was made of some bytes."""
-    return digest("version", content, parser, chunker, embedder)
+def version_of(content_digest: str, parser: str, chunker: str, embedder: str) -> str:
+    """The identity of what was made of some bytes, which are named by their digest."""
+    return digest("version", content_digest, parser, chunker, embedder)
 
 
 def chunks_of(document: Document, pieces: Sequence[Piece]) -> list[Chunk]:
     """The pieces of a version with their identities."""
     return [
         Chunk(
-            digest("chunk", document.document_id, document.version, str(ordinal)),
+            chunk_id_of(document.document_id, document.version, ordinal),
             document.document_id, document.version, ordinal, piece,
         )
         for ordinal, piece in enumerate(pieces)
@@ -78,6 +85,21 @@ class Fault:
     ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """A version that `vacuum` removed, why, and how much of it there was in each store."""
+
+    document: Document
+    why: Literal["closed", "never published"]
+    chunks: int
+    vectors: int
+
+
+MISSING = "visible chunks that no search can find"
+ORPHANS = "vectors without a chunk"
+DAMAGED = "documents or chunks that are not whole"
+
+
 class Hades:
     """The moves over one document store and one vector store."""
 
@@ -85,14 +107,14 @@ class Hades:
         """`fingerprint` and `dimension` are those of the embedder that made, and will query, the vectors."""
         self.documents = documents
         self.vectors = vectors
-        self._fingerprint = fingerprint
-        self._dimension = dimension
+        self.fingerprint = fingerprint
+        self.dimension = dimension
 
     def open_collection(self, name: str) -> Collection:
         """The collection, made on first use. Raises Conflict when its vectors are another embedder's."""
-        index = f"nx_{digest('index', name, self._fingerprint)}"
-        collection = self._ours(self.documents.open_collection(name, self._fingerprint, index))
-        self.vectors.open_index(collection.index, self._dimension)
+        index = f"nx_{digest('index', name, self.fingerprint)}"
+        collection = self._ours(self.documents.open_collection(name, self.fingerprint, index))
+        self.vectors.open_index(collection.index, self.dimension)
         return collection
 
     def find_collection(self, name: str) -> Collection:
@@ -103,7 +125,7 @@ class Hades:
         return self._ours(collection)
 
     def _ours(self, collection: Collection) -> Collection:
-        if collection.fingerprint != self._fingerprint:
+        if collection.fingerprint != self.fingerprint:
             raise Conflict(
                 f"collection {collection.name!r} was embedded with another model than the one configured now;"
                 " configure that model again, or add the documents to a new collection",
@@ -113,48 +135,73 @@ class Hades:
 
     # ── the five moves ──────────────────────────────────────────────────────────────────────────
 
-    def begin(self, document: Document) -> int:
-        """Announce a version; the epoch returned fences every earlier begin of this document."""
-        self.open_collection(document.collection)
-        return self.documents.begin(document)
+    def begin(self, document: Document, accepted_at: int | None = None) -> int:
+        """Announce a version; the epoch returned fences every earlier begin of this document.
 
-    def stage(
-        self, document: Document, epoch: int, chunks: Sequence[Chunk], texts: Sequence[str], vectors: Vectors
-    ) -> None:
-        """Write chunks and vectors, visible to nobody. `texts` are what was embedded, for the text route."""
-        collection = self.open_collection(document.collection)
-        self.documents.stage(document, epoch, chunks, vectors)
-        rows = [
-            IndexRow(chunk.chunk_id, chunk.document_id, document.tenant, terms, vector)
-            for chunk, terms, vector in zip(chunks, lexical(chunks, texts), vectors, strict=True)
-        ]
+        Raises Fenced when the document was deleted after `accepted_at`, a sequence of its collection.
+        """
+        pass_through("ingest.before_begin")
+        self.open_collection(document.collection)
+        epoch = self.documents.begin(document.document_id, accepted_at)
+        pass_through("ingest.after_begin")
+        return epoch
+
+    def stage(self, batch: Sequence[Staged]) -> None:
+        """Write chunks and vectors of versions of one collection, visible to nobody. Raises Fenced, Unavailable."""
+        pass_through("ingest.before_stage")
+        collection = self.open_collection(batch[0].document.collection)
+        self.documents.stage(batch)
+        pass_through("ingest.between_stores")
+        rows = [row for staged in batch for row in _index_rows(staged)]
         self.vectors.upsert(collection.index, rows)
+        pass_through("ingest.after_stage")
 
     def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
         """Make (document, epoch) pairs visible, all in one transaction. Raises Fenced, and then none is."""
-        return self.documents.publish(versions)
+        pass_through("ingest.before_publish")
+        published = self.documents.publish(versions)
+        pass_through("ingest.after_publish")
+        return published
 
-    def delete(self, document_id: str, principal: Principal) -> Document:
-        """Make a document invisible at once, everywhere. Raises NotFound."""
-        document = self.documents.delete(document_id, principal)
-        if document is None:
+    def delete(self, document_ids: Sequence[str], principal: Principal) -> list[Document]:
+        """Make documents invisible at once, everywhere. Raises NotFound when none of them is there."""
+        pass_through("ingest.before_delete")
+        deleted = self.documents.delete(document_ids, principal)
+        pass_through("ingest.after_delete")
+        if not deleted:
             raise NotFound("no such document")
-        return document
+        return deleted
 
-    def vacuum(self, keep_closed_seconds: float, keep_begun_seconds: float = 3600.0) -> int:
-        """Remove versions that no retained `as_of` needs, and attempts given up; returns how many."""
+    def vacuum(
+        self, keep_closed_seconds: float, keep_staged_seconds: float, document_ids: Iterable[str] | None = None
+    ) -> list[Removed]:
+        """Remove versions that no retained `as_of` needs, and attempts given up; of some documents where given."""
         now = time.time()
-        begun_before = now - keep_begun_seconds
-        removed = 0
-        for document in self.documents.needless(now - keep_closed_seconds, begun_before):
-            chunk_ids = self.documents.chunk_ids_of(document.document_id, document.version)
-            if not self.documents.purge(document.document_id, document.version, begun_before):
-                continue
-            collection = self.documents.collection(document.collection)
-            if collection is not None and chunk_ids:
-                self.vectors.delete(collection.index, chunk_ids)
-            removed += 1
+        closed_before, staged_before = now - keep_closed_seconds, now - keep_staged_seconds
+        wanted = None if document_ids is None else set(document_ids)
+        removed = []
+        for document in self.documents.needless(closed_before, staged_before):
+            if wanted is None or document.document_id in wanted:
+                removed += self._retire(document, closed_before, staged_before)
         return removed
+
+    def _retire(self, document: Document, closed_before: float, staged_before: float) -> list[Removed]:
+        pass_through("ingest.before_retire")
+        chunk_ids = self.documents.retire(document, closed_before, staged_before)
+        if chunk_ids is None:
+            return []
+        pass_through("ingest.after_retire")
+        collection = self.documents.collection(document.collection)
+        if collection is not None and chunk_ids:
+            self.vectors.delete(collection.index, chunk_ids)
+        pass_through("ingest.before_purge")
+        if not self.documents.purge(document):
+            # It was staged again while its vectors were on their way out; these are the same ones.
+            self._write_again(chunk_ids)
+            return []
+        pass_through("ingest.after_purge")
+        why: Literal["closed", "never published"] = "never published" if document.opened is None else "closed"
+        return [Removed(document, why, len(chunk_ids), len(chunk_ids))]
 
     # ── questions ───────────────────────────────────────────────────────────────────────────────
 
@@ -172,14 +219,55 @@ class Hades:
         return current
 
     def fsck(self) -> list[Fault]:
-        """Compare the two stores, collection by collection; an empty list is a clean bill of health."""
-        faults: list[Fault] = []
+        """Compare the two stores, collection by collection, while others write; an empty list is a clean bill.
+
+        Work under way looks like a fault for a moment. So what looks wrong is looked at twice, and each
+        look reads first what is written last.
+        """
+        first = self._look()
+        second = {(fault.kind, fault.collection): fault.ids for fault in self._look()} if first else {}
+        lasting = (
+            replace(fault, ids=tuple(sorted(set(fault.ids) & set(second.get((fault.kind, fault.collection), ())))))
+            for fault in first
+        )
+        return [fault for fault in lasting if fault.ids]
+
+    def _look(self) -> list[Fault]:
+        faults = []
         for collection in self.documents.collections():
-            indexed = self.vectors.chunk_ids(collection.index)
             published = self.documents.chunk_ids(collection.index, published=True)
+            indexed = self.vectors.chunk_ids(collection.index)
             known = self.documents.chunk_ids(collection.index, published=False)
-            if missing := published - indexed:
-                faults.append(Fault("visible chunks that no search can find", collection.name, tuple(sorted(missing))))
-            if orphans := indexed - known:
-                faults.append(Fault("vectors without a chunk", collection.name, tuple(sorted(orphans))))
+            damaged = self.documents.damaged(collection.index, self.dimension)
+            for kind, ids in ((MISSING, published - indexed), (ORPHANS, indexed - known), (DAMAGED, set(damaged))):
+                if ids:
+                    faults.append(Fault(kind, collection.name, tuple(sorted(ids))))
         return faults
+
+    def repair(self, faults: Sequence[Fault]) -> list[Fault]:
+        """Write missing vectors again from the document store, and remove orphans; returns what it cannot mend."""
+        for fault in faults:
+            if fault.kind == MISSING:
+                self._write_again(fault.ids)
+            elif fault.kind == ORPHANS:
+                self.vectors.delete(self.find_collection(fault.collection).index, fault.ids)
+        return [fault for fault in faults if fault.kind not in (MISSING, ORPHANS)]
+
+    def _write_again(self, chunk_ids: Sequence[str]) -> None:
+        """Bring rows of the vector store back from the document store; whole documents, for the terms of neighbours."""
+        documents = {(d.document_id, d.version): d for _, d in self.documents.load(chunk_ids).values()}
+        for document in documents.values():
+            chunks = self.documents.neighbours(document.document_id, document.version, 0, document.chunks)
+            vectors = self.documents.vectors([chunk.chunk_id for chunk in chunks])
+            texts = [embedded_text(document.title, chunk.piece) for chunk in chunks]
+            staged = Staged(document, 0, chunks, texts, np.stack([vectors[chunk.chunk_id] for chunk in chunks]))
+            self.vectors.upsert(self.find_collection(document.collection).index, _index_rows(staged))
+
+
+def _index_rows(staged: Staged) -> list[IndexRow]:
+    return [
+        IndexRow(chunk.chunk_id, chunk.document_id, staged.document.tenant, terms, vector)
+        for chunk, terms, vector in zip(
+            staged.chunks, lexical(staged.chunks, staged.texts), staged.vectors, strict=True
+        )
+    ]

@@ -1,32 +1,64 @@
-"""One document from bytes to published: the same steps for one file or a million."""
+"""From bytes to published: the same steps for one file or a million, online, in bulk, or in a test.
+
+Three steps, so that whoever drives them can keep each busy: `prepare` reads and cuts one document,
+`embed` turns the texts of several into vectors, `commit` stages and publishes several in one
+transaction. Any of them may run twice. `ingest` is all three, for one document.
+"""
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text
-from nexus.errors import InvalidRequest
+from nexus.config import Config
+from nexus.errors import Conflict, InvalidRequest, NexusError, UpstreamInvalid
+from nexus.failpoints import pass_through
 from nexus.hades import Hades, chunks_of, document_id_of, version_of
-from nexus.parsing import PARSER, Parsers
-from nexus.types import Document, Principal, Receipt, Upload, Vectors
+from nexus.parsing import PARSER, Limits, Parsers
+from nexus.ports import Staged
+from nexus.registry import find_module
+from nexus.types import Chunk, Document, Principal, Receipt, Upload, Vectors, content_digest
 
 MAX_SOURCE_CHARACTERS = 1024
 FLUSH_AFTER_CHUNKS = 500
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where some bytes came from, and what they are by name: all that decides whether anything changed."""
+
+    source: str
+    digest: str  # types.content_digest of the bytes
+    size: int
+    collection: str = "default"
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    readers: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A document read and cut, with its epoch; what is left is to embed `texts` and to commit."""
+
+    document: Document
+    principal: Principal
+    epoch: int
+    chunks: tuple[Chunk, ...]
+    texts: tuple[str, ...]
+    replaced: bool
+
+
 @dataclass
 class Ingestor:
-    """Everything that ingestion needs, and the steps in order. Safe to call from several threads."""
+    """Everything that ingestion needs, and its steps. Safe to call from several threads."""
 
     hades: Hades
     parsers: Parsers
-    embed: Callable[[Sequence[str]], Vectors]
+    embedder: Callable[[Sequence[str]], Vectors]
     count_tokens: CountTokens
     chunking: ChunkSettings
-    fingerprint: str
-    _making: dict[str, tuple[threading.Lock, int]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _unflushed: dict[str, int] = field(default_factory=dict)
 
@@ -36,81 +68,138 @@ class Ingestor:
         Raises InvalidRequest, UnsupportedMedia, Unprocessable, Conflict and TryAgain; after any of
         them what was visible before is still visible.
         """
-        check_source(upload.source)
-        document = self._describe(upload, principal)
-        with self._alone(document.document_id):
-            if current := self.hades.is_unchanged(document, principal):
-                return _receipt(current, "unchanged", replaced=False)
-            return self._make(upload, document, principal)
+        prepared = self.prepare(upload, principal)
+        if isinstance(prepared, Receipt):
+            return prepared
+        (outcome,) = self.commit([prepared], self.embed([prepared]))
+        if isinstance(outcome, NexusError):
+            raise outcome
+        return outcome
 
-    def _describe(self, upload: Upload, principal: Principal) -> Document:
-        return Document(
-            document_id=document_id_of(principal.tenant, upload.collection, upload.source),
-            version=version_of(upload.content, PARSER, self.chunking.fingerprint, self.fingerprint),
-            tenant=principal.tenant,
-            collection=upload.collection,
-            source=upload.source,
-            title="",
-            media_type="",
-            metadata=dict(upload.metadata),
-            readers=upload.readers,
-            size=len(upload.content),
-            chunks=0,
-            created_at=time.time(),
-        )
+    # ── the steps ───────────────────────────────────────────────────────────────────────────────
 
-    def _make(self, upload: Upload, document: Document, principal: Principal) -> Receipt:
+    def find_unchanged(self, source: Source, principal: Principal) -> Receipt | None:
+        """The receipt of the current version if it was made of these very bytes; metadata is brought up to date."""
+        check_source(source.source)
+        current = self.hades.is_unchanged(self._describe(source, principal), principal)
+        return _receipt(current, "unchanged", False) if current is not None else None
+
+    def prepare(self, upload: Upload, principal: Principal, accepted_at: int | None = None) -> Prepared | Receipt:
+        """Read and cut one document, or say that it is unchanged.
+
+        `accepted_at` is the sequence that the collection was at when the bytes were accepted: a
+        document that was deleted since then is Fenced, and stays deleted.
+        """
+        source = Source(
+            upload.source, content_digest(upload.content), len(upload.content), upload.collection, upload.metadata,
+            upload.readers,
+        )  # fmt: skip
+        if unchanged := self.find_unchanged(source, principal):
+            return unchanged
+        document = self._describe(source, principal)
         replaced = self.hades.documents.current(document.document_id, principal) is not None
+        epoch = self.hades.begin(document, accepted_at)
+        pass_through("ingest.before_parse")
         parsed = self.parsers.parse(upload.source, upload.content, upload.media_type)
+        pass_through("ingest.after_parse")
         pieces = cut(parsed, self.count_tokens, self.chunking)
         document = replace(document, title=parsed.title, media_type=parsed.media_type, chunks=len(pieces))
-        epoch = self.hades.begin(document)
-        texts = [embedded_text(parsed.title, piece) for piece in pieces]
-        vectors = self.embed(texts)
-        self.hades.stage(document, epoch, chunks_of(document, pieces), texts, vectors)
-        (published,) = self.hades.publish([(document, epoch)])
-        self._note_unflushed(document.collection, len(pieces))
-        return _receipt(published, "done", replaced)
+        texts = tuple(embedded_text(parsed.title, piece) for piece in pieces)
+        return Prepared(document, principal, epoch, tuple(chunks_of(document, pieces)), texts, replaced)
+
+    def embed(self, batch: Sequence[Prepared]) -> list[Staged]:
+        """The vectors of several documents, asked for at once. Raises UpstreamInvalid when they are not vectors."""
+        pass_through("ingest.before_embed")
+        vectors = self.embedder([text for prepared in batch for text in prepared.texts])
+        pass_through("ingest.after_embed")
+        return attach(batch, vectors, self.hades.dimension)
+
+    def commit(self, batch: Sequence[Prepared], staged: Sequence[Staged]) -> list[Receipt | NexusError]:
+        """Stage and publish documents of one collection in one transaction; one that cannot be fails alone.
+
+        Raises TryAgain when a store is away; then none is published, and all of it may be done again.
+        """
+        try:
+            self.hades.stage(staged)
+            published = self.hades.publish([(one.document, one.epoch) for one in staged])
+        except Conflict as error:
+            if len(batch) > 1:
+                alone = zip(batch, staged, strict=True)
+                return [outcome for one, made in alone for outcome in self.commit([one], [made])]
+            # Whoever took over may have published the very same version; then all is well.
+            current = self.hades.is_unchanged(batch[0].document, batch[0].principal)
+            return [error if current is None else _receipt(current, "unchanged", False)]
+        self._note_unflushed(staged)
+        return [_receipt(document, "done", one.replaced) for document, one in zip(published, batch, strict=True)]
 
     def flush(self) -> None:
-        """Make all that was written so far cheap to search. Called after a batch and when idle."""
+        """Make all that was written so far cheap to search. Called when idle and at the end of a batch."""
         with self._lock:
             collections = [name for name, count in self._unflushed.items() if count]
             self._unflushed.clear()
         for name in collections:
-            self.hades.vectors.flush(self.hades.find_collection(name).index)
+            self.hades.vectors.flush(self.hades.open_collection(name).index)
 
-    def _note_unflushed(self, collection: str, chunks: int) -> None:
+    def _note_unflushed(self, batch: Sequence[Staged]) -> None:
+        collection = batch[0].document.collection
         with self._lock:
-            self._unflushed[collection] = self._unflushed.get(collection, 0) + chunks
-            full = self._unflushed[collection] >= FLUSH_AFTER_CHUNKS
-        if full:
+            count = self._unflushed.get(collection, 0) + sum(len(staged.chunks) for staged in batch)
+            self._unflushed[collection] = count
+        if count >= FLUSH_AFTER_CHUNKS:
             self.flush()
 
-    @contextmanager
-    def _alone(self, document_id: str) -> Iterator[None]:
-        """One maker of a document at a time here: the same file sent twice at once is made once."""
-        with self._lock:
-            lock, waiting = self._making.get(document_id, (threading.Lock(), 0))
-            self._making[document_id] = (lock, waiting + 1)
-        try:
-            with lock:
-                yield
-        finally:
-            with self._lock:
-                lock, waiting = self._making.pop(document_id)
-                if waiting > 1:
-                    self._making[document_id] = (lock, waiting - 1)
+    def _describe(self, source: Source, principal: Principal) -> Document:
+        return Document(
+            document_id=document_id_of(principal.tenant, source.collection, source.source),
+            version=version_of(source.digest, PARSER, self.chunking.fingerprint, self.hades.fingerprint),
+            tenant=principal.tenant,
+            collection=source.collection,
+            source=source.source,
+            title="",
+            media_type="",
+            metadata=dict(source.metadata),
+            readers=source.readers,
+            size=source.size,
+            chunks=0,
+            created_at=time.time(),
+        )
 
 
-def check_source(source: str) -> None:
+def open_steps(config: Config, hades: Hades, embedder: Callable[[Sequence[str]], Vectors]) -> Ingestor:
+    """The steps as a configuration wants them, over a Hades and whatever makes vectors."""
+    limits = config.parsing
+    return Ingestor(
+        hades=hades,
+        parsers=Parsers(Limits(limits.memory_bytes, limits.cpu_seconds, limits.wall_seconds)),
+        embedder=embedder,
+        count_tokens=find_module("models", config.models.embedder).open_tokenizer(config.models.embedder),
+        chunking=ChunkSettings(config.chunking.target_tokens, config.chunking.max_tokens),
+    )
+
+
+def attach(batch: Sequence[Prepared], vectors: Vectors, dimension: int) -> list[Staged]:
+    """Documents with their vectors, checked: nothing but finite unit vectors, one per text, is ever stored."""
+    count = sum(len(prepared.texts) for prepared in batch)
+    if vectors.shape != (count, dimension):
+        raise UpstreamInvalid(f"the embedder answered {vectors.shape} where ({count}, {dimension}) was asked for")
+    if count and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2):
+        raise UpstreamInvalid("the embedder answered rows that are not unit vectors")
+    staged, start = [], 0
+    for prepared in batch:
+        end = start + len(prepared.texts)
+        staged.append(Staged(prepared.document, prepared.epoch, prepared.chunks, prepared.texts, vectors[start:end]))
+        start = end
+    return staged
+
+
+def check_source(source: str, pointer: str = "/filename") -> None:
     """A source is a label, never opened as a path; still it must be one that can be shown."""
     if not source.strip():
-        raise InvalidRequest("the file has no name; give one that says where it came from", pointer="/filename")
+        raise InvalidRequest("the file has no name; give one that says where it came from", pointer=pointer)
     if len(source) > MAX_SOURCE_CHARACTERS:
-        raise InvalidRequest(f"a file name has at most {MAX_SOURCE_CHARACTERS} characters", pointer="/filename")
+        raise InvalidRequest(f"a file name has at most {MAX_SOURCE_CHARACTERS} characters", pointer=pointer)
     if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in source):
-        raise InvalidRequest("a file name has no control characters", pointer="/filename")
+        raise InvalidRequest("a file name has no control characters", pointer=pointer)
 
 
 def _receipt(document: Document, outcome: str, replaced: bool) -> Receipt:

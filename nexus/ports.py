@@ -95,6 +95,39 @@ class Collection:
     fingerprint: str
     index: str
     sequence: int
+    horizon: int  # versions closed at or before it may have been vacuumed: no `as_of` below it is whole
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """One version ready to be written: its chunks, the texts that were embedded, and their vectors."""
+
+    document: Document
+    epoch: int
+    chunks: Sequence[Chunk]
+    texts: Sequence[str]
+    vectors: Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """The receipt of a delete: who deleted what and when, and how much of it has been purged since.
+
+    `versions`, `chunks` and `vectors` count what was purged of the document; `purged_at` (Unix seconds)
+    is there once nothing of it is left.
+    """
+
+    document_id: str
+    sequence: int
+    tenant: str
+    collection: str
+    source: str
+    subject: str
+    deleted_at: float
+    purged_at: float | None
+    versions: int
+    chunks: int
+    vectors: int
 
 
 Verdict = Literal["visible", "unknown", "unpublished", "superseded", "not yet", "other tenant", "not a reader"]
@@ -111,12 +144,18 @@ class DocumentStore(Protocol):
 
     def collections(self) -> list[Collection]: ...
 
-    def begin(self, document: Document) -> int:
-        """Note that this version is being made; returns a new epoch that fences every earlier one."""
+    def begin(self, document_id: str, accepted_at: int | None = None) -> int:
+        """A new epoch of the document, which fences every earlier one.
+
+        Raises Fenced when the document was deleted at a later sequence than `accepted_at`.
+        """
         ...
 
-    def stage(self, document: Document, epoch: int, chunks: Sequence[Chunk], vectors: Vectors) -> None:
-        """Write the version's chunks, not yet visible. Raises Fenced on a stale epoch."""
+    def stage(self, batch: Sequence[Staged]) -> None:
+        """Write versions with their chunks, not yet visible. Raises Fenced on a stale epoch.
+
+        Need not be durable before `publish` is. Raises Unavailable while that very version is retired.
+        """
         ...
 
     def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
@@ -130,8 +169,12 @@ class DocumentStore(Protocol):
         """Replace title, metadata and readers of the current version, whose content is unchanged."""
         ...
 
-    def delete(self, document_id: str, principal: Principal) -> Document | None:
-        """Close the current version at the next sequence number; None if there is none for them."""
+    def delete(self, document_ids: Sequence[str], principal: Principal) -> list[Document]:
+        """Close the current versions, each at its collection's next sequence number, in one transaction.
+
+        Fences whoever is making one of them, and opens a receipt for each. What is not there for this
+        principal is left out.
+        """
         ...
 
     def current(self, document_id: str, principal: Principal) -> Document | None: ...
@@ -160,8 +203,27 @@ class DocumentStore(Protocol):
         """Chunks of one version with first <= ordinal <= last, in order."""
         ...
 
-    def needless(self, closed_before: float, begun_before: float) -> list[Document]:
-        """Versions that nobody needs: closed before one Unix time, or begun before another and never published."""
+    def needless(self, closed_before: float, staged_before: float) -> list[Document]:
+        """Versions that nobody needs: closed before one Unix time, or staged before another and not published."""
+        ...
+
+    def retire(self, document: Document, closed_before: float, staged_before: float) -> list[str] | None:
+        """Claim a needless version for removal and return its chunk ids; None if it is needed after all.
+
+        From here on no `as_of` sees it, and nobody can stage that very version for a moment.
+        """
+        ...
+
+    def purge(self, document: Document) -> bool:
+        """Forget a retired version with its chunks; False if it was staged again meanwhile."""
+        ...
+
+    def deletions(self, principal: Principal, document_id: str | None, limit: int) -> list[Deletion]:
+        """Receipts of the principal's tenant, the latest first; of one document where given."""
+        ...
+
+    def damaged(self, index: str, dimension: int) -> list[str]:
+        """Ids of current documents whose chunks are not all there, and of chunks with a wrong id or vector."""
         ...
 
     def chunk_ids(self, index: str, published: bool) -> set[str]:
@@ -169,10 +231,6 @@ class DocumentStore(Protocol):
         ...
 
     def chunk_ids_of(self, document_id: str, version: str) -> list[str]: ...
-
-    def purge(self, document_id: str, version: str, begun_before: float) -> bool:
-        """Forget a version with its chunks, unless it is current or was begun later; says whether it did."""
-        ...
 
     def add_turn(self, tenant: str, session_id: str, role: str, content: str) -> None: ...
 

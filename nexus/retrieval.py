@@ -72,6 +72,11 @@ class Retriever:
             raise InvalidRequest(
                 f"as_of is {sequence}, but the collection is only at {collection.sequence}", pointer="/as_of"
             )
+        if sequence < collection.horizon:
+            raise InvalidRequest(
+                f"as_of {sequence} is no longer kept; the oldest that can be asked for is {collection.horizon}",
+                pointer="/as_of", code="as_of_gone",
+            )  # fmt: skip
         scope, allowed = self._scope(request, principal, sequence)
         if scope.document_ids == ():
             return SearchResult((), sequence, clock.seconds, _explanation([], {}, set()) if request.explain else None)

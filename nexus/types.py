@@ -29,6 +29,16 @@ def digest(*parts: str | bytes) -> str:
     return state.hexdigest()
 
 
+def content_digest(content: bytes) -> str:
+    """The name of some bytes: 32 hexadecimal digits of plain BLAKE2b, which any client can compute."""
+    return blake2b(content, digest_size=16).hexdigest()
+
+
+def chunk_id_of(document_id: str, version: str, ordinal: int) -> str:
+    """The identity of a chunk: its place in a version of a document."""
+    return digest("chunk", document_id, version, str(ordinal))
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Who asks: the tenant whose data they see, and a name for the record."""

@@ -10,21 +10,34 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from actors.ingestor import examine
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.chunking import ChunkSettings
 from nexus.config import Config
-from nexus.hades import Hades, chunks_of, document_id_of, version_of
-from nexus.ingest import Ingestor
+from nexus.conveyor import Conveyor
+from nexus.hades import Fault, Hades, Removed, chunks_of, document_id_of, version_of
+from nexus.ingest import Ingestor, Source
+from nexus.jobs import Jobs, Outcome
 from nexus.models import extractive
 from nexus.parsing import Limits, Parsers
 from nexus.pipelines.rag import Tools
-from nexus.ports import DocumentStore, VectorStore
+from nexus.ports import DocumentStore, Staged, VectorStore
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
 from nexus.terms import extract_terms
-from nexus.types import Document, Evidence, Piece, Principal, Receipt, SearchRequest, SearchResult, Upload, Vectors
+from nexus.types import (
+    Document,
+    Evidence,
+    Piece,
+    Principal,
+    Receipt,
+    SearchRequest,
+    SearchResult,
+    Vectors,
+    content_digest,
+)
 
 ALICE = Principal("acme", "alice", frozenset({"documents:read", "documents:write"}))
 BOB = Principal("acme", "bob", frozenset({"documents:read"}))
@@ -61,15 +74,15 @@ class House:
         collection = str(fields.pop("collection", "default"))
         content = "\n".join(texts).encode()
         return Document(
-            document_id_of(who.tenant, collection, source), version_of(content, "p", "c", "e"), who.tenant, collection,
-            source, source, "text/plain", fields.pop("metadata", {}), fields.pop("readers", frozenset()),
-            len(content), len(texts),
+            document_id_of(who.tenant, collection, source), version_of(content_digest(content), "p", "c", "e"),
+            who.tenant, collection, source, source, "text/plain", fields.pop("metadata", {}),
+            fields.pop("readers", frozenset()), len(content), len(texts),
         )  # fmt: skip
 
     def stage(self, document: Document, texts: Sequence[str]) -> int:
         epoch = self.hades.begin(document)
         chunks = chunks_of(document, [Piece(text, tokens=len(text.split())) for text in texts])
-        self.hades.stage(document, epoch, chunks, texts, self.embedder.embed(texts))
+        self.hades.stage([Staged(document, epoch, chunks, texts, self.embedder.embed(texts))])
         return epoch
 
     def put(self, source: str, *texts: str, who: Principal = ALICE, **fields: object) -> Document:
@@ -111,17 +124,41 @@ class LocalRetriever:
 
 
 class LocalIngestor:
-    """The ingestor actor's method over a House, in this process, with real parsing children."""
+    """The ingestor actor's methods over a House, in this process, with real parsing children."""
 
-    def __init__(self, house: House) -> None:
-        self.parsers = Parsers(Limits(cpu_seconds=10, wall_seconds=20))
-        self.ingestion = Ingestor(
-            house.hades, self.parsers, house.embedder.embed, lambda texts: [len(t.split()) for t in texts],
-            ChunkSettings(), house.embedder.fingerprint,
-        )  # fmt: skip
+    def __init__(self, house: House, jobs: Jobs) -> None:
+        self.house, self.jobs = house, jobs
+        self.steps = build_steps(house)
+        self.parsers = self.steps.parsers
+        self._line = Conveyor(jobs, self.steps)
+        self._running: asyncio.Task[None] | None = None
 
-    async def add(self, upload: Upload, principal: Principal) -> Receipt:
-        return self.ingestion.ingest(upload, principal)
+    def _conveyor(self) -> Conveyor:
+        if self._running is None:
+            self._running = asyncio.create_task(self._line.run())
+        return self._line
+
+    async def finish(self, job_id: str, number: int) -> Outcome:
+        return await self._conveyor().wait(job_id, number)
+
+    async def wake(self) -> None:
+        self._conveyor().wake()
+
+    async def find_unchanged(self, sources: Sequence[Source], principal: Principal) -> list[Receipt | None]:
+        return [self.steps.find_unchanged(source, principal) for source in sources]
+
+    async def vacuum(self, keep_closed_seconds: float, document_ids: Sequence[str] | None = None) -> list[Removed]:
+        return self.house.hades.vacuum(keep_closed_seconds, 60, document_ids)
+
+    async def fsck(self, repair: bool) -> list[Fault]:
+        return examine(self.house.hades, self.jobs, repair)
+
+
+def build_steps(house: House) -> Ingestor:
+    """The steps of ingestion over a House, with real parsing children."""
+    parsers = Parsers(Limits(cpu_seconds=10, wall_seconds=20))
+    count = lambda texts: [len(text.split()) for text in texts]  # noqa: E731
+    return Ingestor(house.hades, parsers, house.embedder.embed, count, ChunkSettings())
 
 
 @dataclass
@@ -141,12 +178,14 @@ class Door:
 @pytest.fixture
 def door(house: House, tmp_path: Path) -> Iterator[Door]:
     keys = KeyRing(tmp_path)
-    retriever, ingestor = LocalRetriever(house), LocalIngestor(house)
+    jobs = Jobs(tmp_path)
+    retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
     generator = extractive.open("extractive:", embed=retriever.embed)
     lent = Lent(
         config=Config(home=tmp_path, http={"max_body_bytes": 2**20}),
         keys=keys,
         documents=house.hades.documents,
+        jobs=jobs,
         sessions=Sessions(house.hades.documents),
         retriever=retriever,
         ingestor=ingestor,
@@ -159,4 +198,5 @@ def door(house: House, tmp_path: Path) -> Iterator[Door]:
     with TestClient(build(lent), raise_server_exceptions=False) as client:
         yield Door(client, lent, keys, house)
     ingestor.parsers.close()
+    jobs.close()
     keys.close()

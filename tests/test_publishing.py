@@ -8,6 +8,7 @@ import pytest
 
 from nexus.errors import Conflict, Fenced, NotFound
 from nexus.hades import Hades, chunks_of
+from nexus.ports import Staged
 from nexus.stores import memory, sqlite
 from nexus.types import Piece, Principal, SearchRequest
 from tests.conftest import ALICE, BOB, MALLORY, House, build_house
@@ -65,7 +66,7 @@ def test_a_later_begin_fences_the_earlier(house: House) -> None:
     with pytest.raises(Fenced):
         house.hades.publish([(slow, slow_epoch)])
     with pytest.raises(Fenced):
-        house.hades.stage(slow, slow_epoch, [], [], house.embedder.embed([]))
+        house.hades.stage([Staged(slow, slow_epoch, [], [], house.embedder.embed([]))])
     assert found(house, "gripper") == ["quick gripper"]
 
 
@@ -73,7 +74,7 @@ def test_a_delete_fences_whoever_is_still_making_the_document(house: House) -> N
     published = house.put("a.txt", "first gripper")
     late = house.describe("a.txt", ["late gripper"])
     epoch = house.stage(late, ["late gripper"])
-    house.hades.delete(published.document_id, ALICE)
+    house.hades.delete([published.document_id], ALICE)
     with pytest.raises(Fenced):
         house.hades.publish([(late, epoch)])
     assert found(house, "gripper") == []
@@ -97,19 +98,19 @@ def test_a_version_with_chunks_missing_is_not_published(house: House) -> None:
     document = house.describe("a.txt", ["one", "two"])
     epoch = house.hades.begin(document)
     chunks = chunks_of(document, [Piece("one")])
-    house.hades.stage(document, epoch, chunks, ["one"], house.embedder.embed(["one"]))
+    house.hades.stage([Staged(document, epoch, chunks, ["one"], house.embedder.embed(["one"]))])
     with pytest.raises(Conflict):
         house.hades.publish([(document, epoch)])
 
 
 def test_deleted_is_gone_at_once_but_not_from_the_past(house: House) -> None:
     document = house.put("a.txt", "gripper manual")
-    gone = house.hades.delete(document.document_id, ALICE)
+    (gone,) = house.hades.delete([document.document_id], ALICE)
     assert gone.closed == 2
     assert found(house, "gripper") == []
     assert found(house, "gripper", as_of=1) == ["gripper manual"]
     with pytest.raises(NotFound):
-        house.hades.delete(document.document_id, ALICE)
+        house.hades.delete([document.document_id], ALICE)
 
 
 def test_another_tenant_sees_nothing_and_can_delete_nothing(house: House) -> None:
@@ -118,7 +119,7 @@ def test_another_tenant_sees_nothing_and_can_delete_nothing(house: House) -> Non
     assert house.hades.documents.documents(MALLORY, None, None, 10) == []
     assert house.hades.documents.current(document.document_id, MALLORY) is None
     with pytest.raises(NotFound):
-        house.hades.delete(document.document_id, MALLORY)
+        house.hades.delete([document.document_id], MALLORY)
     assert found(house, "gripper") == ["gripper secret"]
 
 
@@ -150,8 +151,11 @@ def test_vacuum_removes_what_nobody_needs_and_only_that(house: House) -> None:
     house.put("a.txt", "gripper two")
     abandoned = house.describe("b.txt", ["never finished"])
     house.stage(abandoned, ["never finished"])
-    assert house.hades.vacuum(keep_closed_seconds=3600, keep_begun_seconds=3600) == 0
-    assert house.hades.vacuum(keep_closed_seconds=-1, keep_begun_seconds=-1) == 2
+    assert house.hades.vacuum(keep_closed_seconds=3600, keep_staged_seconds=3600) == []
+    removed = house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
+    assert {(one.document.source, one.why, one.chunks) for one in removed} == {
+        ("a.txt", "closed", 1), ("b.txt", "never published", 1)
+    }  # fmt: skip
     assert found(house, "gripper") == ["gripper two"]
     index = house.hades.find_collection("default").index
     assert len(house.hades.vectors.chunk_ids(index)) == 1
@@ -161,7 +165,7 @@ def test_vacuum_removes_what_nobody_needs_and_only_that(house: House) -> None:
 def test_vacuum_leaves_a_version_that_came_back(house: House) -> None:
     for text in ("gripper A", "gripper B", "gripper A"):
         house.put("a.txt", text)
-    house.hades.vacuum(keep_closed_seconds=-1, keep_begun_seconds=-1)
+    house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
     assert found(house, "gripper") == ["gripper A"]
     assert house.hades.fsck() == []
 
@@ -175,8 +179,9 @@ def test_fsck_names_what_is_missing_and_what_is_left_over(house: House) -> None:
     assert [(fault.kind, fault.ids) for fault in house.hades.fsck()] == [
         ("visible chunks that no search can find", (lost,))
     ]
-    house.hades.delete(document.document_id, ALICE)
-    house.hades.documents.purge(document.document_id, document.version, begun_before=float("inf"))
+    house.hades.delete([document.document_id], ALICE)
+    assert house.hades.documents.retire(document, float("inf"), float("inf")) == [lost, left]
+    assert house.hades.documents.purge(document)
     assert [(fault.kind, fault.ids) for fault in house.hades.fsck()] == [("vectors without a chunk", (left,))]
 
 

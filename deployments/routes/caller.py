@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from fastapi import Depends, Request
 
-from nexus.errors import Forbidden
+from nexus.errors import Forbidden, InvalidRequest
 from nexus.types import Principal
 
 if TYPE_CHECKING:
@@ -16,6 +17,23 @@ if TYPE_CHECKING:
 
 def lent(request: Request) -> Lent:
     return cast("Lent", request.app.state.lent)
+
+
+MAX_KEY_CHARACTERS = 255
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The caller's own name for this request, so that sending it twice is doing it once."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= MAX_KEY_CHARACTERS and key.isprintable()):
+        raise InvalidRequest(f"an Idempotency-Key has 1 to {MAX_KEY_CHARACTERS} printable characters")
+    return key
+
+
+async def sequence_of(here: Lent, collection: str) -> int:
+    """The sequence that a collection is at; 0 for one that is not there yet."""
+    found = await asyncio.to_thread(here.documents.collection, collection)
+    return found.sequence if found else 0
 
 
 def permit(permission: str) -> Principal:

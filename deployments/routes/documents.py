@@ -1,20 +1,30 @@
 """Documents in, listed, looked at, and out."""
 
+from __future__ import annotations
+
 import asyncio
 import json
-from typing import Annotated
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from deployments.routes.caller import lent, permit
-from deployments.shapes import AddDocument, CollectionName, reply, show_document, show_receipt
-from nexus import telemetry
-from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, UnsupportedMedia
-from nexus.types import Principal, Upload
+from deployments.routes.caller import idempotency_key, lent, permit, sequence_of
+from deployments.routes.jobs import wake
+from deployments.shapes import AddDocument, CollectionName, reply, show_deletion, show_document, show_job, show_receipt
+from nexus.errors import InvalidRequest, NotFound, TryAgain, UnsupportedMedia, named
+from nexus.ingest import check_source
+from nexus.jobs import OPEN, Announced, File, Job
+from nexus.types import Principal, Upload, content_digest
 
+if TYPE_CHECKING:
+    from deployments.gateway import Lent
+
+RETRY_SECONDS = 0.5  # between questions to an ingestor that is restarting
 FORM_FIELDS = {"file", "filename", "metadata", "collection"}
 
 router = APIRouter(prefix="/rag", tags=["documents"])
@@ -22,17 +32,46 @@ router = APIRouter(prefix="/rag", tags=["documents"])
 
 @router.post("/add_document")
 async def add_document(request: Request, principal: Principal = permit("documents:write")) -> Response:
-    """JSON, or a form with `file` and optionally `filename`, `metadata` (JSON) and `collection`."""
+    """JSON, or a form with `file` and optionally `filename`, `metadata` (JSON) and `collection`.
+
+    The bytes are on disk before anything is answered: 201 once the document is visible, 200 if it was
+    unchanged, 202 with the job to ask after if that takes long, or at once with `Prefer: respond-async`.
+    """
+    here = lent(request)
     upload = await _read_upload(request)
-    try:
-        receipt = await lent(request).ingestor.add(upload, principal)
-    except NexusError as error:
-        telemetry.ingest_documents.labels("refused" if isinstance(error, CallerError) else "failed").inc()
-        raise
-    telemetry.ingest_documents.labels(receipt.outcome).inc()
-    if receipt.outcome == "done":
-        telemetry.ingest_chunks.inc(receipt.chunks)
-    return reply(show_receipt(receipt), 201 if receipt.outcome == "done" else 200)
+    check_source(upload.source)
+    file = Announced(
+        upload.source, content_digest(upload.content), len(upload.content), upload.media_type, upload.metadata,
+        upload.content,
+    )  # fmt: skip
+    accepted_at = await sequence_of(here, upload.collection)
+    job, _ = await asyncio.to_thread(
+        here.jobs.accept, principal, upload.collection, [file], accepted_at=accepted_at,
+        idempotency_key=idempotency_key(request),
+    )  # fmt: skip
+    seconds = 0.0 if "respond-async" in request.headers.get("prefer", "") else here.config.ingest.wait_seconds
+    ended = await _await_end(here, job, principal, seconds)
+    if ended is None:
+        return reply({"message": "Document accepted; it will be added", **show_job(job, [], time.time())}, 202)
+    if ended.receipt is None:
+        raise named(ended.error or "Conflict", ended.reason or "it was cancelled", ended.code or "cancelled")
+    return reply({**show_receipt(ended.receipt), "job_id": job.job_id}, 200 if ended.state == "unchanged" else 201)
+
+
+async def _await_end(here: Lent, job: Job, principal: Principal, seconds: float) -> File | None:
+    """The only file of a job once it has ended; None if that takes longer. A dead ingestor is waited for."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while True:
+                (file,) = await asyncio.to_thread(here.jobs.files, job.job_id, principal, None, -1, 1)
+                if file.state not in OPEN:
+                    return file
+                try:
+                    await here.ingestor.finish(job.job_id, 0)
+                except TryAgain:
+                    await asyncio.sleep(RETRY_SECONDS)
+    await wake(here)
+    return None
 
 
 async def _read_upload(request: Request) -> Upload:
@@ -100,10 +139,17 @@ async def get_document(request: Request, document_id: str, principal: Principal 
 
 @router.delete("/documents/{document_id}")
 async def delete_document(
-    request: Request, document_id: str, principal: Principal = permit("documents:write")
+    request: Request, document_id: str, purge: bool = False, principal: Principal = permit("documents:write")
 ) -> Response:
-    """Invisible at once, everywhere; its rows are purged later."""
-    document = await asyncio.to_thread(lent(request).documents.delete, document_id, principal)
-    if document is None:
+    """Invisible at once, everywhere; its rows are purged later, or with `purge` before this is answered."""
+    here = lent(request)
+    deleted = await asyncio.to_thread(here.documents.delete, [document_id], principal)
+    if not deleted:
         raise NotFound("no such document")
-    return reply({"deleted": True, "document_id": document.document_id, "sequence": document.closed})
+    (document,) = deleted
+    uploads = await asyncio.to_thread(here.jobs.forget, document.tenant, document.collection, [document.source])
+    if purge:
+        await here.ingestor.vacuum(0.0, [document_id])
+    receipt, *_ = await asyncio.to_thread(here.documents.deletions, principal, document_id, 1)
+    shown = {**show_deletion(receipt), "uploads": uploads}
+    return reply({"deleted": True, "document_id": document_id, "sequence": document.closed, "receipt": shown})

@@ -5,7 +5,8 @@ of sequence numbers (`spans`), so that A, then B, then A again leaves a true his
 unique index on open spans makes two current versions of one document impossible, not just unlikely.
 Vectors stand beside their chunks, so an index can be rebuilt and checked without a model.
 
-Several processes of one machine may share the file: WAL, one writer at a time, fsync at commit.
+Several processes of one machine may share the file: WAL, one writer at a time. What was answered for
+is synced to the disk at commit; staging is not, for the publish after it syncs the whole log.
 """
 
 import json
@@ -15,15 +16,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nexus.errors import ConfigError, Conflict, Fenced, Unavailable
+from nexus.failpoints import pass_through
 from nexus.filters import Combine, Compare, Filter
-from nexus.ports import Collection, Verdict
-from nexus.types import Chunk, Document, Piece, Principal, Vector, Vectors
+from nexus.ports import Collection, Deletion, Staged, Verdict
+from nexus.types import Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
 BUSY_SECONDS = 10.0
 
@@ -61,7 +64,21 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX turns_by_session ON turns (tenant, session_id, ordinal);
     """,
+    """
+    ALTER TABLE versions RENAME COLUMN begun_at TO staged_at;
+    ALTER TABLE versions ADD COLUMN retiring_at REAL;
+    ALTER TABLE collections ADD COLUMN horizon INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE deletions (
+        document_id TEXT NOT NULL, sequence INTEGER NOT NULL, tenant TEXT NOT NULL, collection TEXT NOT NULL,
+        source TEXT NOT NULL, subject TEXT NOT NULL, deleted_at REAL NOT NULL, purged_at REAL,
+        versions INTEGER NOT NULL DEFAULT 0, chunks INTEGER NOT NULL DEFAULT 0, vectors INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (document_id, sequence)
+    ) STRICT;
+    CREATE INDEX deletions_by_tenant ON deletions (tenant, deleted_at);
+    """,
 )
+
+RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on their way out
 
 DOCUMENT = (
     "v.document_id, v.version, v.tenant, v.collection, v.source, v.title, v.media_type, v.metadata, v.readers,"
@@ -69,6 +86,10 @@ DOCUMENT = (
 )
 CURRENT = f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version) WHERE s.closed IS NULL"
 MAY_READ = "(v.readers = '[]' OR EXISTS (SELECT 1 FROM json_each(v.readers) WHERE value = :subject))"
+COLLECTION = "SELECT name, fingerprint, index_name, sequence, horizon FROM collections"
+DELETION = (
+    "document_id, sequence, tenant, collection, source, subject, deleted_at, purged_at, versions, chunks, vectors"
+)
 CHUNK = (
     "c.chunk_id, c.document_id, c.version, c.ordinal, c.text, c.heading, c.page, c.first_line, c.last_line, c.tokens"
 )
@@ -116,12 +137,16 @@ class SqliteDocuments:
         return connection
 
     @contextmanager
-    def _transaction(self, mode: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
-        """Everything in the block or nothing. A store that is locked, full or gone is Unavailable."""
+    def _transaction(self, mode: str = "IMMEDIATE", durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Everything in the block or nothing. A store that is locked, full or gone is Unavailable.
+
+        One that is not durable may be lost with the power, but only together with all that came after it.
+        """
         if self._memory:
             self._lock.acquire()
         try:
             connection = self._connect()
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute(f"BEGIN {mode}")
             try:
                 yield connection
@@ -173,7 +198,7 @@ class SqliteDocuments:
                 "INSERT INTO collections (name, fingerprint, index_name) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
                 (name, fingerprint, index),
             )
-            return _collection(db, name) or Collection(name, fingerprint, index, 0)
+            return _collection(db, name) or Collection(name, fingerprint, index, 0, 0)
 
     def collection(self, name: str) -> Collection | None:
         with self._reading() as db:
@@ -181,54 +206,45 @@ class SqliteDocuments:
 
     def collections(self) -> list[Collection]:
         with self._reading() as db:
-            rows = db.execute("SELECT name, fingerprint, index_name, sequence FROM collections ORDER BY name")
-            return [Collection(*row) for row in rows]
+            return [Collection(*row) for row in db.execute(f"{COLLECTION} ORDER BY name")]
 
     # ── the moves of HADES ──────────────────────────────────────────────────────────────────────
 
-    def begin(self, document: Document) -> int:
-        now = time.time()
-        with self._transaction() as db:
+    def begin(self, document_id: str, accepted_at: int | None = None) -> int:
+        with self._transaction(durable=False) as db:
+            deleted = (
+                accepted_at is not None
+                and db.execute(
+                    "SELECT 1 FROM deletions WHERE document_id = ? AND sequence > ?", (document_id, accepted_at)
+                ).fetchone()
+            )
+            if deleted:
+                raise Fenced("the document was deleted after this upload was accepted; add it again if it should stay")
             (epoch,) = db.execute(
                 "INSERT INTO epochs VALUES (?, 1) ON CONFLICT DO UPDATE SET epoch = epoch + 1 RETURNING epoch",
-                (document.document_id,),
+                (document_id,),
             ).fetchone()
-            db.execute(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT DO UPDATE SET epoch = excluded.epoch, begun_at = excluded.begun_at",
-                (*_version_row(document), epoch, now, now),
-            )
         return int(epoch)
 
-    def stage(self, document: Document, epoch: int, chunks: Sequence[Chunk], vectors: Vectors) -> None:
-        with self._transaction() as db:
-            _require_epoch(db, document, epoch)
-            db.execute(
-                "DELETE FROM chunks WHERE document_id = ? AND version = ? AND ordinal >= ?",
-                (document.document_id, document.version, len(chunks)),
-            )
-            db.executemany(
-                "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (_chunk_row(chunk, vector) for chunk, vector in zip(chunks, vectors, strict=True)),
-            )
+    def stage(self, batch: Sequence[Staged]) -> None:
+        with self._transaction(durable=False) as db:
+            for staged in batch:
+                _stage_one(db, staged, time.time())
 
     def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
         with self._transaction() as db:
-            return [_publish_one(db, document, epoch) for document, epoch in versions]
+            published = [_publish_one(db, document, epoch) for document, epoch in versions]
+            pass_through("ingest.inside_publish")
+        return published
 
     def annotate(self, document: Document) -> None:
         with self._transaction() as db:
             _annotate(db, document)
 
-    def delete(self, document_id: str, principal: Principal) -> Document | None:
+    def delete(self, document_ids: Sequence[str], principal: Principal) -> list[Document]:
         with self._transaction() as db:
-            document = _current(db, document_id, principal)
-            if document is None:
-                return None
-            db.execute("UPDATE epochs SET epoch = epoch + 1 WHERE document_id = ?", (document_id,))
-            sequence = _next_sequence(db, document.collection)
-            _close_current(db, document_id, sequence)
-            return _with_span(document, document.opened, sequence)
+            found = [_current(db, document_id, principal) for document_id in document_ids]
+            return [_delete_one(db, document, principal) for document in found if document is not None]
 
     # ── reading documents ───────────────────────────────────────────────────────────────────────
 
@@ -280,7 +296,7 @@ class SqliteDocuments:
             rows = db.execute(
                 f"SELECT {CHUNK}, {DOCUMENT} FROM json_each(?) AS wanted"
                 " JOIN chunks c ON c.chunk_id = wanted.value JOIN versions v USING (document_id, version)"
-                " JOIN spans s USING (document_id, version) ORDER BY s.opened",
+                " LEFT JOIN spans s USING (document_id, version) ORDER BY s.opened",
                 (json.dumps(list(chunk_ids)),),
             )
             return {row[0]: (_chunk(row[:10]), _document(row[10:])) for row in rows}
@@ -304,17 +320,78 @@ class SqliteDocuments:
 
     # ── cleaning up and checking ────────────────────────────────────────────────────────────────
 
-    def needless(self, closed_before: float, begun_before: float) -> list[Document]:
+    def needless(self, closed_before: float, staged_before: float) -> list[Document]:
         with self._reading() as db:
             rows = db.execute(
                 f"SELECT {DOCUMENT} FROM versions v LEFT JOIN spans s USING (document_id, version)"
-                " GROUP BY v.document_id, v.version"
-                " HAVING (MAX(s.opened) IS NULL AND v.begun_at < :begun)"
-                "     OR (COUNT(s.opened) > 0 AND COUNT(s.opened) = COUNT(s.closed) AND MAX(s.closed_at) < :closed"
-                "         AND v.begun_at < :begun)",
-                {"closed": closed_before, "begun": begun_before},
+                " WHERE v.staged_at < :staged OR v.retiring_at IS NOT NULL GROUP BY v.document_id, v.version"
+                " HAVING COUNT(s.opened) = COUNT(s.closed) AND COALESCE(MAX(s.closed_at) < :closed, 1)",
+                {"closed": closed_before, "staged": staged_before},
             )
             return [_document(row) for row in rows]
+
+    def retire(self, document: Document, closed_before: float, staged_before: float) -> list[str] | None:
+        with self._transaction() as db:
+            key = (document.document_id, document.version)
+            needed = db.execute(
+                "SELECT 1 FROM versions v LEFT JOIN spans s USING (document_id, version)"
+                " WHERE v.document_id = ? AND v.version = ? AND ((v.staged_at >= ? AND v.retiring_at IS NULL)"
+                " OR (s.opened IS NOT NULL AND (s.closed IS NULL OR s.closed_at >= ?)))",
+                (*key, staged_before, closed_before),
+            ).fetchone()
+            claimed = needed is None and db.execute(
+                "UPDATE versions SET retiring_at = ? WHERE document_id = ? AND version = ?", (time.time(), *key)
+            ).rowcount  # fmt: skip
+            if not claimed:
+                return None
+            db.execute(
+                "UPDATE collections SET horizon = MAX(horizon, COALESCE((SELECT MAX(closed) FROM spans"
+                " WHERE document_id = ? AND version = ?), 0)) WHERE name = ?",
+                (*key, document.collection),
+            )
+            db.execute("DELETE FROM spans WHERE document_id = ? AND version = ?", key)
+            return _chunk_ids(db, *key)
+
+    def purge(self, document: Document) -> bool:
+        key = (document.document_id, document.version)
+        with self._transaction() as db:
+            chunks = len(_chunk_ids(db, *key))
+            gone = db.execute(
+                "DELETE FROM versions WHERE document_id = ? AND version = ? AND retiring_at IS NOT NULL", key
+            ).rowcount  # fmt: skip
+            if gone:
+                db.execute("DELETE FROM chunks WHERE document_id = ? AND version = ?", key)
+                _note_purged(db, document.document_id, chunks)
+        return bool(gone)
+
+    def deletions(self, principal: Principal, document_id: str | None, limit: int) -> list[Deletion]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {DELETION} FROM deletions WHERE tenant = ? AND (? IS NULL OR document_id = ?)"
+                " ORDER BY deleted_at DESC, sequence DESC LIMIT ?",
+                (principal.tenant, document_id, document_id, limit),
+            )
+            return [Deletion(*row) for row in rows]
+
+    def damaged(self, index: str, dimension: int) -> list[str]:
+        found = []
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT v.document_id, v.version, v.chunks, c.ordinal, c.chunk_id, c.vector FROM versions v"
+                " JOIN collections k ON k.name = v.collection JOIN spans s USING (document_id, version)"
+                " LEFT JOIN chunks c USING (document_id, version) WHERE k.index_name = ? AND s.closed IS NULL"
+                " ORDER BY v.document_id, v.version, c.ordinal",
+                (index,),
+            )
+            for (document_id, version, count), group in groupby(rows, key=lambda row: row[:3]):
+                chunks = [row[3:] for row in group if row[3] is not None]
+                if [chunk[0] for chunk in chunks] != list(range(count)):
+                    found.append(document_id)
+                found += [
+                    chunk_id for ordinal, chunk_id, vector in chunks
+                    if chunk_id != chunk_id_of(document_id, version, ordinal) or not _is_unit(vector, dimension)
+                ]  # fmt: skip
+        return found
 
     def chunk_ids(self, index: str, published: bool) -> set[str]:
         wanted = "AND s.closed IS NULL AND s.opened IS NOT NULL" if published else ""
@@ -329,26 +406,7 @@ class SqliteDocuments:
 
     def chunk_ids_of(self, document_id: str, version: str) -> list[str]:
         with self._reading() as db:
-            rows = db.execute(
-                "SELECT chunk_id FROM chunks WHERE document_id = ? AND version = ? ORDER BY ordinal",
-                (document_id, version),
-            )
-            return [chunk_id for (chunk_id,) in rows]
-
-    def purge(self, document_id: str, version: str, begun_before: float) -> bool:
-        key = (document_id, version)
-        with self._transaction() as db:
-            needed = db.execute(
-                "SELECT 1 FROM versions v LEFT JOIN spans s USING (document_id, version)"
-                " WHERE v.document_id = ? AND v.version = ?"
-                " AND (v.begun_at >= ? OR (s.opened IS NOT NULL AND s.closed IS NULL))",
-                (*key, begun_before),
-            ).fetchone()
-            if needed is not None:
-                return False
-            for table in ("chunks", "spans", "versions"):
-                db.execute(f"DELETE FROM {table} WHERE document_id = ? AND version = ?", key)
-            return True
+            return _chunk_ids(db, document_id, version)
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
@@ -376,9 +434,7 @@ class SqliteDocuments:
 
 
 def _collection(db: sqlite3.Connection, name: str) -> Collection | None:
-    row = db.execute(
-        "SELECT name, fingerprint, index_name, sequence FROM collections WHERE name = ?", (name,)
-    ).fetchone()
+    row = db.execute(f"{COLLECTION} WHERE name = ?", (name,)).fetchone()
     return Collection(*row) if row else None
 
 
@@ -386,6 +442,63 @@ def _require_epoch(db: sqlite3.Connection, document: Document, epoch: int) -> No
     row = db.execute("SELECT epoch FROM epochs WHERE document_id = ?", (document.document_id,)).fetchone()
     if row is None or row[0] != epoch:
         raise Fenced("a later upload or a delete of this document took over; add it again if it should stay")
+
+
+def _stage_one(db: sqlite3.Connection, staged: Staged, now: float) -> None:
+    document = staged.document
+    _require_epoch(db, document, staged.epoch)
+    key = (document.document_id, document.version)
+    row = db.execute("SELECT retiring_at FROM versions WHERE document_id = ? AND version = ?", key).fetchone()
+    if row and row[0] is not None and now - RETIRE_SECONDS < row[0]:
+        raise Unavailable("an earlier copy of this very version is being removed; try again in a moment")
+    db.execute(
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT DO UPDATE"
+        " SET epoch = excluded.epoch, staged_at = excluded.staged_at, retiring_at = NULL",
+        (*_version_row(document), staged.epoch, now, now),
+    )
+    db.execute("DELETE FROM chunks WHERE document_id = ? AND version = ? AND ordinal >= ?", (*key, len(staged.chunks)))
+    db.executemany(
+        "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (_chunk_row(chunk, vector) for chunk, vector in zip(staged.chunks, staged.vectors, strict=True)),
+    )
+
+
+def _delete_one(db: sqlite3.Connection, document: Document, principal: Principal) -> Document:
+    db.execute("UPDATE epochs SET epoch = epoch + 1 WHERE document_id = ?", (document.document_id,))
+    sequence = _next_sequence(db, document.collection)
+    _close_current(db, document.document_id, sequence)
+    db.execute(
+        "INSERT INTO deletions (document_id, sequence, tenant, collection, source, subject, deleted_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            document.document_id, sequence, document.tenant, document.collection, document.source,
+            principal.subject, time.time(),
+        ),
+    )  # fmt: skip
+    return _with_span(document, document.opened, sequence)
+
+
+def _note_purged(db: sqlite3.Connection, document_id: str, chunks: int) -> None:
+    """Add a purged version to the receipts still open; one is complete when nothing older than it is left."""
+    db.execute(
+        "UPDATE deletions SET versions = versions + 1, chunks = chunks + ?, vectors = vectors + ?"
+        " WHERE document_id = ? AND purged_at IS NULL",
+        (chunks, chunks, document_id),
+    )
+    db.execute(
+        "UPDATE deletions SET purged_at = ? WHERE document_id = ? AND purged_at IS NULL AND NOT EXISTS ("
+        "SELECT 1 FROM spans s WHERE s.document_id = deletions.document_id AND s.opened < deletions.sequence)"
+        " AND NOT EXISTS (SELECT 1 FROM versions v WHERE v.document_id = deletions.document_id"
+        " AND v.retiring_at IS NOT NULL)",
+        (time.time(), document_id),
+    )
+
+
+def _chunk_ids(db: sqlite3.Connection, document_id: str, version: str) -> list[str]:
+    rows = db.execute(
+        "SELECT chunk_id FROM chunks WHERE document_id = ? AND version = ? ORDER BY ordinal", (document_id, version)
+    )
+    return [chunk_id for (chunk_id,) in rows]
 
 
 def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Document:
@@ -505,6 +618,11 @@ def _document(row: Sequence[Any]) -> Document:
         media_type=row[6], metadata=json.loads(row[7]), readers=frozenset(json.loads(row[8])), size=row[9],
         chunks=row[10], opened=row[11], closed=row[12], created_at=row[13],
     )  # fmt: skip
+
+
+def _is_unit(vector: bytes, dimension: int) -> bool:
+    values = np.frombuffer(vector, dtype=np.float32) if len(vector) == 4 * dimension else np.zeros(1)
+    return bool(abs(float(np.linalg.norm(values)) - 1) < 1e-2)
 
 
 def _with_span(document: Document, opened: int | None, closed: int | None) -> Document:

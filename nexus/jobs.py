@@ -1,0 +1,611 @@
+"""Jobs: what was accepted, and what became of it, file by file; on disk before anyone is told.
+
+A job is a list of files. Each file ends exactly once, as done, unchanged, failed with a stage and a
+reason, or cancelled; a job ends when its last file does. Bytes that are accepted stand beside the
+file's row, in one transaction with it, and go when the file has ended; those of a failed file stay
+a while, for a retry.
+
+Whoever works on a file keeps beating on its row. A file whose heart stopped is taken up again by
+the next conveyor; after `MAX_ATTEMPTS` it is failed, for then it is the file that ends its workers.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nexus.errors import Conflict, InvalidRequest, NexusError, NotFound, Unavailable, Unprocessable
+from nexus.failpoints import pass_through
+from nexus.types import Principal, Receipt, Upload, content_digest, digest
+
+DATABASE = "jobs.db"
+MAX_ATTEMPTS = 3
+LEASE_SECONDS = 10.0
+UPLOAD_SECONDS = 3600.0  # announced bytes that have not come by then never will
+KEEP_BYTES_SECONDS = 86_400.0  # of a failed file, for a retry
+KEEP_JOB_SECONDS = 30 * 86_400.0
+OPEN = ("expected", "queued", "running")
+
+FileState = Literal["expected", "queued", "running", "done", "unchanged", "failed", "cancelled"]
+
+SCHEMA = """
+    CREATE TABLE IF NOT EXISTS jobs (
+        job_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, subject TEXT NOT NULL, permissions TEXT NOT NULL,
+        collection TEXT NOT NULL, kind TEXT NOT NULL, state TEXT NOT NULL, reason TEXT,
+        idempotency_key TEXT, request TEXT NOT NULL, accepted_at INTEGER NOT NULL,
+        created_at REAL NOT NULL, ended_at REAL, beat_at REAL NOT NULL
+    ) STRICT;
+    CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_key ON jobs (tenant, idempotency_key)
+        WHERE idempotency_key IS NOT NULL;
+    CREATE INDEX IF NOT EXISTS jobs_by_age ON jobs (tenant, created_at);
+    CREATE TABLE IF NOT EXISTS files (
+        job_id TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, number INTEGER NOT NULL, source TEXT NOT NULL,
+        digest TEXT NOT NULL, size INTEGER NOT NULL, media_type TEXT, metadata TEXT NOT NULL,
+        state TEXT NOT NULL, stage TEXT, reason TEXT, error TEXT, code TEXT, attempts INTEGER NOT NULL DEFAULT 0,
+        beat_at REAL, since REAL, ended_at REAL, receipt TEXT, PRIMARY KEY (job_id, number)
+    ) STRICT;
+    CREATE INDEX IF NOT EXISTS files_by_state ON files (state, job_id, number) WHERE state IN
+        ('expected', 'queued', 'running');
+    CREATE TABLE IF NOT EXISTS contents (
+        job_id TEXT NOT NULL, number INTEGER NOT NULL, content BLOB NOT NULL, PRIMARY KEY (job_id, number),
+        FOREIGN KEY (job_id, number) REFERENCES files ON DELETE CASCADE
+    ) STRICT;
+"""
+JOB = ("job_id", "tenant", "subject", "collection", "kind", "state", "reason", "created_at", "ended_at")
+FILE = (
+    "number", "source", "digest", "size", "state", "stage", "reason", "error", "code", "attempts", "beat_at", "since",
+    "ended_at", "receipt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A file as its sender names it: with its bytes, or to be sent later, or found unchanged already."""
+
+    source: str
+    digest: str
+    size: int
+    media_type: str | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    content: bytes | None = None
+    unchanged: Receipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """What became of one file so far.
+
+    `error` is the class of nexus.errors that a failed one would raise, `beat_at` when its worker last
+    said that it lives, `since` when it entered its stage. Times are in Unix seconds.
+    """
+
+    number: int
+    source: str
+    digest: str
+    size: int
+    state: FileState
+    stage: str | None
+    reason: str | None
+    error: str | None
+    code: str | None
+    attempts: int
+    beat_at: float | None
+    since: float | None
+    ended_at: float | None
+    receipt: Receipt | None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A job and how many of its files are in which state."""
+
+    job_id: str
+    tenant: str
+    subject: str
+    collection: str
+    kind: str
+    state: Literal["running", "done", "failed", "cancelled"]
+    reason: str | None
+    created_at: float
+    ended_at: float | None
+    counts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def ended(self) -> int:
+        return sum(count for state, count in self.counts.items() if state not in OPEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A file to work on: which one, which attempt this is, and for whom."""
+
+    job_id: str
+    number: int
+    attempt: int
+    collection: str
+    source: str
+    principal: Principal
+    accepted_at: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.job_id, self.number
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a file ended. Of a given `attempt` it counts only if there has been no later one."""
+
+    job_id: str
+    number: int
+    state: FileState
+    stage: str | None = None
+    error: NexusError | None = None
+    receipt: Receipt | None = None
+    attempt: int | None = None
+
+    @property
+    def reason(self) -> str | None:
+        return self.error.message if self.error else None
+
+
+class Jobs:
+    """All jobs of a home, in one SQLite file that the processes of the machine share."""
+
+    def __init__(self, home: Path) -> None:
+        self._path = home / DATABASE
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        with self._transaction() as db:
+            for statement in SCHEMA.split(";"):
+                db.execute(statement)
+
+    # ── connections and transactions ────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def _transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Everything in the block or nothing. A file that is locked or full is Unavailable."""
+        try:
+            db = self._connect()
+            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+            raise Unavailable(
+                "the disk is full; nothing was accepted" if full else f"the list of jobs cannot be written: {error}",
+                code="storage_full" if full else "unavailable",
+            ) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        db: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if db is None:
+            db = sqlite3.connect(self._path, timeout=10.0, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded only before the first table
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA foreign_keys = ON")
+            self._local.connection = db
+            self._connections.append(db)
+        return db
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        self._connections.clear()
+
+    # ── accepting ───────────────────────────────────────────────────────────────────────────────
+
+    def accept(
+        self, principal: Principal, collection: str, files: Sequence[Announced], *, accepted_at: int,
+        idempotency_key: str | None = None, kind: Literal["upload", "bulk"] = "upload",
+    ) -> tuple[Job, bool]:  # fmt: skip
+        """Write the job with all that is known of it; returns it and whether it is new.
+
+        The same key with the same files is the same job. Raises Conflict for the same key with others.
+        """
+        request = digest(collection, *(f"{file.source}\0{file.digest}\0{_json(file.metadata)}" for file in files))
+        pass_through("ingest.before_accept")
+        with self._transaction() as db:
+            if known := _by_key(db, principal, idempotency_key):
+                if known[1] != request:
+                    raise Conflict(
+                        "this Idempotency-Key came before with another request; choose a new key",
+                        code="idempotency_key_reused",
+                    )
+                return _job(db, known[0]), False
+            job_id, now = uuid.uuid4().hex, time.time()
+            db.execute(
+                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?)",
+                (
+                    job_id, principal.tenant, principal.subject, _json(sorted(principal.permissions)), collection,
+                    kind, idempotency_key, request, accepted_at, now, now,
+                ),
+            )  # fmt: skip
+            for number, file in enumerate(files):
+                _insert_file(db, job_id, number, file, now)
+            _end_if_over(db, job_id, now)
+            job = _job(db, job_id)
+        pass_through("ingest.after_accept")
+        return job, True
+
+    def supply(self, job_id: str, principal: Principal, contents: Mapping[int, bytes]) -> None:
+        """Bytes of announced files; a file whose bytes are not those announced fails. Raises NotFound."""
+        changed = InvalidRequest("it changed between being announced and being sent; add it again", code="changed")
+        wrong: list[Outcome] = []
+        pass_through("ingest.before_accept")
+        with self._transaction() as db:
+            _require(db, job_id, principal)
+            for number, content in contents.items():
+                row = db.execute(
+                    "SELECT digest, state FROM files WHERE job_id = ? AND number = ?", (job_id, number)
+                ).fetchone()
+                if row is None:
+                    raise NotFound(f"the job has no file {number}")
+                if content_digest(content) != row[0]:
+                    wrong.append(Outcome(job_id, number, "failed", "upload", changed))
+                elif row[1] == "expected":
+                    db.execute("INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", (job_id, number, content))
+                    db.execute("UPDATE files SET state = 'queued' WHERE job_id = ? AND number = ?", (job_id, number))
+            db.execute("UPDATE jobs SET beat_at = ? WHERE job_id = ?", (time.time(), job_id))
+        if wrong:
+            self.settle(wrong)
+        pass_through("ingest.after_accept")
+
+    # ── working ─────────────────────────────────────────────────────────────────────────────────
+
+    def waiting(self, limit: int, apart_from: Sequence[tuple[str, int]] = ()) -> list[Ticket]:
+        """Files with their bytes here, small jobs first: someone is waiting for those."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT f.job_id, f.number, f.attempts, j.collection, f.source, j.tenant, j.subject, j.permissions,"
+                " j.accepted_at FROM files f JOIN jobs j USING (job_id)"
+                " WHERE f.state = 'queued' AND NOT EXISTS (SELECT 1 FROM json_each(?) AS a"
+                "   WHERE json_extract(a.value, '$[0]') = f.job_id AND json_extract(a.value, '$[1]') = f.number)"
+                " ORDER BY (SELECT COUNT(*) > 1 FROM (SELECT 1 FROM files o WHERE o.job_id = f.job_id LIMIT 2)),"
+                " j.created_at, f.number LIMIT ?",
+                (_json([list(one) for one in apart_from]), limit),
+            )
+            return [Ticket(row[0], row[1], row[2] + 1, row[3], row[4], _principal(*row[5:8]), row[8]) for row in rows]
+
+    def start(self, ticket: Ticket) -> Upload | None:
+        """Take a file up, again for the same attempt too: its bytes; None if another did, or it was cancelled."""
+        key = (ticket.job_id, ticket.number)
+        with self._transaction(durable=False) as db:
+            taken = db.execute(
+                "UPDATE files SET state = 'running', stage = 'parse', attempts = :attempt, beat_at = :now, since = :now"
+                " WHERE job_id = :job AND number = :number AND (state = 'queued' AND attempts < :attempt"
+                " OR state = 'running' AND attempts = :attempt)",
+                {"attempt": ticket.attempt, "now": time.time(), "job": key[0], "number": key[1]},
+            ).rowcount
+            if not taken:
+                return None
+            source, media_type, metadata, content = db.execute(
+                "SELECT f.source, f.media_type, f.metadata, c.content FROM files f JOIN contents c"
+                " USING (job_id, number) WHERE job_id = ? AND number = ?",
+                key,
+            ).fetchone()
+        return Upload(source, content, ticket.collection, media_type, json.loads(metadata))
+
+    def beat(self, stages: Mapping[tuple[str, int], str]) -> None:
+        """Say of files under way that they still are, and in which stage."""
+        now = time.time()
+        with self._transaction(durable=False) as db:
+            db.executemany(
+                "UPDATE files SET beat_at = :now, since = IIF(stage = :stage, COALESCE(since, :now), :now),"
+                " stage = :stage WHERE job_id = :job AND number = :number AND state = 'running'",
+                [{"now": now, "stage": stage, "job": key[0], "number": key[1]} for key, stage in stages.items()],
+            )
+            db.executemany(
+                "UPDATE jobs SET beat_at = ? WHERE job_id = ?", [(now, job_id) for job_id in {k[0] for k in stages}]
+            )
+
+    def settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Write how files ended. The first word stands: a file that has ended stays as it ended."""
+        pass_through("ingest.before_finish")
+        now = time.time()
+        with self._transaction(durable=False) as db:
+            for one in outcomes:
+                ended = db.execute(
+                    "UPDATE files SET state = ?, stage = ?, reason = ?, error = ?, code = ?, receipt = ?, ended_at = ?"
+                    f" WHERE job_id = ? AND number = ? AND state IN {OPEN} AND attempts = COALESCE(?, attempts)",
+                    (
+                        one.state, one.stage, one.reason, type(one.error).__name__ if one.error else None,
+                        one.error.code if one.error else None, _write_receipt(one.receipt), now, one.job_id,
+                        one.number, one.attempt,
+                    ),
+                ).rowcount  # fmt: skip
+                if ended and one.state != "failed":
+                    db.execute("DELETE FROM contents WHERE job_id = ? AND number = ?", (one.job_id, one.number))
+            for job_id in {one.job_id for one in outcomes}:
+                _end_if_over(db, job_id, now)
+        pass_through("ingest.after_finish")
+
+    def requeue(self, ticket: Ticket, reason: str) -> None:
+        """Give a file that is under way back to the queue."""
+        with self._transaction(durable=False) as db:
+            db.execute(
+                "UPDATE files SET state = 'queued', stage = NULL, reason = ? WHERE job_id = ? AND number = ?"
+                " AND state = 'running' AND attempts = ?",
+                (reason, ticket.job_id, ticket.number, ticket.attempt),
+            )
+
+    def revive(self) -> list[Outcome]:
+        """Queue again what a dead worker left; fail what has ended its workers too often, and jobs left by theirs."""
+        now = time.time()
+        stale = now - LEASE_SECONDS
+        with self._transaction(durable=False) as db:
+            rows = db.execute(
+                "SELECT f.job_id, f.number, f.stage, f.beat_at FROM files f JOIN jobs j USING (job_id)"
+                " WHERE f.state = 'running' AND f.beat_at < ? AND f.attempts >= ? AND j.kind = 'upload'",
+                (stale, MAX_ATTEMPTS),
+            ).fetchall()
+            db.execute(
+                "UPDATE files SET state = 'queued', stage = NULL, reason = 'its worker ended; taken up again'"
+                " WHERE state = 'running' AND beat_at < ? AND attempts < ?"
+                " AND job_id IN (SELECT job_id FROM jobs WHERE kind = 'upload')",
+                (stale, MAX_ATTEMPTS),
+            )
+            left = db.execute(
+                "SELECT f.job_id, f.number, f.stage FROM files f JOIN jobs j USING (job_id)"
+                " WHERE j.kind = 'bulk' AND j.state = 'running' AND j.beat_at < ? AND f.state = 'running'",
+                (now - 6 * LEASE_SECONDS,),
+            ).fetchall()
+        outcomes = [
+            Outcome(job_id, number, "failed", stage, Unprocessable(_worn_out(stage, beat_at), code="stuck"))
+            for job_id, number, stage, beat_at in rows
+        ] + [
+            Outcome(job_id, number, "failed", stage, Unavailable("its bulk run ended early; submit it again"))
+            for job_id, number, stage in left
+        ]
+        if outcomes:
+            self.settle(outcomes)
+        return outcomes
+
+    # ── looking, cancelling, retrying ───────────────────────────────────────────────────────────
+
+    def find(self, job_id: str, principal: Principal) -> Job:
+        """The job. Raises NotFound, for another tenant's too."""
+        with self._reading() as db:
+            _require(db, job_id, principal)
+            return _job(db, job_id)
+
+    def recent(self, principal: Principal, state: str | None, after: str | None, limit: int) -> list[Job]:
+        """Jobs of the principal's tenant, the latest first, those made before the job `after`."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT job_id FROM jobs WHERE tenant = :tenant AND (:state IS NULL OR state = :state)"
+                " AND (:after IS NULL OR rowid < (SELECT rowid FROM jobs WHERE job_id = :after))"
+                " ORDER BY rowid DESC LIMIT :limit",
+                {"tenant": principal.tenant, "state": state, "after": after, "limit": limit},
+            ).fetchall()
+            return [_job(db, job_id) for (job_id,) in rows]
+
+    def files(self, job_id: str, principal: Principal, state: str | None, after: int, limit: int) -> list[File]:
+        """Files of a job in order, those numbered above `after`, in one state where given."""
+        with self._reading() as db:
+            _require(db, job_id, principal)
+            rows = db.execute(
+                f"SELECT {', '.join(FILE)} FROM files WHERE job_id = ? AND number > ? AND (? IS NULL OR state = ?)"
+                " ORDER BY number LIMIT ?",
+                (job_id, after, state, state, limit),
+            )
+            return [_file(row) for row in rows]
+
+    def cancel(self, job_id: str, principal: Principal) -> Job:
+        """End every file that has not ended. What is under way is not published any more."""
+        now = time.time()
+        with self._transaction() as db:
+            _require(db, job_id, principal)
+            db.execute(
+                f"UPDATE files SET state = 'cancelled', reason = 'the job was cancelled', ended_at = ?"
+                f" WHERE job_id = ? AND state IN {OPEN}",
+                (now, job_id),
+            )
+            db.execute(
+                "DELETE FROM contents WHERE job_id = ? AND number IN"
+                " (SELECT number FROM files WHERE job_id = contents.job_id AND state = 'cancelled')",
+                (job_id,),
+            )
+            _end_if_over(db, job_id, now)
+            return _job(db, job_id)
+
+    def open_among(self, keys: Sequence[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Those of these files that are still under way: nobody cancelled them meanwhile."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT f.job_id, f.number FROM json_each(?) AS a JOIN files f"
+                " ON f.job_id = json_extract(a.value, '$[0]') AND f.number = json_extract(a.value, '$[1]')"
+                " WHERE f.state = 'running'",
+                (_json([list(key) for key in keys]),),
+            )
+            return {(job_id, number) for job_id, number in rows}
+
+    def retry(self, job_id: str, number: int, principal: Principal) -> Job:
+        """Queue a failed file again. Raises NotFound, and Conflict when it did not fail or its bytes are gone."""
+        with self._transaction() as db:
+            _require(db, job_id, principal)
+            row = db.execute(
+                "SELECT f.state, c.number FROM files f LEFT JOIN contents c USING (job_id, number)"
+                " WHERE f.job_id = ? AND f.number = ?",
+                (job_id, number),
+            ).fetchone()
+            if row is None:
+                raise NotFound(f"the job has no file {number}")
+            if row[0] != "failed":
+                raise Conflict(f"file {number} is {row[0]}; only a failed one can be tried again")
+            if row[1] is None:
+                raise Conflict(f"the bytes of file {number} are no longer kept; add the file again")
+            db.execute(
+                "UPDATE files SET state = 'queued', stage = NULL, reason = NULL, error = NULL, code = NULL,"
+                " attempts = 0, ended_at = NULL WHERE job_id = ? AND number = ?",
+                (job_id, number),
+            )
+            db.execute("UPDATE jobs SET state = 'running', reason = NULL, ended_at = NULL WHERE job_id = ?", (job_id,))
+            return _job(db, job_id)
+
+    # ── cleaning up and checking ────────────────────────────────────────────────────────────────
+
+    def forget(self, tenant: str, collection: str, sources: Sequence[str]) -> int:
+        """Drop kept bytes of deleted documents, and cancel what is queued of them; returns how many contents went."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT f.job_id, f.number FROM files f JOIN jobs j USING (job_id)"
+                " WHERE j.tenant = ? AND j.collection = ? AND f.state != 'running'"
+                " AND f.source IN (SELECT value FROM json_each(?))",
+                (tenant, collection, _json(list(sources))),
+            ).fetchall()
+            dropped = 0
+            for job_id, number in rows:
+                key = (job_id, number)
+                dropped += db.execute("DELETE FROM contents WHERE job_id = ? AND number = ?", key).rowcount
+                db.execute(
+                    "UPDATE files SET state = 'cancelled', reason = 'the document was deleted', ended_at = ?"
+                    " WHERE job_id = ? AND number = ? AND state IN ('expected', 'queued')",
+                    (time.time(), *key),
+                )
+                _end_if_over(db, job_id, time.time())
+            return dropped
+
+    def tidy(self) -> dict[str, int]:
+        """Fail uploads whose bytes never came, drop bytes kept too long and jobs of long ago; says how many of each."""
+        now = time.time()
+        with self._reading() as db:
+            late = db.execute(
+                "SELECT f.job_id, f.number FROM files f JOIN jobs j USING (job_id)"
+                " WHERE f.state = 'expected' AND j.beat_at < ?",
+                (now - UPLOAD_SECONDS,),
+            ).fetchall()
+        never = InvalidRequest("its bytes were announced and never came; add it again", code="never_sent")
+        self.settle([Outcome(job_id, number, "failed", "upload", never) for job_id, number in late])
+        with self._transaction(durable=False) as db:
+            contents = db.execute(
+                "DELETE FROM contents WHERE EXISTS (SELECT 1 FROM files f WHERE f.job_id = contents.job_id"
+                " AND f.number = contents.number AND f.ended_at < ?)",
+                (now - KEEP_BYTES_SECONDS,),
+            ).rowcount
+            jobs = db.execute("DELETE FROM jobs WHERE ended_at < ?", (now - KEEP_JOB_SECONDS,)).rowcount
+        self._connect().execute("PRAGMA incremental_vacuum").fetchall()
+        return {"uploads that never came": len(late), "kept contents": contents, "jobs": jobs}
+
+    def faults(self) -> list[str]:
+        """Ids of jobs that cannot be as they are: open without open files, or under way with nobody working."""
+        stale = time.time() - 6 * LEASE_SECONDS
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT DISTINCT job_id FROM jobs j WHERE (state = 'running') != EXISTS (SELECT 1 FROM files f"
+                f" WHERE f.job_id = j.job_id AND f.state IN {OPEN}) UNION"
+                " SELECT job_id FROM files WHERE state = 'running' AND beat_at < ? UNION"
+                " SELECT job_id FROM files f LEFT JOIN contents c USING (job_id, number)"
+                " WHERE f.state = 'queued' AND c.number IS NULL",
+                (stale,),
+            )
+            return [job_id for (job_id,) in rows]
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        try:
+            yield self._connect()
+        except sqlite3.OperationalError as error:
+            raise Unavailable(f"the list of jobs cannot be read: {error}") from error
+
+
+# ── inside a transaction ────────────────────────────────────────────────────────────────────────
+
+
+def _by_key(db: sqlite3.Connection, principal: Principal, key: str | None) -> tuple[str, str] | None:
+    if key is None:
+        return None
+    row: tuple[str, str] | None = db.execute(
+        "SELECT job_id, request FROM jobs WHERE tenant = ? AND idempotency_key = ?", (principal.tenant, key)
+    ).fetchone()
+    return row
+
+
+def _insert_file(db: sqlite3.Connection, job_id: str, number: int, file: Announced, now: float) -> None:
+    state = "unchanged" if file.unchanged else "expected" if file.content is None else "queued"
+    db.execute(
+        "INSERT INTO files (job_id, number, source, digest, size, media_type, metadata, state, ended_at, receipt)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            job_id, number, file.source, file.digest, file.size, file.media_type, _json(file.metadata), state,
+            now if file.unchanged else None, _write_receipt(file.unchanged),
+        ),
+    )  # fmt: skip
+    if state == "queued":
+        db.execute("INSERT INTO contents VALUES (?, ?, ?)", (job_id, number, file.content))
+
+
+def _end_if_over(db: sqlite3.Connection, job_id: str, now: float) -> None:
+    """A job ends with its last file: cancelled if all that ended badly was cancelled, failed if nothing came of it."""
+    counts = _counts(db, job_id)
+    if any(counts.get(state) for state in OPEN):
+        return
+    good, failed, cancelled = (
+        counts.get("done", 0) + counts.get("unchanged", 0), counts.get("failed", 0), counts.get("cancelled", 0)
+    )  # fmt: skip
+    state, reason = "done", None
+    if cancelled and not failed:
+        state, reason = "cancelled", f"{cancelled} of {sum(counts.values())} files were cancelled"
+    elif failed and not good:
+        state, reason = "failed", "no file of it could be added; each says why"
+    db.execute(
+        "UPDATE jobs SET state = ?, reason = ?, ended_at = ? WHERE job_id = ? AND state = 'running'",
+        (state, reason, now, job_id),
+    )
+
+
+def _require(db: sqlite3.Connection, job_id: str, principal: Principal) -> None:
+    row = db.execute("SELECT tenant FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+    if row is None or row[0] != principal.tenant:
+        raise NotFound("no such job")
+
+
+def _job(db: sqlite3.Connection, job_id: str) -> Job:
+    row = db.execute(f"SELECT {', '.join(JOB)} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+    fields: dict[str, Any] = dict(zip(JOB, row, strict=True))
+    return Job(**fields, counts=_counts(db, job_id))
+
+
+def _file(row: Sequence[Any]) -> File:
+    fields: dict[str, Any] = dict(zip(FILE, row, strict=True))
+    return File(**{**fields, "receipt": _read_receipt(fields["receipt"])})
+
+
+def _counts(db: sqlite3.Connection, job_id: str) -> dict[str, int]:
+    return dict(db.execute("SELECT state, COUNT(*) FROM files WHERE job_id = ? GROUP BY state", (job_id,)))
+
+
+def _worn_out(stage: str | None, beat_at: float) -> str:
+    last = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(beat_at))
+    return f"its worker ended {MAX_ATTEMPTS} times over it, the last time in the stage {stage!r} at {last}"
+
+
+def _principal(tenant: str, subject: str, permissions: str) -> Principal:
+    return Principal(tenant, subject, frozenset(json.loads(permissions)))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(dict(value) if isinstance(value, Mapping) else value)
+
+
+def _write_receipt(receipt: Receipt | None) -> str | None:
+    return None if receipt is None else _json({name: getattr(receipt, name) for name in receipt.__slots__})
+
+
+def _read_receipt(text: str | None) -> Receipt | None:
+    return None if text is None else Receipt(**json.loads(text))
