@@ -5,8 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
+from deployments import adding, upkeep
 from deployments import client as http
 from deployments.doctor import examine
 from deployments.running import bring_up, is_ready
@@ -26,8 +26,6 @@ from nexus.config import default_home, load_config
 from nexus.errors import NexusError, NotFound
 from nexus.registry import require_part
 
-SENDERS = 4
-SKIPPED_CODES = ("unsupported_media_type",)
 HEXADECIMAL = frozenset("0123456789abcdef")
 
 app = typer.Typer(
@@ -165,27 +163,28 @@ def add(
     prune: Annotated[bool, typer.Option(help="Also remove documents whose file is gone from these folders.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Add files, and all files in folders. Unchanged ones cost nothing."""
+    """Add files, and all files in folders. Unchanged ones cost nothing; what was sent goes on without this command."""
     for path in paths:
         if not path.exists():
             raise NotFound(f"there is no file or folder {path}")
     files = sorted({file for path in paths for file in _files(path)})
     if not files:
         raise NotFound(f"there are no files in {', '.join(map(str, paths))}")
-    outcomes: list[dict[str, Any]] = []
-    with http.Client() as nexus, _progress(len(files)) as advance, ThreadPoolExecutor(SENDERS) as senders:
-        for done in as_completed([senders.submit(_send, nexus, file, collection) for file in files]):
-            outcomes.append(done.result())
-            advance()
+    with http.Client() as nexus, _progress(len(files)) as show:
+        job_id, outcomes = adding.add(nexus, files, collection, show)
         if prune:
-            outcomes += _prune(nexus, paths, {str(file) for file in files}, collection)
-    outcomes.sort(key=lambda outcome: str(outcome["file"]))
+            outcomes += adding.prune(nexus, paths, {str(file) for file in files}, collection)
+    _report(job_id, sorted(outcomes, key=lambda outcome: str(outcome["file"])), collection, as_json)
+
+
+def _report(job_id: str | None, outcomes: list[dict[str, Any]], collection: str, as_json: bool) -> NoReturn:
+    """What became of each file; exit code 1 if one failed."""
     counts = Counter(outcome["outcome"] for outcome in outcomes)
     if as_json:
-        typer.echo(json.dumps({"counts": counts, "files": outcomes}))
+        typer.echo(json.dumps({"job_id": job_id, "counts": counts, "files": outcomes}))
     else:
         for outcome in outcomes:
-            if outcome["outcome"] in ("failed", "skipped"):
+            if outcome["outcome"] in ("failed", "skipped", "cancelled"):
                 typer.echo(f"{outcome['outcome']}: {outcome['file']}: {outcome['reason']}", err=True)
         typer.echo(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) + f" in {collection!r}")
     raise typer.Exit(1 if counts["failed"] else 0)
@@ -202,44 +201,91 @@ def _files(path: Path) -> Iterator[Path]:
             yield file
 
 
-def _send(nexus: http.Client, file: Path, collection: str) -> dict[str, Any]:
-    try:
-        status_code, receipt = nexus.add(file, str(file), collection)
-    except OSError as error:
-        return {"file": str(file), "outcome": "failed", "reason": f"it cannot be read: {error.strerror}"}
-    except NexusError as error:
-        outcome = "skipped" if error.code in SKIPPED_CODES else "failed"
-        return {"file": str(file), "outcome": outcome, "reason": error.message}
-    return {"file": str(file), "outcome": "added" if status_code == 201 else "unchanged", **receipt}
-
-
-def _prune(nexus: http.Client, paths: list[Path], present: set[str], collection: str) -> list[dict[str, Any]]:
-    folders = tuple(str(path.absolute()) + os.sep for path in paths if path.is_dir())
-    gone = [
-        document for document in nexus.documents(collection)
-        if document["source"].startswith(folders) and document["source"] not in present
-    ]  # fmt: skip
-    for document in gone:
-        nexus.call("DELETE", f"/rag/documents/{document['document_id']}")
-    return [{"file": document["source"], "outcome": "removed"} for document in gone] if folders else []
-
-
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on stderr when that is a terminal; calling what it yields moves it on by one."""
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr when that is a terminal; calling what it yields says how many files have ended."""
     columns = (TextColumn("adding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("adding", total=total)
-        yield lambda: progress.advance(task)
+        yield lambda done: progress.update(task, completed=done)
+
+
+@app.command()
+def jobs(
+    job: Annotated[str | None, typer.Argument(help="One job; without it, the latest.")] = None,
+    cancel: Annotated[bool, typer.Option(help="End what has not ended of this job.")] = False,
+    retry: Annotated[int | None, typer.Option(help="Try this failed file again, by its number.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What was accepted and what became of it."""
+    with http.Client() as nexus:
+        if job is None:
+            _, listed = nexus.call("GET", "/rag/jobs", params={"limit": 20})
+            shown, files = listed["jobs"], []
+        else:
+            if cancel:
+                nexus.call("POST", f"/rag/jobs/{job}/cancel")
+            if retry is not None:
+                nexus.call("POST", f"/rag/jobs/{job}/files/{retry}/retry")
+            shown, files = [nexus.job(job)], list(nexus.files(job))
+    if as_json:
+        typer.echo(json.dumps({**shown[0], "outcomes": files} if job else {"jobs": shown}))
+        return
+    for one in shown:
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(one["counts"].items()))
+        left = f", {one['seconds_left']:.0f} s left" if one["seconds_left"] else ""
+        typer.echo(
+            f"{one['job_id']}  {one['state']:<9} {one['progress']:4.0%}  {counts} in {one['collection']!r}{left}"
+        )
+        for file in one["under_way"]:
+            mark = "stuck in" if file in one["stuck"] else "in"
+            typer.echo(f"  {file['number']}  {file['filename']}: {mark} {file['stage']}, attempt {file['attempts']}")
+    for file in files:
+        if file["state"] in ("failed", "cancelled"):
+            where = f" ({file['stage']})" if file["stage"] else ""
+            typer.echo(f"  {file['number']}  {file['filename']}: {file['state']}{where}: {file['reason']}")
+
+
+@app.command()
+def fsck(
+    repair: Annotated[bool, typer.Option(help="Mend what can be mended without a model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the two stores and the list of jobs, running or not. Exit code 1 if something is wrong."""
+    found = upkeep.fsck(repair)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        for fault in found["faults"]:
+            some = ", ".join(fault["ids"][:3]) + (" …" if len(fault["ids"]) > 3 else "")
+            typer.echo(f"{fault['collection'] or 'jobs'}: {len(fault['ids'])} {fault['fault']}: {some}")
+        typer.echo("clean" if found["clean"] else "not clean; `nexus fsck --repair` mends what it can")
+    raise typer.Exit(0 if found["clean"] else 1)
+
+
+@app.command()
+def vacuum(
+    keep: Annotated[float, typer.Option(min=0, help="Keep what was closed in the last so many seconds.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Remove replaced and deleted versions, and attempts given up. `as_of` does not see them any more."""
+    removed = upkeep.vacuum(keep)
+    if as_json:
+        typer.echo(json.dumps(removed))
+    else:
+        why = ", ".join(f"{count} {kind}" for kind, count in sorted(removed["why"].items())) or "nothing to remove"
+        typer.echo(f"removed {removed['versions']} versions with {removed['chunks']} chunks ({why})")
 
 
 @app.command()
 def remove(
     document: Annotated[str, typer.Argument(help="A document id, or the file it came from.")],
     collection: Annotated[str | None, typer.Option("--collection", "-c", help="Only there.")] = None,
+    purge: Annotated[bool, typer.Option(help="Also erase it now, past versions and all.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Remove a document: nobody sees it from this moment."""
+    """Remove a document: nobody sees it from this moment. Prints the receipt."""
     with http.Client() as nexus:
         document_id = document
         if not (len(document) == 32 and set(document) <= HEXADECIMAL):
@@ -249,8 +295,14 @@ def remove(
                 hint = "; name the collection" if found else ""
                 raise NotFound(f"{len(found) or 'no'} document{'s' * (len(found) != 1)} came from {document}{hint}")
             document_id = found[0]["document_id"]
-        nexus.call("DELETE", f"/rag/documents/{document_id}")
-    typer.echo(f"removed {document}")
+        _, answer = nexus.call("DELETE", f"/rag/documents/{document_id}", params={"purge": purge})
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    receipt = answer["receipt"]
+    rows, vectors = receipt["purged"]["document store"], receipt["purged"]["vector store"]["vectors"]
+    erased = f"; erased {rows['versions']} versions, {rows['chunks']} chunks, {vectors} vectors" if purge else ""
+    typer.echo(f"removed {document} at sequence {answer['sequence']}{erased}")
 
 
 # ── questions ───────────────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from nexus.config import load_config
 from nexus.errors import InvalidRequest, NexusError, NotFound, Unauthenticated, Unavailable
 
 SEARCH_SECONDS = 60.0
-ADD_PAUSES = (1.0, 2.0, 4.0, 8.0)
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 KINDS: dict[int, type[NexusError]] = {401: Unauthenticated, 404: NotFound, 503: Unavailable}
 
 
@@ -47,22 +47,37 @@ class Client:
             raise _error(response)
         return response.status_code, response.json()
 
-    def add(self, file: Path, source: str, collection: str) -> tuple[int, Any]:
-        """Send one file, again after a pause while a part is away; adding twice is adding once."""
-        for pause in ADD_PAUSES:
+    def announce(self, files: Sequence[Mapping[str, object]], collection: str) -> dict[str, Any]:
+        """Make a job of files; `expected` in the answer numbers those whose bytes are wanted."""
+        body = {"files": list(files), "collection": collection}
+        answer: dict[str, Any] = self._patiently("POST", "/rag/jobs", json=body)
+        return answer
+
+    def send(self, job_id: str, files: Mapping[int, bytes]) -> None:
+        """Bytes of announced files; when this returns they are on the disk over there."""
+        parts = [(str(number), (str(number), content)) for number, content in files.items()]
+        self._patiently("PUT", f"/rag/jobs/{job_id}/files", files=parts)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self._patiently("GET", f"/rag/jobs/{job_id}")
+        return answer
+
+    def files(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Every file of a job, page by page."""
+        after: int | None = -1
+        while after is not None:
+            page = self._patiently("GET", f"/rag/jobs/{job_id}/files", params={"after": after, "limit": 10_000})
+            yield from page["files"]
+            after = page["next"]
+
+    def _patiently(self, method: str, path: str, **arguments: Any) -> Any:
+        """Again after a pause while a part is away: sending twice is sending once."""
+        for pause in PAUSES:
             try:
-                return self._add(file, source, collection)
+                return self.call(method, path, **arguments)[1]
             except Unavailable:
                 time.sleep(pause)
-        return self._add(file, source, collection)
-
-    def _add(self, file: Path, source: str, collection: str) -> tuple[int, Any]:
-        """No time limit, for a large file takes its time."""
-        with file.open("rb") as content:
-            return self.call(
-                "POST", "/rag/add_document", files={"file": (file.name, content)},
-                data={"filename": source, "collection": collection}, timeout=None,
-            )  # fmt: skip
+        return self.call(method, path, **arguments)[1]
 
     def parts(self) -> dict[str, str]:
         """The state of each part as `/readyz?verbose` tells it; none when nothing answers."""

@@ -1,0 +1,96 @@
+"""`nexus add`: files to a job, their bytes to the server, and what became of each."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deployments.client import Client
+from nexus.types import content_digest
+
+REQUEST_BYTES = 8 * 2**20
+REQUEST_FILES = 200
+FILES_PER_JOB = 20_000
+POLL_SECONDS = (0.05, 1.0)  # the first pause between looks at a job, and the longest
+SKIPPED = ("unsupported_media_type",)
+OUTCOMES = {"done": "added", "unchanged": "unchanged", "failed": "failed", "cancelled": "cancelled"}
+
+Outcomes = list[dict[str, Any]]
+
+
+def add(
+    nexus: Client, files: Sequence[Path], collection: str, show: Callable[[int], None]
+) -> tuple[str | None, Outcomes]:
+    """Send what changed and wait until each file has ended; the (last) job, and an outcome per file."""
+    announced: list[dict[str, Any]] = []
+    outcomes: Outcomes = []
+    for file in files:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            reason = f"it cannot be read: {error.strerror}"
+            outcomes.append({"file": str(file), "outcome": "failed", "reason": reason})
+        else:
+            announced.append({"filename": str(file), "digest": content_digest(content), "size": len(content)})
+    job_id = None
+    for start in range(0, len(announced), FILES_PER_JOB):
+        job_id, ended = _run(nexus, announced[start : start + FILES_PER_JOB], collection, show, len(outcomes))
+        outcomes += ended
+    return job_id, outcomes
+
+
+def _run(
+    nexus: Client, files: Sequence[dict[str, Any]], collection: str, show: Callable[[int], None], before: int
+) -> tuple[str, Outcomes]:
+    job = nexus.announce(files, collection)
+    for batch in _batches(files, job["expected"]):
+        contents = {number: _read(files[number]["filename"]) for number in batch}
+        nexus.send(job["job_id"], contents)
+        show(before + nexus.job(job["job_id"])["files"] - len(job["expected"]))
+    pause, longest = POLL_SECONDS
+    while (state := nexus.job(job["job_id"]))["state"] == "running":
+        show(before + round(state["progress"] * len(files)))
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+    return job["job_id"], [_outcome(file) for file in nexus.files(job["job_id"])]
+
+
+def _read(filename: str) -> bytes:
+    """The bytes as they are now; of a file that went away meanwhile none, which the server takes for a change."""
+    try:
+        return Path(filename).read_bytes()
+    except OSError:
+        return b""
+
+
+def _batches(files: Sequence[dict[str, Any]], expected: Iterable[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    size = 0
+    for number in expected:
+        if batch and (size + files[number]["size"] > REQUEST_BYTES or len(batch) == REQUEST_FILES):
+            yield batch
+            batch, size = [], 0
+        batch.append(number)
+        size += files[number]["size"]
+    if batch:
+        yield batch
+
+
+def _outcome(file: dict[str, Any]) -> dict[str, Any]:
+    skipped = file["state"] == "failed" and file["code"] in SKIPPED
+    outcome = {"file": file["filename"], "outcome": "skipped" if skipped else OUTCOMES[file["state"]]}
+    kept = ("reason", "code", "stage", "document_id", "version", "chunks", "sequence")
+    return outcome | {name: file[name] for name in kept if file.get(name) is not None}
+
+
+def prune(nexus: Client, paths: Sequence[Path], present: set[str], collection: str) -> Outcomes:
+    """Remove documents that came from these folders and whose file is gone."""
+    folders = tuple(str(path.absolute()) + os.sep for path in paths if path.is_dir())
+    gone = [
+        document for document in (nexus.documents(collection) if folders else ())
+        if document["source"].startswith(folders) and document["source"] not in present
+    ]  # fmt: skip
+    for document in gone:
+        nexus.call("DELETE", f"/rag/documents/{document['document_id']}")
+    return [{"file": document["source"], "outcome": "removed"} for document in gone]

@@ -1,0 +1,64 @@
+"""`nexus fsck` and `nexus vacuum`: asked of the running service, or done here when none runs."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.ingestor import examine
+from cluster import bootstrap
+from deployments.client import Client
+from nexus.config import Config, load_config
+from nexus.hades import Hades
+from nexus.jobs import Jobs
+from nexus.registry import open_part
+
+
+def fsck(repair: bool) -> dict[str, Any]:
+    """What `POST /rag/fsck` answers."""
+    config = load_config()
+    if _runs(config):
+        with Client() as nexus:
+            answer: dict[str, Any] = nexus.call("POST", "/rag/fsck", params={"repair": repair}, timeout=None)[1]
+            return answer
+    with _stores(config) as (hades, jobs):
+        faults = examine(hades, jobs, repair)
+        shown = [{"fault": fault.kind, "collection": fault.collection, "ids": list(fault.ids)} for fault in faults]
+        return {"clean": not faults, "faults": shown}
+
+
+def vacuum(keep_seconds: float) -> dict[str, Any]:
+    """What `POST /rag/vacuum` answers."""
+    config = load_config()
+    if _runs(config):
+        with Client() as nexus:
+            query = {"keep_seconds": keep_seconds}
+            answer: dict[str, Any] = nexus.call("POST", "/rag/vacuum", params=query, timeout=None)[1]
+            return answer
+    with _stores(config) as (hades, _):
+        removed = hades.vacuum(keep_seconds, keep_staged_seconds=0)
+        counts = {"versions": len(removed), "chunks": sum(one.chunks for one in removed)}
+        return {**counts, "vectors": counts["chunks"], "why": dict(Counter(one.why for one in removed))}
+
+
+def _runs(config: Config) -> bool:
+    instance = bootstrap.find_instance(Path(config.home))
+    return instance is not None and bool(bootstrap.processes_of(instance))
+
+
+@contextmanager
+def _stores(config: Config) -> Iterator[tuple[Hades, Jobs]]:
+    """The stores, opened here: nobody else has them open. No model is needed to compare rows."""
+    home = Path(config.home)
+    bootstrap.prepare_home(home)
+    with bootstrap.lock_home(home):
+        embedder = open_part("models", config.models.embedder, threads=1)
+        documents = open_part("stores", config.stores.documents, home=home)
+        vectors = open_part("stores", config.stores.vectors, home=home)
+        jobs = Jobs(home)
+        try:
+            yield Hades(documents, vectors, embedder.fingerprint, embedder.dimension), jobs
+        finally:
+            for store in (jobs, vectors, documents):
+                store.close()
