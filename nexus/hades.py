@@ -21,9 +21,11 @@ The order of writes matters in one place: vectors are staged before `publish`, s
 visible can be found; and purged after their rows, so that what was found is explained as unknown.
 """
 
+import posixpath
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import unquote, urljoin
 
 from nexus.errors import Conflict, NotFound
 from nexus.ports import Collection, DocumentStore, IndexRow, VectorStore
@@ -39,6 +41,29 @@ def document_id_of(tenant: str, collection: str, source: str) -> str:
 def version_of(content: bytes, parser: str, chunker: str, embedder: str) -> str:
     """The identity of what was made of some bytes."""
     return digest("version", content, parser, chunker, embedder)
+
+
+def linked(document: Document, links: Sequence[str]) -> tuple[str, ...]:
+    """The ids of the documents that these references, as they stand in `document`, lead to; itself is none of them.
+
+    An id follows from a source, so whoever is referred to need not be there yet: the edge waits for it.
+    """
+    sources = (_source_of(document.source, link) for link in links)
+    found = dict.fromkeys(document_id_of(document.tenant, document.collection, source) for source in sources)
+    found.pop(document.document_id, None)
+    return tuple(found)
+
+
+def _source_of(source: str, link: str) -> str:
+    """The source that `link` means in a document of this source; '/' is the top of where that one came from."""
+    if _is_url(link) or _is_url(source):
+        return urljoin(source, link)
+    joined = posixpath.join(posixpath.dirname(source), unquote(link))
+    return posixpath.normpath(joined if source.startswith("/") else joined.lstrip("/"))
+
+
+def _is_url(reference: str) -> bool:
+    return reference.lower().startswith(("http://", "https://"))
 
 
 def chunks_of(document: Document, pieces: Sequence[Piece]) -> list[Chunk]:

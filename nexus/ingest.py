@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text
 from nexus.errors import InvalidRequest
-from nexus.hades import Hades, chunks_of, document_id_of, version_of
+from nexus.hades import Hades, chunks_of, document_id_of, linked, version_of
 from nexus.parsing import PARSER, Parsers
 from nexus.types import Document, Principal, Receipt, Upload, Vectors
 
@@ -64,6 +64,7 @@ class Ingestor:
         parsed = self.parsers.parse(upload.source, upload.content, upload.media_type)
         pieces = cut(parsed, self.count_tokens, self.chunking)
         document = replace(document, title=parsed.title, media_type=parsed.media_type, chunks=len(pieces))
+        document = replace(document, links=linked(document, parsed.links))
         epoch = self.hades.begin(document)
         texts = [embedded_text(parsed.title, piece) for piece in pieces]
         vectors = self.embed(texts)
