@@ -69,7 +69,7 @@ class Ingestor:
         fingerprint, dimension = str(about["fingerprint"]), int(str(about["dimension"]))
         home = Path(config.home)
         hades = Hades(
-            open_part("stores", config.stores.documents, home=home),
+            open_part("stores", config.stores.documents, home=home, shared_metadata=config.graph.shared_metadata),
             open_part("stores", self._vectors_address, home=home),
             fingerprint,
             dimension,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nexus.errors import ConfigError
+from nexus.filters import KEY
 
 PREFIX = "NEXUS_"
 NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
@@ -29,6 +30,7 @@ NEURAL_ENGINES = {"extractive": "extractive:", "openai": "openai:https://api.ope
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
+FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
 
 
 class Section(BaseModel):
@@ -86,6 +88,12 @@ class Retrieval(Section):
     fusion: Literal["max", "rrf"] = "max"
 
 
+class Graph(Section):
+    """Documents with an equal value of one of these metadata fields are connected, from when they are added."""
+
+    shared_metadata: tuple[FieldName, ...] = ("robot_id",)
+
+
 class Answers(Section):
     """`passages` and `passage_tokens` bound the evidence; below `abstain_below` there is no answer."""
 
@@ -135,6 +143,7 @@ class Config(BaseSettings):
     models: Models = Models()
     chunking: Chunking = Chunking()
     retrieval: Retrieval = Retrieval()
+    graph: Graph = Graph()
     answers: Answers = Answers()
     parsing: Parsing = Parsing()
     access: Access = Access()

@@ -57,7 +57,10 @@ def linked(document: Document, links: Sequence[str]) -> tuple[str, ...]:
 def _source_of(source: str, link: str) -> str:
     """The source that `link` means in a document of this source; '/' is the top of where that one came from."""
     if _is_url(link) or _is_url(source):
-        return urljoin(source, link)
+        try:
+            return urljoin(source, link)
+        except ValueError:  # a source may look like an address and be none
+            return link
     joined = posixpath.join(posixpath.dirname(source), unquote(link))
     return posixpath.normpath(joined if source.startswith("/") else joined.lstrip("/"))
 

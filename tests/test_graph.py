@@ -1,17 +1,22 @@
 """Hyperlinks of documents: what a reader finds, what its caller believes, and which documents they lead to."""
 
 import json
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus import parsing
-from nexus.errors import Unprocessable
+from nexus.errors import Fenced, Unprocessable
 from nexus.hades import document_id_of, linked
 from nexus.parsing import Limits, Parsers
-from tests.conftest import House
+from nexus.stores import memory, sqlite
+from nexus.types import Document, Principal, Upload
+from tests.conftest import ALICE, BOB, MALLORY, House, LocalIngestor, build_house
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,7 @@ def test_a_worker_that_says_nonsense_about_links_is_not_believed(links: object) 
         ("https://example.com/x/a.html", "../b.html", "https://example.com/b.html"),
         ("https://example.com/x/a.html", "/b%20c.html", "https://example.com/b%20c.html"),
         ("https://example.com/x/a.html", "http://other.example/", "http://other.example/"),
+        ("http://[no address/a.md", "b.md", "b.md"),
     ],
 )
 def test_a_link_leads_to_the_document_of_that_source(house: House, source: str, link: str, target: str) -> None:
@@ -103,3 +109,300 @@ def test_a_link_stays_in_its_tenant_and_collection_and_never_leads_to_itself(hou
     document = house.describe("x/a.md", ["x"], collection="other")
     expected = document_id_of("acme", "other", "x/b.md")
     assert linked(document, ["b.md", "a.md", "../x/b.md", "../x/a.md"]) == (expected,)
+
+
+# Documents that a test connects
+
+
+def describe(house: House, source: str, *links: str, **fields: object) -> Document:
+    document = house.describe(source, [f"gripper {source}"], **fields)
+    return replace(document, links=linked(document, links))
+
+
+def put(house: House, source: str, *links: str, **fields: object) -> Document:
+    """A published document of one chunk that refers to these others."""
+    document = describe(house, source, *links, **fields)
+    (published,) = house.hades.publish([(document, house.stage(document, [f"gripper {source}"]))])
+    return published
+
+
+def reach(
+    house: House, *sources: str, hops: int = 3, who: Principal = ALICE, as_of: int | None = None, limit: int = 200
+) -> dict[str, tuple[int, str]]:
+    """What is connected to these documents, by source."""
+    documents = house.hades.documents
+    sequence = documents.collection("default").sequence if as_of is None else as_of
+    seeds = [document_id_of(who.tenant, "default", source) for source in sources]
+    found = documents.connected("default", who, seeds, hops, sequence, limit)
+    with documents._reading() as db:
+        names = dict(db.execute("SELECT document_id, source FROM versions").fetchall())
+    return {names[document_id]: how for document_id, how in found.items()}
+
+
+def edges(house: House) -> set[tuple[str, str]]:
+    with house.hades.documents._reading() as db:
+        return set(db.execute("SELECT kind, target FROM edges").fetchall())
+
+
+# The walk
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_a_walk_goes_as_far_as_it_is_told(house: House, hops: int) -> None:
+    for source, link in ("ab", "bc", "cd", "de"):
+        put(house, source, link)
+    put(house, "e")
+    expected = {"b": (1, "link"), "c": (2, "link"), "d": (3, "link")}
+    assert reach(house, "a", hops=hops) == {name: how for name, how in expected.items() if how[0] <= hops}
+
+
+def test_a_link_is_walked_in_both_directions(house: House) -> None:
+    put(house, "a", "b")
+    put(house, "b")
+    put(house, "c", "b")
+    assert reach(house, "b", hops=1) == {"a": (1, "link"), "c": (1, "link")}
+    assert reach(house, "a", hops=2) == {"b": (1, "link"), "c": (2, "link")}
+
+
+def test_a_cycle_ends_and_its_seeds_are_left_out(house: House) -> None:
+    for source, link in ("ab", "bc", "ca"):
+        put(house, source, link)
+    assert reach(house, "a") == {"b": (1, "link"), "c": (1, "link")}
+    assert reach(house, "a", "b") == {"c": (1, "link")}
+
+
+def test_the_fewest_hops_count_and_a_link_before_a_shared_value(house: House) -> None:
+    put(house, "a", "b", "c", metadata={"robot_id": "HX-3"})
+    put(house, "b", "c")
+    put(house, "c", metadata={"robot_id": "HX-3"})
+    put(house, "d", metadata={"robot_id": "HX-3"})
+    assert list(reach(house, "a", hops=3).items())[-1] == ("d", (1, "shared"))
+    assert reach(house, "a", hops=3) == {"b": (1, "link"), "c": (1, "link"), "d": (1, "shared")}
+
+
+def test_the_nearest_are_kept_where_not_all_may_be(house: House) -> None:
+    put(house, "a", "b")
+    put(house, "b", *"cdefgh")
+    for source in "cdefgh":
+        put(house, source)
+    found = reach(house, "a", hops=2, limit=3)
+    assert len(found) == 3 and found["b"] == (1, "link")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "connected"),
+    [
+        ("HX-3", "HX-3", True), ("HX-3", "HX-4", False), (7, 7, True), (True, True, False), (["x"], ["x"], False),
+        (1.5, 1.5, False), (None, None, False), ("", "", False), ("x" * 1025, "x" * 1025, False),
+        ("\ud800", "\ud800", False), ("a\0b", "a\0b", False),
+    ],
+)  # fmt: skip
+def test_an_equal_value_of_metadata_connects(house: House, ours: object, theirs: object, connected: bool) -> None:
+    put(house, "a", metadata={"robot_id": ours, "year": 2025})
+    put(house, "b", metadata={"robot_id": theirs, "year": 2025})
+    assert reach(house, "a") == ({"b": (1, "shared")} if connected else {})
+
+
+def test_which_fields_connect_is_a_setting(tmp_path: Path) -> None:
+    documents = sqlite.open("sqlite:", home=tmp_path, shared_metadata=("site", "year", "site"))
+    house = build_house(documents, memory.open("memory:"))
+    put(house, "a", metadata={"site": "north", "year": 2025, "robot_id": "HX-3"})
+    put(house, "b", metadata={"site": "north", "robot_id": "HX-4"})
+    put(house, "c", metadata={"year": 2025})
+    put(house, "d", metadata={"robot_id": "HX-3"})
+    assert reach(house, "a") == {"b": (1, "shared"), "c": (1, "shared")}
+    house.retriever.close()
+    documents.close()
+
+
+def test_a_hub_is_not_followed_to_all_it_connects(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "FAN_OUT", 3)
+    for n in range(20):
+        put(house, f"{n}", "hub", metadata={"robot_id": "HX-3"})
+    put(house, "hub", *map(str, range(20)))
+    assert len(reach(house, "hub", hops=1)) <= 2 * 3  # what it refers to, and what refers to it
+    put(house, "x", metadata={"robot_id": "HX-3"})
+    assert len(reach(house, "x", hops=1)) == 3
+    monkeypatch.setattr(sqlite, "LOOKED_AT", 2)
+    assert len(reach(house, "x", hops=1)) <= 2
+
+
+def test_neither_other_tenants_nor_a_document_itself_take_its_neighbours_places(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(20):
+        put(house, f"{n}", who=MALLORY, metadata={"robot_id": "HX-3"})
+        put(house, f"{n}", collection="other", metadata={"robot_id": "HX-3"})
+    put(house, "a", metadata={"robot_id": "HX-3"})
+    put(house, "b", metadata={"robot_id": "HX-3"})
+    monkeypatch.setattr(sqlite, "LOOKED_AT", 2)
+    monkeypatch.setattr(sqlite, "FAN_OUT", 1)
+    assert (reach(house, "a"), reach(house, "b")) == ({"b": (1, "shared")}, {"a": (1, "shared")})
+
+
+def test_a_hub_of_thousands_is_walked_in_a_moment(house: House) -> None:
+    document = put(house, "a", metadata={"robot_id": "HX-3"})
+    with house.hades.documents._transaction() as db:
+        for table in ("versions", "spans", "edges"):
+            columns = [name for _, name, *_ in db.execute(f"PRAGMA table_info({table})") if name != "document_id"]
+            many = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT 5000)"
+            db.execute(
+                f"{many} INSERT INTO {table} (document_id, {', '.join(columns)})"
+                f" SELECT printf('%032x', n), {', '.join(columns)} FROM n JOIN {table} WHERE document_id = ?",
+                (document.document_id,),
+            )
+    started = time.perf_counter()
+    assert len(reach(house, "a", hops=3)) <= 2 * sqlite.FAN_OUT
+    assert time.perf_counter() - started < 2
+
+
+# What may not be seen is neither found nor walked through
+
+
+def test_a_document_that_is_not_there_is_not_found_until_it_comes(house: House) -> None:
+    put(house, "a", "b")
+    assert reach(house, "a") == {}
+    put(house, "b")
+    assert reach(house, "a") == {"b": (1, "link")}
+
+
+def test_a_deleted_document_is_neither_found_nor_walked_through_but_in_the_past(house: House) -> None:
+    put(house, "a", "b")
+    between = put(house, "b", "c")
+    put(house, "c")
+    house.hades.delete(between.document_id, ALICE)
+    assert reach(house, "a") == {}
+    assert reach(house, "a", as_of=3) == {"b": (1, "link"), "c": (2, "link")}
+
+
+def test_before_its_publication_a_document_is_neither_found_nor_walked_through(house: House) -> None:
+    put(house, "a", "b", metadata={"robot_id": "HX-3"})
+    put(house, "c", metadata={"robot_id": "KM-6"})
+    put(house, "b", "c", metadata={"robot_id": "HX-3"})
+    assert reach(house, "a", as_of=2) == {}
+    assert reach(house, "a", as_of=3) == {"b": (1, "link"), "c": (2, "link")}
+    assert reach(house, "b", as_of=2) == {}  # nor does a walk begin at one
+
+
+def test_a_staged_version_is_neither_found_nor_walked_through(house: House) -> None:
+    put(house, "a", "b")
+    put(house, "c")
+    staged = describe(house, "b", "c")
+    house.stage(staged, ["gripper b"])
+    assert reach(house, "a") == {}
+    assert ("link", document_id_of("acme", "default", "c")) in edges(house)
+
+
+def test_what_another_may_read_is_neither_found_nor_walked_through(house: House) -> None:
+    put(house, "a", "b", metadata={"robot_id": "HX-3"})
+    put(house, "b", "c", readers=frozenset({"alice"}), metadata={"robot_id": "HX-3"})
+    put(house, "c")
+    assert reach(house, "a") == {"b": (1, "link"), "c": (2, "link")}
+    assert reach(house, "a", who=BOB) == {}
+    assert reach(house, "c", who=BOB) == {}
+    assert reach(house, "b", who=BOB) == {}
+
+
+def test_another_tenants_documents_are_never_met(house: House) -> None:
+    ours = put(house, "a", metadata={"robot_id": "HX-3"})
+    theirs = put(house, "x", who=MALLORY, metadata={"robot_id": "HX-3"})
+    spy = replace(describe(house, "spy", who=MALLORY), links=(ours.document_id,))
+    house.hades.publish([(spy, house.stage(spy, ["gripper spy"]))])
+    assert reach(house, "a") == {}
+    assert reach(house, "x", "spy", who=MALLORY) == {}
+    documents = house.hades.documents
+    assert documents.connected("default", ALICE, [theirs.document_id, spy.document_id], 3, 3, 200) == {}
+
+
+def test_another_collections_documents_are_never_met(house: House) -> None:
+    put(house, "a", metadata={"robot_id": "HX-3"})
+    put(house, "b", metadata={"robot_id": "HX-3"}, collection="other")
+    assert reach(house, "a", as_of=1) == {}
+
+
+def test_vectors_are_those_of_visible_versions_and_each_document_gets_its_share(house: House) -> None:
+    long = house.put("long", *(f"gripper {n}" for n in range(9)))
+    note = house.put("note", "gripper note")
+    house.put("note", "gripper note of today")
+    secret = house.put("secret", "gripper", readers=frozenset({"alice"}))
+    ids = [long.document_id, note.document_id, secret.document_id]
+    found = house.hades.documents.vectors_of("default", BOB, ids, 2, 9)
+    assert [document_id for document_id, _ in found.values()] == [long.document_id] * 3 + [note.document_id]
+    (note_chunk,) = [i for i, (document_id, _) in found.items() if document_id == note.document_id]
+    assert house.hades.documents.chunk_ids_of(note.document_id, note.version) == [note_chunk]
+    assert found[note_chunk][1] == pytest.approx(house.embedder.embed(["gripper note"])[0])
+    assert len(house.hades.documents.vectors_of("default", ALICE, ids, 4, 2)) == 2
+
+
+# Edges belong to a version
+
+
+def test_staging_again_replaces_the_edges(house: House) -> None:
+    document = describe(house, "a", "b", "c", metadata={"robot_id": "HX-3"})
+    house.stage(document, ["gripper a"])
+    again = replace(document, links=linked(document, ["c", "d"]), metadata={"robot_id": "HX-4"})
+    house.stage(again, ["gripper a"])
+    targets = {("link", document_id_of("acme", "default", source)) for source in "cd"}
+    assert edges(house) == targets | {("shared", "robot_id=HX-4")}
+
+
+def test_a_new_version_has_its_own_edges_and_the_old_one_keeps_its(house: House) -> None:
+    for source in "bc":
+        put(house, source)
+    for text, link in (("one", "b"), ("two", "c")):
+        document = house.describe("a", [text])
+        document = replace(document, links=linked(document, [link]))
+        house.hades.publish([(document, house.stage(document, [text]))])
+    assert (reach(house, "a", as_of=3), reach(house, "a")) == ({"b": (1, "link")}, {"c": (1, "link")})
+
+
+def test_new_metadata_of_the_same_content_move_the_shared_edges_alone(house: House) -> None:
+    put(house, "a", "b", metadata={"robot_id": "HX-3"})
+    put(house, "b")
+    put(house, "c", metadata={"robot_id": "HX-4"})
+    house.hades.is_unchanged(house.describe("a", ["gripper a"], metadata={"robot_id": "HX-4"}), ALICE)
+    assert reach(house, "a") == {"b": (1, "link"), "c": (1, "shared")}
+    staged = describe(house, "d", metadata={"robot_id": "HX-3"})
+    epoch = house.stage(staged, ["gripper d"])
+    house.hades.publish([(replace(staged, metadata={"robot_id": "HX-4"}), epoch)])
+    assert reach(house, "c", hops=1) == {"a": (1, "shared"), "d": (1, "shared")}
+
+
+def test_a_fenced_maker_changes_no_edges(house: House) -> None:
+    document = describe(house, "a", "b", metadata={"robot_id": "HX-3"})
+    epoch = house.stage(document, ["gripper a"])
+    before = edges(house)
+    house.hades.begin(document)
+    late = replace(document, links=(), metadata={})
+    for move in (
+        lambda: house.hades.documents.stage(late, epoch, [], house.embedder.embed([])),
+        lambda: house.hades.publish([(late, epoch)]),
+    ):
+        with pytest.raises(Fenced):
+            move()
+    assert edges(house) == before
+
+
+def test_what_is_vacuumed_takes_its_edges_along(house: House) -> None:
+    document = put(house, "a", "b", metadata={"robot_id": "HX-3"})
+    house.hades.delete(document.document_id, ALICE)
+    assert edges(house)
+    house.hades.vacuum(keep_closed_seconds=-1, keep_begun_seconds=-1)
+    assert edges(house) == set()
+
+
+def test_a_store_of_before_the_graph_gets_its_edges_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "MIGRATIONS", sqlite.MIGRATIONS[:1])
+    sqlite.open("sqlite:", home=tmp_path).close()
+    monkeypatch.undo()
+    store = sqlite.open("sqlite:", home=tmp_path)
+    assert store.connected("default", ALICE, ["x"], 1, 0, 10) == {}
+    store.close()
+
+
+def test_ingestion_connects_what_it_reads(house: House) -> None:
+    local = LocalIngestor(house)
+    for source, text in (("m/a.md", "see [b](b.rst)"), ("m/b.rst", "gripper :doc:`/m/c`"), ("m/c.rst", "the end")):
+        local.ingestion.ingest(Upload(source, text.encode()), ALICE)
+    local.parsers.close()
+    assert reach(house, "m/a.md") == {"m/b.rst": (1, "link"), "m/c.rst": (2, "link")}
