@@ -149,7 +149,11 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """What to look for. Weights are of the fused score; `filters` limits it to some documents."""
+    """What to look for. Weights are of the fused score; `filters` limits it to some documents.
+
+    `graph` says whether documents connected to the best ones, within `hops`, are asked too: always, never,
+    or where the evidence is weak.
+    """
 
     query: str
     k: int = 10
@@ -160,6 +164,8 @@ class SearchRequest:
     fusion: Literal["max", "rrf"] | None = None
     as_of: int | None = None
     explain: bool = False
+    graph: Literal["off", "on", "auto"] = "auto"
+    hops: int = 1
 
 
 @dataclass(frozen=True, slots=True)

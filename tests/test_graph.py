@@ -1,4 +1,4 @@
-"""Hyperlinks of documents: what a reader finds, what its caller believes, and which documents they lead to."""
+"""The document graph: links as they are read, edges as they are kept and walked, and what a search makes of them."""
 
 import json
 import time
@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus import parsing
-from nexus.errors import Fenced, Unprocessable
+from nexus.errors import Fenced, InvalidRequest, Unprocessable
+from nexus.filters import parse_filter
 from nexus.hades import document_id_of, linked
 from nexus.parsing import Limits, Parsers
+from nexus.retrieval import GRAPH_WEIGHT, RetrievalSettings
 from nexus.stores import memory, sqlite
-from nexus.types import Document, Principal, Upload
+from nexus.types import Document, Principal, SearchRequest, SearchResult, Upload
 from tests.conftest import ALICE, BOB, MALLORY, House, LocalIngestor, build_house
 
 
@@ -406,3 +408,197 @@ def test_ingestion_connects_what_it_reads(house: House) -> None:
         local.ingestion.ingest(Upload(source, text.encode()), ALICE)
     local.parsers.close()
     assert reach(house, "m/a.md") == {"m/b.rst": (1, "link"), "m/c.rst": (2, "link")}
+
+
+# What a search makes of it
+
+WORDS = {"embedding_weight": 0.0, "text_weight": 1.0}  # names only chunks that share a word with the query
+
+
+def put_text(house: House, source: str, text: str, *links: str, **fields: object) -> Document:
+    document = house.describe(source, [text], **fields)
+    document = replace(document, links=linked(document, links))
+    (published,) = house.hades.publish([(document, house.stage(document, [text]))])
+    return published
+
+
+def search(house: House, query: str, who: Principal = ALICE, **fields: object) -> SearchResult:
+    return house.retriever.search(SearchRequest(query, explain=True, **fields), who)
+
+
+def sources(result: SearchResult) -> list[str]:
+    return [hit.source for hit in result.hits]
+
+
+def test_a_connected_document_is_found_though_no_route_names_it(house: House) -> None:
+    put_text(house, "a", "the gripper closes", "b")
+    put_text(house, "b", "tighten every bolt")
+    put_text(house, "c", "unconnected prose")
+    result = search(house, "gripper", **WORDS)
+    assert sources(result) == ["a", "b"]
+    assert set(result.hits[1].routes) == {"graph"} and result.hits[1].routes["graph"].rank == 1
+    assert (result.hits[1].cosine, result.hits[1].score) == (0.0, pytest.approx(GRAPH_WEIGHT * 0.5))
+    assert sources(search(house, "gripper", graph="off", **WORDS)) == ["a"]
+    assert "graph" in result.seconds
+
+
+def test_a_connected_chunk_has_its_exact_cosine_and_a_part_of_the_best_score(house: House) -> None:
+    put_text(house, "a", "gripper torque value", "b")
+    put_text(house, "b", "tighten every bolt", "c")
+    put_text(house, "c", "and the lamp")
+    house.retriever.settings = RetrievalSettings(candidates=1)
+    result = search(house, "gripper torque value", k=1, graph="on", hops=2)
+    best, *others = result.explain["candidates"]
+    query, near, far = house.embedder.embed(["gripper torque value", "tighten every bolt", "and the lamp"])
+    assert set(best["routes"]) == {"dense", "text"} and best["score"] == result.hits[0].score
+    for other, vector, decay in zip(
+        sorted(others, key=lambda c: c["routes"]["graph"]["rank"]), (near, far), (0.5, 0.25), strict=True
+    ):
+        cosine = float(query @ vector)
+        assert (other["cosine"], set(other["routes"])) == (pytest.approx(cosine, abs=1e-5), {"graph"})
+        assert other["routes"]["graph"]["score"] == pytest.approx(best["score"] * decay)
+        assert other["score"] == pytest.approx(0.7 * cosine + GRAPH_WEIGHT * best["score"] * decay, abs=1e-5)
+
+
+@pytest.mark.parametrize("fusion", ["max", "rrf"])
+def test_a_chunk_that_a_route_named_gains_by_being_connected(
+    house: House, monkeypatch: pytest.MonkeyPatch, fusion: str
+) -> None:
+    monkeypatch.setattr("nexus.retrieval.GRAPH_SEEDS", 1)
+    put_text(house, "a", "gripper torque value", "b")
+    put_text(house, "b", "gripper and lamp")
+    put_text(house, "c", "gripper and wheel")
+    before, after = (
+        {hit.source: hit for hit in search(house, "gripper torque value", graph=graph, fusion=fusion).hits}
+        for graph in ("off", "on")
+    )
+    assert after["b"].score - before["b"].score == pytest.approx(GRAPH_WEIGHT * 0.5 * before["a"].score)
+    assert after["b"].routes == {**before["b"].routes, "graph": after["b"].routes["graph"]}
+    assert (after["a"], after["c"]) == (before["a"], before["c"])
+
+
+def test_reciprocal_ranks_take_what_only_the_graph_named_by_its_cosine(house: House) -> None:
+    house.retriever.settings = RetrievalSettings(candidates=1)
+    put_text(house, "a", "gripper torque value", *"bcdefg")
+    for source in "bcdefg":
+        put_text(house, source, f"tighten bolt {source}")
+    best, *others = search(house, "gripper torque value", k=1, graph="on", fusion="rrf").explain["candidates"]
+    assert [c["score"] for c in others] == pytest.approx([GRAPH_WEIGHT * 0.5 * best["score"]] * 6)
+    cosines = [c["cosine"] for c in others]
+    assert len(set(cosines)) > 1 and cosines == sorted(cosines, reverse=True)
+    assert [c["routes"]["graph"]["rank"] for c in others] == [1, 2, 3, 4, 5, 6]
+
+
+def test_all_chunks_of_a_connected_document_are_asked(house: House) -> None:
+    document = house.describe("a", ["gripper"])
+    document = replace(document, links=linked(document, ["b"]))
+    house.hades.publish([(document, house.stage(document, ["gripper"]))])
+    house.put("b", "one lamp", "two wheels", "three bolts")
+    texts = [hit.text for hit in search(house, "gripper", graph="on", **WORDS).hits]
+    assert texts[0] == "gripper" and sorted(texts[1:]) == ["one lamp", "three bolts", "two wheels"]
+
+
+def test_without_edges_everything_is_as_it_was(house: House) -> None:
+    for n in range(5):
+        put(house, f"{n}")
+    off, on, auto = (search(house, "gripper", graph=graph) for graph in ("off", "on", "auto"))
+    assert on.hits == off.hits == auto.hits
+    assert on.explain["candidates"] == off.explain["candidates"]
+    assert on.explain["graph"]["expanded"] and on.explain["graph"]["reached"] == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "weak_below", "expanded", "why"),
+    [
+        ({"graph": "off"}, 0.4, False, "switched off"),
+        ({"graph": "on", "k": 1}, 0.4, True, "asked for"),
+        ({"k": 1}, 0.4, False, "strong enough"),
+        ({"k": 2}, 0.4, False, "strong enough"),
+        ({"k": 3}, 0.4, True, "only 2 of 3"),
+        ({"k": 1}, 1.1, True, "best cosine is 1.00, below 1.1"),
+        ({"k": 1, **WORDS}, 1.1, False, "strong enough"),
+        ({"filters": parse_filter({"robot_id": "none"})}, 0.4, False, "nothing was found"),
+        ({"as_of": 0, "graph": "on"}, 0.4, False, "nothing was found"),
+    ],
+)
+def test_when_the_graph_is_walked(
+    house: House, monkeypatch: pytest.MonkeyPatch, fields: dict, weak_below: float, expanded: bool, why: str
+) -> None:
+    monkeypatch.setattr("nexus.retrieval.WEAK_COSINE", weak_below)
+    put_text(house, "a", "gripper", "b")
+    put_text(house, "b", "gripper lamp")
+    result = search(house, "gripper", **fields)
+    graph = result.explain["graph"]
+    assert (graph["expanded"], "graph" in result.seconds) == (expanded, expanded)
+    assert why in graph["why"]
+
+
+def test_explain_tells_what_the_graph_did(house: House) -> None:
+    a = put_text(house, "a", "the gripper closes", "b", metadata={"robot_id": "HX-3"})
+    b = put_text(house, "b", "tighten every bolt", "c")
+    c = put_text(house, "c", "and the lamp")
+    d = put_text(house, "d", "some prose", metadata={"robot_id": "HX-3"})
+    graph = search(house, "gripper", graph="on", hops=2, **WORDS).explain["graph"]
+    assert graph == {
+        "mode": "on",
+        "expanded": True,
+        "why": "it was asked for",
+        "hops": 2,
+        "seeds": [a.document_id],
+        "reached": [
+            {"document_id": b.document_id, "hops": 1, "edge": "link"},
+            {"document_id": d.document_id, "hops": 1, "edge": "shared"},
+            {"document_id": c.document_id, "hops": 2, "edge": "link"},
+        ],
+    }
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_filter_holds_for_what_the_graph_adds(house: House, monkeypatch: pytest.MonkeyPatch, wide: bool) -> None:
+    if wide:
+        monkeypatch.setattr("nexus.retrieval.FILTERED_DOCUMENTS", 1)
+    put_text(house, "a", "the gripper closes", "b", "c", metadata={"keep": True})
+    put_text(house, "b", "tighten every bolt", metadata={"keep": True})
+    put_text(house, "c", "and the lamp", metadata={"keep": False})
+    result = search(house, "gripper", filters=parse_filter({"keep": True}), graph="on", **WORDS)
+    assert sources(result) == ["a", "b"]
+    assert len(result.explain["graph"]["reached"]) == 1
+
+
+def test_a_search_never_shows_what_may_not_be_seen(house: House) -> None:
+    put_text(house, "a", "the gripper closes", "b", "c", "d", metadata={"robot_id": "HX-3"})
+    put_text(house, "b", "for alice alone", readers=frozenset({"alice"}))
+    deleted = put_text(house, "c", "gone for good")
+    house.hades.delete(deleted.document_id, ALICE)
+    put_text(house, "x", "of a stranger", who=MALLORY, metadata={"robot_id": "HX-3"})
+    put_text(house, "d", "came late")
+    on = {"graph": "on", "hops": 3, **WORDS}
+    assert set(sources(search(house, "gripper", **on))) == {"a", "b", "d"}
+    assert set(sources(search(house, "gripper", BOB, **on))) == {"a", "d"}
+    assert set(sources(search(house, "gripper", as_of=3, **on))) == {"a", "b", "c"}
+    assert set(sources(search(house, "gripper", as_of=4, **on))) == {"a", "b"}
+    assert len(search(house, "gripper", BOB, **on).explain["graph"]["reached"]) == 1
+
+
+def test_the_authority_has_the_last_word_on_what_the_graph_adds(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_text(house, "a", "the gripper closes")
+    secret = put_text(house, "b", "for alice alone", readers=frozenset({"alice"}))
+    documents = house.hades.documents
+    (chunk,) = documents.chunk_ids_of(secret.document_id, secret.version)
+    monkeypatch.setattr(documents, "connected", lambda *_: {secret.document_id: (1, "link")})
+    monkeypatch.setattr(
+        documents, "vectors_of", lambda *_: {chunk: (secret.document_id, house.embedder.embed(["x"])[0])}
+    )
+    assert sources(search(house, "gripper", graph="on", **WORDS)) == ["a", "b"]
+    result = search(house, "gripper", BOB, graph="on", **WORDS)
+    assert sources(result) == ["a"]
+    (removed,) = [c for c in result.explain["candidates"] if c["chunk_id"] == chunk]
+    assert removed["removed_by"] == "not a reader"
+
+
+@pytest.mark.parametrize("hops", [0, 4, -1])
+def test_hops_that_cannot_be_meant_are_refused(house: House, hops: int) -> None:
+    put(house, "a")
+    with pytest.raises(InvalidRequest, match="1 to 3") as caught:
+        search(house, "gripper", hops=hops)
+    assert caught.value.pointer == "/hops"
