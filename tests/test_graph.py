@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from deployments import cli
 from nexus import parsing
 from nexus.errors import Fenced, InvalidRequest, Unprocessable
 from nexus.filters import parse_filter
@@ -18,7 +20,7 @@ from nexus.parsing import Limits, Parsers
 from nexus.retrieval import GRAPH_WEIGHT, RetrievalSettings
 from nexus.stores import memory, sqlite
 from nexus.types import Document, Principal, SearchRequest, SearchResult, Upload
-from tests.conftest import ALICE, BOB, MALLORY, House, LocalIngestor, build_house
+from tests.conftest import ALICE, BOB, MALLORY, Door, House, LocalIngestor, build_house
 
 
 @pytest.fixture(scope="module")
@@ -602,3 +604,57 @@ def test_hops_that_cannot_be_meant_are_refused(house: House, hops: int) -> None:
     with pytest.raises(InvalidRequest, match="1 to 3") as caught:
         search(house, "gripper", hops=hops)
     assert caught.value.pointer == "/hops"
+
+
+# Through the doors
+
+
+def test_a_search_over_http_walks_the_graph_as_it_is_told(door: Door) -> None:
+    headers = door.headers("acme")
+    put_text(door.house, "a", "the gripper closes", "b")
+    put_text(door.house, "b", "tighten every bolt", "c")
+    put_text(door.house, "c", "and the lamp")
+    words = {"hybrid": {"embedding_weight": 0, "text_weight": 1}, "explain": True, "query": "gripper"}
+
+    def ask(**fields: object) -> list[str]:
+        body = door.client.post("/rag/search", json=words | fields, headers=headers).json()
+        return [f"{hit['source']} {','.join(hit['routes'])}" for hit in body["hits"]]
+
+    assert ask(graph="off") == ["a text"]
+    assert ask() == ["a text", "b graph"]
+    assert ask(graph="on", hops=2) == ["a text", "b graph", "c graph"]
+    for fields, pointer in (({"hops": 4}, "/hops"), ({"hops": 0}, "/hops"), ({"graph": "perhaps"}, "/graph")):
+        answer = door.client.post("/rag/search", json=words | fields, headers=headers)
+        assert answer.status_code == 422 and pointer in answer.text
+
+
+def test_the_command_line_says_what_the_graph_did(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_text(door.house, "a", "the gripper closes", "b")
+    put_text(door.house, "b", "tighten every bolt")
+    headers = door.headers("acme")
+
+    class Client:
+        def __enter__(self) -> "Client":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def call(self, method: str, path: str, **arguments: object) -> tuple[int, object]:
+            answer = door.client.request(method, path, headers=headers, **arguments)
+            return answer.status_code, answer.json()
+
+    monkeypatch.setattr(cli.http, "Client", Client)
+
+    def lines(*options: str) -> str:
+        result = CliRunner().invoke(cli.app, ["search", "gripper", "--explain", *options])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    monkeypatch.setattr("nexus.retrieval.GRAPH_SEEDS", 1)
+    assert "graph: walked; it was asked for; 2 hop(s) from 1 document(s) reached {'link': 1}" in lines(
+        "--graph", "on", "--hops", "2"
+    )
+    assert "graph: walked; only 2 of 5 were found without it" in lines()
+    assert "graph: not walked; it is switched off" in lines("--graph", "off")
+    for wrong in (["--hops", "4"], ["--graph", "perhaps"]):
+        assert CliRunner().invoke(cli.app, ["search", "gripper", *wrong]).exit_code == 2
