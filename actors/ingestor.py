@@ -86,7 +86,7 @@ class Ingestor:
         fingerprint, dimension = str(about["fingerprint"]), int(str(about["dimension"]))
         os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
         hades = Hades(
-            open_part("stores", config.stores.documents, home=home),
+            open_part("stores", config.stores.documents, home=home, shared_metadata=config.graph.shared_metadata),
             open_part("stores", self._vectors_address, home=home),
             fingerprint,
             dimension,

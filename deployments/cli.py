@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 import yaml
@@ -340,11 +340,15 @@ def search(
     query: str,
     k: Annotated[int, typer.Option("-k", help="How many hits.")] = 5,
     collection: InCollection = "default",
+    graph: Annotated[
+        Literal["on", "off", "auto"], typer.Option(help="Ask connected documents too: always, never, or if in need.")
+    ] = "auto",
+    hops: Annotated[int, typer.Option(min=1, max=3, help="How far connected documents may be.")] = 1,
     explain: Annotated[bool, typer.Option(help="Ranks and scores per route, and what was removed.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find the passages nearest to a query."""
-    body = {"query": query, "k": k, "collection": collection, "explain": explain}
+    body = {"query": query, "k": k, "collection": collection, "graph": graph, "hops": hops, "explain": explain}
     with http.Client() as nexus:
         _, result = nexus.call("POST", "/rag/search", json=body)
     if as_json:
@@ -358,7 +362,16 @@ def search(
         typer.echo(f"   {' '.join(hit['text'].split())[:200]}")
     if explain:
         removed = Counter(c["removed_by"] for c in result["explain"]["candidates"] if c["removed_by"])
+        typer.echo(_graph_line(result["explain"]["graph"]))
         typer.echo(f"removed: {dict(removed) or 'nothing'}; seconds: {result['explain']['seconds']}")
+
+
+def _graph_line(graph: dict[str, Any]) -> str:
+    if not graph["expanded"]:
+        return f"graph: not walked; {graph['why']}"
+    kinds = Counter(document["edge"] for document in graph["reached"])
+    seeds, hops = len(graph["seeds"]), graph["hops"]
+    return f"graph: walked; {graph['why']}; {hops} hop(s) from {seeds} document(s) reached {dict(kinds) or 'nothing'}"
 
 
 # ── keys and settings ───────────────────────────────────────────────────────────────────────────

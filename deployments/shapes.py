@@ -75,6 +75,8 @@ class Search(Shape):
     hybrid: Hybrid | None = None
     as_of: Annotated[int, Field(ge=0, le=2**53)] | None = None
     explain: bool = False
+    graph: Literal["off", "on", "auto"] = "auto"
+    hops: Annotated[int, Field(ge=1, le=3)] = 1
 
     def to_request(self) -> SearchRequest:
         return SearchRequest(
@@ -87,6 +89,8 @@ class Search(Shape):
             fusion=None if self.hybrid is None else self.hybrid.fusion,
             as_of=self.as_of,
             explain=self.explain,
+            graph=self.graph,
+            hops=self.hops,
         )
 
 

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from nexus.errors import ConfigError
 from nexus.failpoints import parse_failpoints
+from nexus.filters import KEY
 
 PREFIX = "NEXUS_"
 NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
@@ -30,6 +31,7 @@ NEURAL_ENGINES = {"extractive": "extractive:", "openai": "openai:https://api.ope
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
+FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
 
 
 class Section(BaseModel):
@@ -85,6 +87,12 @@ class Retrieval(Section):
     embedding_weight: Annotated[float, Field(ge=0, le=1)] = 0.7
     text_weight: Annotated[float, Field(ge=0, le=1)] = 0.3
     fusion: Literal["max", "rrf"] = "max"
+
+
+class Graph(Section):
+    """Documents with an equal value of one of these metadata fields are connected, from when they are added."""
+
+    shared_metadata: tuple[FieldName, ...] = ("robot_id",)
 
 
 class Answers(Section):
@@ -144,6 +152,7 @@ class Config(BaseSettings):
     models: Models = Models()
     chunking: Chunking = Chunking()
     retrieval: Retrieval = Retrieval()
+    graph: Graph = Graph()
     answers: Answers = Answers()
     parsing: Parsing = Parsing()
     access: Access = Access()

@@ -23,10 +23,12 @@ is visible can be found, and a vector without a row is nobody's work under way. 
 before rows: what is left after a crash is still known, and the next `vacuum` finds it.
 """
 
+import posixpath
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from urllib.parse import unquote, urljoin
 
 import numpy as np
 
@@ -46,6 +48,32 @@ def document_id_of(tenant: str, collection: str, source: str) -> str:
 def version_of(content_digest: str, parser: str, chunker: str, embedder: str) -> str:
     """The identity of what was made of some bytes, which are named by their digest."""
     return digest("version", content_digest, parser, chunker, embedder)
+
+
+def linked(document: Document, links: Sequence[str]) -> tuple[str, ...]:
+    """The ids of the documents that these references, as they stand in `document`, lead to; itself is none of them.
+
+    An id follows from a source, so whoever is referred to need not be there yet: the edge waits for it.
+    """
+    sources = (_source_of(document.source, link) for link in links)
+    found = dict.fromkeys(document_id_of(document.tenant, document.collection, source) for source in sources)
+    found.pop(document.document_id, None)
+    return tuple(found)
+
+
+def _source_of(source: str, link: str) -> str:
+    """The source that `link` means in a document of this source; '/' is the top of where that one came from."""
+    if _is_url(link) or _is_url(source):
+        try:
+            return urljoin(source, link)
+        except ValueError:  # a source may look like an address and be none
+            return link
+    joined = posixpath.join(posixpath.dirname(source), unquote(link))
+    return posixpath.normpath(joined if source.startswith("/") else joined.lstrip("/"))
+
+
+def _is_url(reference: str) -> bool:
+    return reference.lower().startswith(("http://", "https://"))
 
 
 def chunks_of(document: Document, pieces: Sequence[Piece]) -> list[Chunk]:

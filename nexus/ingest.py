@@ -16,7 +16,7 @@ from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text
 from nexus.config import Config
 from nexus.errors import Conflict, InvalidRequest, NexusError, UpstreamInvalid
 from nexus.failpoints import pass_through
-from nexus.hades import Hades, chunks_of, document_id_of, version_of
+from nexus.hades import Hades, chunks_of, document_id_of, linked, version_of
 from nexus.parsing import PARSER, Limits, Parsers
 from nexus.ports import Staged
 from nexus.registry import find_module
@@ -104,6 +104,7 @@ class Ingestor:
         pass_through("ingest.after_parse")
         pieces = cut(parsed, self.count_tokens, self.chunking)
         document = replace(document, title=parsed.title, media_type=parsed.media_type, chunks=len(pieces))
+        document = replace(document, links=linked(document, parsed.links))
         texts = tuple(embedded_text(parsed.title, piece) for piece in pieces)
         return Prepared(document, principal, epoch, tuple(chunks_of(document, pieces)), texts, replaced)
 

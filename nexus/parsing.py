@@ -40,15 +40,17 @@ from importlib import import_module  # most format libraries have no types, and 
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NoReturn, Self, get_args
+from urllib.parse import urlsplit
 
 from nexus.errors import InvalidRequest, NexusError, Unavailable, Unprocessable, UnsupportedMedia
 from nexus.types import Block, BlockKind, Parsed
 
-PARSER = "nexus-1"  # part of every version: another value makes every document be read again
+PARSER = "nexus-2"  # part of every version: another value makes every document be read again
 
 _MEMORY_EXIT = 70  # how a worker says that it ran out of memory, when it can say nothing else
 _SLACK_SECONDS = 30.0  # what the caller waits beyond the worker's own clock
 _JSON_LEVELS = 100
+_MOST_LINKS, _LONGEST_LINK = 1000, 1024
 _NONSENSE = "the file made its parser answer nonsense: it may be hostile"
 
 _Lines = tuple[int | None, int | None]  # first and last, inclusive, from 1
@@ -84,6 +86,7 @@ class _Draft:
         self.stem = name.rpartition(".")[0] or name
         self.title, self.marker, self.label = "", "", ""
         self.metadata: dict[str, str] = {}
+        self.links: dict[str, None] = {}
         self.blocks: list[Block] = []
         self.page: int | None = None
         self.label_line: int | None = None
@@ -125,12 +128,29 @@ class _Draft:
             header = full and all(re.search(r"[^\W\d]", cell) for cell in kept[0])
         self.add("table", "\n".join(" | ".join(row).rstrip(" |") for row in kept), lines, header=header)
 
+    def link(self, reference: str | None) -> None:
+        target = _target(reference or "")
+        if target and target == _target(target) and len(self.links) < _MOST_LINKS:
+            self.links.setdefault(target)
+
     def close_list(self) -> None:
         if self._items:
             numbers = [number for _, lines in self._items for number in lines if number]
             lines = (min(numbers, default=None), max(numbers, default=None))
             self.blocks.append(Block("list", "\n".join(text for text, _ in self._items), 0, self.page, *lines))
             self._items = []
+
+
+def _target(reference: str) -> str:
+    """Where a hyperlink leads, without query and fragment; '' where no other document can be: mail, scripts, data."""
+    try:
+        parts = urlsplit(_clean(reference).strip())
+    except ValueError:  # brackets that hold no address
+        return ""
+    is_web = parts.scheme in ("http", "https") and parts.netloc
+    is_relative = not parts.scheme and not parts.netloc and parts.path
+    target = parts._replace(query="", fragment="").geturl() if is_web or is_relative else ""
+    return target if len(target) <= _LONGEST_LINK else ""
 
 
 # What the bytes are
@@ -521,9 +541,11 @@ def _read_rst(content: bytes, draft: _Draft) -> None:
     settings = {**_RST_SETTINGS, "line_length_limit": len(text) + 1}
     tree = core.publish_doctree(text, settings_overrides=settings)
     located = (nodes.TextElement, nodes.list_item, nodes.Admonition, nodes.image)
+    suffix = draft.name.removeprefix(draft.stem) or ".rst"  # of the pages that Sphinx names without one
     reached = 0
     for node in list(tree.findall(nodes.Element)):
         name, line = node.tagname, node.line
+        draft.link(f"{node['page']}{suffix}" if node.get("page") else node.get("refuri"))
         if name == "system_message":
             node.parent.remove(node)
         elif name == "problematic":  # a reference to nothing here: keep its words, not its signs
@@ -572,7 +594,8 @@ def _patch_docutils() -> None:
     })  # fmt: skip
 
     def lenient_role(name: str, raw: str, text: str, *_: Any, **__: Any) -> tuple[list[Any], list[Any]]:
-        return [nodes.inline(raw, _role_words(name, text.replace("\0", "")))], []
+        text = text.replace("\0", "")
+        return [nodes.inline(raw, _role_words(name, text), page=_role_target(text) if name == "doc" else "")], []
 
     bare = type("Bare", (lenient,), {"optional_arguments": 0, "option_spec": None})
 
@@ -594,6 +617,12 @@ def _role_words(role: str, text: str) -> str:
     if role == "doc":
         return text.rstrip("/").rpartition("/")[2].replace("-", " ").replace("_", " ")
     return text.rpartition(".")[2] if text.startswith("~") else text.lstrip("!")
+
+
+def _role_target(text: str) -> str:
+    """The target of `title <target>`, or of a target alone; nothing of one that says it is no link."""
+    titled = re.fullmatch(r".+?<([^<>]*)>", text, re.S)
+    return "" if text.startswith("!") else (titled[1] if titled else text).strip()
 
 
 _HTML_SKIPPED = _names("head nav script style noscript template svg iframe object button select textarea")
@@ -668,6 +697,8 @@ class _HtmlWalk:
         elif tag == "li" and self._numbers:
             self._draft.marker = f"{self._numbers[-1]}. " if self._numbers[-1] else "- "
             self._numbers[-1] += bool(self._numbers[-1])
+        elif tag == "a":
+            self._draft.link(element.get("href"))
         elif tag == "br":
             self._words.append("\n")
         elif tag == "img" and element.get("alt") != element.get("src"):
@@ -708,13 +739,19 @@ class _HtmlWalk:
             for line_break in element.iter("br"):
                 line_break.tail = "\n" + (line_break.tail or "")
             self._draft.add("code", "".join(element.itertext()).strip("\n"), lines)
+            self._link_all(element)
             return True
         rows = _html_rows(element)
         if rows and (caption := element.find("caption")) is not None:
             self._draft.add("text", _words_in(caption), (lines[0], lines[0]))
         if rows:
             self._draft.table(rows, lines, header=bool(element.xpath("boolean(.//th)")) or None)
+            self._link_all(element)
         return bool(rows)
+
+    def _link_all(self, element: Any) -> None:
+        for anchor in element.iter("a"):
+            self._draft.link(anchor.get("href"))
 
 
 def _is_hidden(element: Any) -> bool:
@@ -1013,6 +1050,7 @@ def _read(name: str, media_type: str, content: bytes, limits: Limits) -> bytes:
             "title": (_clean(" ".join(draft.title.split())) or next(headings, "") or draft.stem)[:500],
             "metadata": {_clean(key): _clean(value) for key, value in draft.metadata.items()},
             "blocks": [[b.kind, b.text, b.level, b.page, b.first_line, b.last_line, b.header] for b in blocks],
+            "links": list(draft.links),
         }
     except NexusError as error:
         reply = {"error": type(error).__name__, "message": error.message, "code": error.code}
@@ -1297,8 +1335,14 @@ def _parsed(reply: bytes, media_type: str) -> Parsed:
         for kind, *fields in answer["blocks"]:
             if kind not in get_args(BlockKind) or not all(isinstance(f, t) for f, t in zip(fields, types, strict=True)):
                 raise ValueError
+        links = answer["links"]
+        if not isinstance(links, list) or len(set(links)) < len(links) or len(links) > _MOST_LINKS:
+            raise ValueError
+        if not all(isinstance(link, str) and link and _target(link) == link for link in links):
+            raise ValueError
         blocks = tuple(Block(*block) for block in answer["blocks"])
-        return Parsed(str(answer["title"]), media_type, blocks, {str(k): str(v) for k, v in answer["metadata"].items()})
+        metadata = {str(k): str(v) for k, v in answer["metadata"].items()}
+        return Parsed(str(answer["title"]), media_type, blocks, metadata, tuple(links))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Unprocessable(_NONSENSE) from None
 

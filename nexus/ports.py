@@ -199,6 +199,26 @@ class DocumentStore(Protocol):
 
     def vectors(self, chunk_ids: Sequence[str]) -> dict[str, Vector]: ...
 
+    def connected(
+        self, collection: str, principal: Principal, document_ids: Sequence[str], hops: int, as_of: int, limit: int
+    ) -> dict[str, tuple[int, str]]:
+        """Documents within `hops` (1 to 3) edges of the given ones, as {id: (fewest hops, kind of the last edge)}.
+
+        An edge is a "link", walked in either direction, or a "shared" value of metadata. The walk goes only
+        through documents visible to the principal at `as_of`. The given ones are left out; nearest first; at
+        most `limit`. A store bounds how many edges of one document it follows, and says how.
+        """
+        ...
+
+    def vectors_of(
+        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int
+    ) -> dict[str, tuple[str, Vector]]:
+        """{chunk id: (document id, vector)} of these documents as visible at `as_of`, at most `limit` chunks.
+
+        Each document gives at most its share of the limit, its first chunks: a book leaves room for a note.
+        """
+        ...
+
     def neighbours(self, document_id: str, version: str, first: int, last: int) -> list[Chunk]:
         """Chunks of one version with first <= ordinal <= last, in order."""
         ...

@@ -7,6 +7,9 @@ beats reciprocal rank fusion, min-max and Milvus' own arctangent (Bruch et al., 
 find the same of convex combinations). A candidate that only the text route found gets its exact
 cosine from the stored vector, so that no candidate is judged by half.
 
+Where the evidence is weak, documents connected to the best ones are asked as well: their chunks become
+candidates by their cosine, and what is connected gains a little, less with every hop.
+
 The sequence number is read before the routes are asked (hades.py says why).
 """
 
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Literal
 
 import numpy as np
 
@@ -29,6 +33,13 @@ MAX_QUERY_CHARACTERS = 8192
 MAX_K = 1000
 MAX_CANDIDATES = 6400
 FILTERED_DOCUMENTS = 2000  # a filter that matches more is applied to the candidates instead
+GRAPH_WEIGHT = 0.2  # one hop gains a tenth of the best score: it decides near ties, and lifts nothing that fits badly
+HOP_DECAY = 0.5  # a document two hops away says half as much about the question as its neighbour
+GRAPH_SEEDS = 10  # candidates whose documents the walk begins at: more of them are no longer about the question
+GRAPH_DOCUMENTS = 200  # what is reached, and its chunks, are scored in this process, one by one
+GRAPH_CHUNKS = 2000
+WEAK_COSINE = 0.4  # below it the best passage is hardly about the question (grounding.py calls such a cosine loose)
+MAX_HOPS = 3
 
 Route = Sequence[tuple[str, float]]
 
@@ -53,6 +64,27 @@ class Candidate:
     routes: Mapping[str, RouteScore]
 
 
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """What the graph did for one search, and why: `reached` are documents with their hops and edge."""
+
+    mode: Literal["off", "on", "auto"]
+    hops: int
+    expanded: bool
+    why: str
+    seeds: tuple[str, ...] = ()
+    reached: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Candidates, best first, with the authority's verdict on each, and those that may be shown."""
+
+    candidates: list[Candidate]
+    verdicts: dict[str, Verdict]
+    visible: list[Candidate]
+
+
 @dataclass
 class Retriever:
     """Answers searches over one Hades. Safe to call from several threads."""
@@ -66,20 +98,23 @@ class Retriever:
         """The k best visible chunks. Raises InvalidRequest, NotFound (collection), Unavailable."""
         check_request(request)
         clock = Clock()
-        collection = self.hades.find_collection(request.collection)
-        sequence = collection.sequence if request.as_of is None else request.as_of
-        if sequence > collection.sequence:
-            raise InvalidRequest(
-                f"as_of is {sequence}, but the collection is only at {collection.sequence}", pointer="/as_of"
-            )
-        if sequence < collection.horizon:
-            raise InvalidRequest(
-                f"as_of {sequence} is no longer kept; the oldest that can be asked for is {collection.horizon}",
-                pointer="/as_of", code="as_of_gone",
-            )  # fmt: skip
+        while True:
+            collection = self.hades.find_collection(request.collection)
+            sequence = collection.sequence if request.as_of is None else request.as_of
+            _check_sequence(sequence, collection)
+            result = self._search_at(request, principal, collection, sequence, clock)
+            # What a vacuum takes away meanwhile may have been part of the answer: then it is asked again.
+            if self.hades.find_collection(request.collection).horizon <= sequence:
+                return result
+
+    def _search_at(
+        self, request: SearchRequest, principal: Principal, collection: Collection, sequence: int, clock: "Clock"
+    ) -> SearchResult:
         scope, allowed = self._scope(request, principal, sequence)
         if scope.document_ids == ():
-            return SearchResult((), sequence, clock.seconds, _explanation([], {}, set()) if request.explain else None)
+            nothing = Judged([], {}, [])
+            explain = _explanation(nothing, _decide(request, [], False)) if request.explain else None
+            return SearchResult((), sequence, clock.seconds, explain)
         wanted = max(self.settings.candidates, request.k)
         # Asked for while the text route runs, and made once however often the routes are widened.
         embedded = cache(lambda: self._embed(request.query, clock))
@@ -96,9 +131,16 @@ class Retriever:
             if not crowded_out or len(candidates) < wanted or wanted >= MAX_CANDIDATES:
                 break
             wanted = min(wanted * 4, MAX_CANDIDATES)
+        judged = Judged(candidates, verdicts, visible)
+        has_vector = self._weights(request)[0] > 0
+        graph = _decide(request, visible, has_vector)
+        if graph.expanded:
+            among = set(scope.document_ids) if scope.document_ids is not None else allowed
+            with clock.time("graph"):
+                judged, graph = self._widen(request, principal, sequence, judged, graph, among, embedded)
         with clock.time("authority"):
-            hits = self._load(visible[: request.k])
-        explain = _explanation(candidates, verdicts, {c.chunk_id for c in visible}) if request.explain else None
+            hits = self._load(judged.visible[: request.k])
+        explain = _explanation(judged, graph) if request.explain else None
         return SearchResult(tuple(hits), sequence, clock.seconds, explain)
 
     def _scope(self, request: SearchRequest, principal: Principal, sequence: int) -> tuple[Scope, set[str] | None]:
@@ -157,14 +199,51 @@ class Retriever:
         cosines = dict(dense)
         missing = [chunk_id for chunk_id, _ in text if chunk_id not in cosines]
         stored = self.hades.documents.vectors(missing) if missing else {}
-        if stored:
-            scores = np.stack(list(stored.values())) @ vector
-            cosines.update(zip(stored, scores.tolist(), strict=True))
-        return cosines
+        return cosines | _cosines(stored, vector)
 
     def _filtered(self, candidates: list[Candidate], allowed: set[str]) -> list[Candidate]:
         rows = self.hades.documents.load([c.chunk_id for c in candidates])
         return [c for c in candidates if rows[c.chunk_id][1].document_id in allowed]
+
+    def _widen(
+        self,
+        request: SearchRequest,
+        principal: Principal,
+        sequence: int,
+        judged: Judged,
+        graph: Expansion,
+        among: set[str] | None,
+        embedded: Callable[[], Vector],
+    ) -> tuple[Judged, Expansion]:
+        """Candidates with those that the graph adds and lifts, of the documents in `among` where that is given."""
+        documents, visible = self.hades.documents, judged.visible
+        document_of = {
+            i: document.document_id for i, (_, document) in documents.load([c.chunk_id for c in visible]).items()
+        }
+        seeds = tuple(
+            dict.fromkeys(document_of[c.chunk_id] for c in visible[:GRAPH_SEEDS] if c.chunk_id in document_of)
+        )
+        where = (request.collection, principal)
+        reached = documents.connected(*where, seeds, request.hops, sequence, GRAPH_DOCUMENTS)
+        reached = {i: how for i, how in reached.items() if among is None or i in among}
+        graph = replace(graph, seeds=seeds, reached=reached)
+        if not reached:
+            return judged, graph
+        stored = documents.vectors_of(*where, list(reached), sequence, GRAPH_CHUNKS)
+        document_of |= {i: document_id for i, (document_id, _) in stored.items()}
+        new = [i for i in stored if i not in judged.verdicts]
+        verdicts = judged.verdicts | documents.verdicts(request.collection, principal, new, sequence)
+        embedding_weight, _ = self._weights(request)
+        fusion = request.fusion or self.settings.fusion
+        cosines = _cosines({i: stored[i][1] for i in new}, embedded()) if embedding_weight else {}
+        added = [
+            Candidate(i, embedding_weight * cosines.get(i, 0.0) if fusion != "rrf" else 0.0, cosines.get(i, 0.0), {})
+            for i in new
+        ]
+        may_show = {c.chunk_id for c in visible} | {i for i in new if verdicts[i] == "visible"}
+        near = {i: reached[document_of[i]][0] for i in may_show if document_of.get(i) in reached}
+        candidates = lift([*judged.candidates, *added], near, visible[0].score)
+        return Judged(candidates, verdicts, [c for c in candidates if c.chunk_id in may_show]), graph
 
     def _load(self, candidates: Sequence[Candidate]) -> list[Hit]:
         rows = self.hades.documents.load([c.chunk_id for c in candidates])
@@ -235,8 +314,23 @@ def check_request(request: SearchRequest) -> None:
         raise InvalidRequest("a weight is a number from 0 to 1", pointer="/hybrid")
     if weights == (0, 0):
         raise InvalidRequest("at least one weight must be above 0", pointer="/hybrid")
+    if not 1 <= request.hops <= MAX_HOPS:
+        raise InvalidRequest(f"hops is a whole number from 1 to {MAX_HOPS}", pointer="/hops")
     if request.as_of is not None and request.as_of < 0:
         raise InvalidRequest("as_of is a sequence number, 0 or more", pointer="/as_of")
+
+
+def _check_sequence(sequence: int, collection: Collection) -> None:
+    """Refuse a moment that is still to come, and one of which versions are missing."""
+    if sequence > collection.sequence:
+        raise InvalidRequest(
+            f"as_of is {sequence}, but the collection is only at {collection.sequence}", pointer="/as_of"
+        )
+    if sequence < collection.horizon:
+        raise InvalidRequest(
+            f"as_of {sequence} is no longer kept; the oldest that can be asked for is {collection.horizon}",
+            pointer="/as_of", code="as_of_gone",
+        )  # fmt: skip
 
 
 def fuse(
@@ -263,6 +357,51 @@ def fuse(
 
     fused = [Candidate(i, fused_score(i), cosines.get(i, 0.0), routes[i]) for i in routes]
     return sorted(fused, key=lambda c: (-c.score, c.chunk_id))
+
+
+def lift(candidates: Sequence[Candidate], hops: Mapping[str, int], best: float) -> list[Candidate]:
+    """All candidates in their new order, where those named by the graph gain by their nearness to the best.
+
+    The graph ranks by nearness (`best` halved with every hop), then by cosine. A part of the nearness is
+    added to the score, whichever way that was fused: nearness is measured in scores of the same fusion.
+    Where scores are equal, as those of "rrf" are for all that only the graph named, the cosine decides.
+    """
+    near = {chunk_id: best * HOP_DECAY**away for chunk_id, away in hops.items()}
+    named = sorted(
+        (c for c in candidates if c.chunk_id in near), key=lambda c: (hops[c.chunk_id], -c.cosine, c.chunk_id)
+    )
+    places = {c.chunk_id: RouteScore(rank, near[c.chunk_id]) for rank, c in enumerate(named, 1)}
+    lifted = [
+        replace(c, score=c.score + GRAPH_WEIGHT * near[c.chunk_id], routes={**c.routes, "graph": places[c.chunk_id]})
+        if c.chunk_id in near
+        else c
+        for c in candidates
+    ]
+    return sorted(lifted, key=lambda c: (-c.score, -c.cosine, c.chunk_id))
+
+
+def _decide(request: SearchRequest, visible: Sequence[Candidate], has_vector: bool) -> Expansion:
+    """Whether the graph is walked. Where no vector was asked, how many were found is all there is to judge by."""
+    strongest = max((c.cosine for c in visible), default=0.0)
+    if request.graph == "off":
+        expanded, why = False, "it is switched off"
+    elif not visible:
+        expanded, why = False, "nothing was found to begin at"
+    elif request.graph == "on":
+        expanded, why = True, "it was asked for"
+    elif len(visible) < request.k:
+        expanded, why = True, f"only {len(visible)} of {request.k} were found without it"
+    elif has_vector and strongest < WEAK_COSINE:
+        expanded, why = True, f"the best cosine is {strongest:.2f}, below {WEAK_COSINE}"
+    else:
+        expanded, why = False, "the evidence is strong enough without it"
+    return Expansion(request.graph, request.hops, expanded, why)
+
+
+def _cosines(stored: Mapping[str, Vector], vector: Vector) -> dict[str, float]:
+    if not stored:
+        return {}
+    return dict(zip(stored, (np.stack(list(stored.values())) @ vector).tolist(), strict=True))
 
 
 def _hit(candidate: Candidate, chunk: Chunk, document: Document) -> Hit:
@@ -292,10 +431,9 @@ def _widened(hit: Hit, chunks: Sequence[Chunk]) -> Hit:
     )
 
 
-def _explanation(
-    candidates: Sequence[Candidate], verdicts: Mapping[str, Verdict], visible: set[str]
-) -> dict[str, object]:
-    """Every candidate, its place in each route, and what became of it."""
+def _explanation(judged: Judged, graph: Expansion) -> dict[str, object]:
+    """Every candidate, its place in each route, and what became of it; and what the graph did."""
+    verdicts, visible = judged.verdicts, {c.chunk_id for c in judged.visible}
     return {
         "candidates": [
             {
@@ -305,9 +443,17 @@ def _explanation(
                 "routes": {name: {"rank": r.rank, "score": r.score} for name, r in c.routes.items()},
                 "removed_by": None if c.chunk_id in visible else _reason(verdicts.get(c.chunk_id, "unknown")),
             }
-            for c in candidates
+            for c in judged.candidates
             if verdicts.get(c.chunk_id) != "other tenant"
-        ]
+        ],
+        "graph": {
+            "mode": graph.mode,
+            "expanded": graph.expanded,
+            "why": graph.why,
+            "hops": graph.hops,
+            "seeds": list(graph.seeds),
+            "reached": [{"document_id": i, "hops": away, "edge": edge} for i, (away, edge) in graph.reached.items()],
+        },
     }
 
 

@@ -69,12 +69,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """What a parser made of some bytes."""
+    """What a parser made of some bytes. `links` are the references of its hyperlinks, as they are written there."""
 
     title: str
     media_type: str
     blocks: tuple[Block, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    links: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,8 @@ class Document:
 
     `opened` and `closed` are sequence numbers of the collection: the version is visible at s when
     opened <= s < closed. `closed` is None while the version is current. `readers` are the subjects
-    that may see it; empty means everyone in the tenant. `created_at` is in Unix seconds.
+    that may see it; empty means everyone in the tenant. `created_at` is in Unix seconds. `links` are
+    the ids of the documents it refers to, there or not; a store keeps them as edges and not in this value.
     """
 
     document_id: str
@@ -123,6 +125,7 @@ class Document:
     opened: int | None = None
     closed: int | None = None
     created_at: float = 0.0
+    links: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,11 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """What to look for. Weights are of the fused score; `filters` limits it to some documents."""
+    """What to look for. Weights are of the fused score; `filters` limits it to some documents.
+
+    `graph` says whether documents connected to the best ones, within `hops`, are asked too: always, never,
+    or where the evidence is weak.
+    """
 
     query: str
     k: int = 10
@@ -167,6 +174,8 @@ class SearchRequest:
     fusion: Literal["max", "rrf"] | None = None
     as_of: int | None = None
     explain: bool = False
+    graph: Literal["off", "on", "auto"] = "auto"
+    hops: int = 1
 
 
 @dataclass(frozen=True, slots=True)

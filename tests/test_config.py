@@ -51,7 +51,7 @@ def test_the_home_s_own_file_is_read(clean_home: Path) -> None:
         ("http: [", "not valid YAML"), ("- a", "must hold sections"), ("http: 3", "'http' is a section"),
         ("htp: {}", "htp"), ("http:\n  prot: 1", "http.prot"), ("http:\n  port: high", "http.port"),
         ("http:\n  port: 99999", "http.port"), ("http:\n  host: 0.0.0.0", "loopback"), ("\x00", "not valid YAML"),
-        ("retrieval:\n  fusion: magic", "retrieval.fusion"),
+        ("retrieval:\n  fusion: magic", "retrieval.fusion"), ("graph:\n  shared_metadata: [a=b]", "graph.shared"),
     ],
 )  # fmt: skip
 def test_a_broken_file_says_where_and_what(clean_home: Path, text: str, words: str) -> None:

@@ -3,7 +3,9 @@
 A version's content is written once (`versions`, `chunks`); when it was visible is a list of spans
 of sequence numbers (`spans`), so that A, then B, then A again leaves a true history. The partial
 unique index on open spans makes two current versions of one document impossible, not just unlikely.
-Vectors stand beside their chunks, so an index can be rebuilt and checked without a model.
+Vectors stand beside their chunks, so an index can be rebuilt and checked without a model. A version's
+edges (`edges`) lead to other documents: a "link" to the document it refers to, which need not be there,
+and a "shared" to `field=value`, where all documents of the same tenant and collection that say so meet.
 
 Several processes of one machine may share the file: WAL, one writer at a time. What was answered for
 is synced to the disk at commit; staging is not, for the publish after it syncs the whole log.
@@ -29,6 +31,9 @@ from nexus.ports import Collection, Deletion, Staged, Verdict
 from nexus.types import Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
 BUSY_SECONDS = 10.0
+FAN_OUT = 25  # documents that one step goes on to from one document, or from one value that documents share
+LOOKED_AT = 500  # edges that one step looks at to find them
+MAX_SHARED_CHARACTERS = 1024  # a longer value is a text, not the name of something two documents are about
 
 MIGRATIONS = (
     """
@@ -76,6 +81,13 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX deletions_by_tenant ON deletions (tenant, deleted_at);
     """,
+    """
+    CREATE TABLE edges (
+        document_id TEXT NOT NULL, version TEXT NOT NULL, kind TEXT NOT NULL, target TEXT NOT NULL,
+        tenant TEXT NOT NULL, collection TEXT NOT NULL, PRIMARY KEY (document_id, version, kind, target)
+    ) STRICT;
+    CREATE INDEX edges_by_target ON edges (tenant, collection, kind, target, document_id, version);
+    """,
 )
 
 RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on their way out
@@ -94,23 +106,67 @@ CHUNK = (
     "c.chunk_id, c.document_id, c.version, c.ordinal, c.text, c.heading, c.page, c.first_line, c.last_line, c.tokens"
 )
 
+VISIBLE = (
+    "v.tenant = :tenant AND v.collection = :collection"
+    f" AND s.opened <= :as_of AND (s.closed IS NULL OR s.closed > :as_of) AND {MAY_READ}"
+)
+HERE = "tenant = :tenant AND collection = :collection"
+STEP = f"""
+    SELECT n.document_id, n.version, w.hops + 1, '{{kind}}' FROM {{start}} JOIN versions n ON n.rowid IN (
+        SELECT v.rowid FROM (SELECT {{edges}} LIMIT :looked_at) AS e
+        JOIN versions v ON v.document_id = e.document_id AND v.version = IFNULL(e.version, v.version)
+        JOIN spans s ON s.document_id = v.document_id AND s.version = v.version
+        WHERE v.document_id != w.document_id AND {VISIBLE} LIMIT :fan_out
+    ) WHERE w.hops < :hops"""
+REFERS = STEP.format(
+    kind="link", start="walked w",
+    edges="target AS document_id, NULL AS version FROM edges"
+    " WHERE document_id = w.document_id AND version = w.version AND kind = 'link' ORDER BY target",
+)  # fmt: skip
+IS_REFERRED_TO = STEP.format(
+    kind="link", start="walked w",
+    edges=f"document_id, version FROM edges WHERE {HERE} AND kind = 'link' AND target = w.document_id"
+    " ORDER BY document_id",
+)  # fmt: skip
+SHARES = STEP.format(
+    kind="shared",
+    start="walked w JOIN edges own ON own.document_id = w.document_id AND own.version = w.version"
+    " AND own.kind = 'shared'",
+    edges=f"document_id, version FROM edges WHERE {HERE} AND kind = 'shared' AND target = own.target"
+    " ORDER BY document_id",
+)  # fmt: skip
+CONNECTED = f"""
+    WITH RECURSIVE walked (document_id, version, hops, kind) AS (
+        SELECT v.document_id, v.version, 0, '' FROM json_each(:ids) AS seed
+        CROSS JOIN versions v ON v.document_id = seed.value JOIN spans s USING (document_id, version) WHERE {VISIBLE}
+        UNION {REFERS} UNION {IS_REFERRED_TO} UNION {SHARES} ORDER BY 3 LIMIT :rows
+    )
+    SELECT document_id, hops, kind, MIN(2 * hops + (kind = 'shared')) FROM walked
+    GROUP BY document_id HAVING MIN(hops) > 0 ORDER BY 4, 1 LIMIT :limit"""
+
 COLUMNS = {"source": "v.source", "title": "v.title", "media_type": "v.media_type"}
 COMPARISONS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
-def open(address: str, *, home: Path | None = None) -> "SqliteDocuments":
-    """`sqlite:` is `documents.db` in the home; `sqlite:PATH` another file; `sqlite::memory:` none."""
+def open(
+    address: str, *, home: Path | None = None, shared_metadata: Sequence[str] = ("robot_id",)
+) -> "SqliteDocuments":
+    """`sqlite:` is `documents.db` in the home; `sqlite:PATH` another file; `sqlite::memory:` none.
+
+    `shared_metadata` are the fields whose equal values connect documents; who only reads need not say them.
+    """
     place = address.partition(":")[2]
     if not place and home is None:
         raise ConfigError("'sqlite:' needs a home to keep its file in; give 'sqlite:PATH'")
-    return SqliteDocuments(place or str((home or Path()) / "documents.db"))
+    return SqliteDocuments(place or str((home or Path()) / "documents.db"), shared_metadata)
 
 
 class SqliteDocuments:
     """A DocumentStore. Each thread has a connection of its own; memory has one, shared under a lock."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, shared_metadata: Sequence[str]) -> None:
         self._path = path
+        self._shared_metadata = shared_metadata
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._memory = path == ":memory:"
@@ -230,9 +286,13 @@ class SqliteDocuments:
         with self._transaction(durable=False) as db:
             for staged in batch:
                 _stage_one(db, staged, time.time())
+                _write_edges(db, staged.document, "link", staged.document.links)
+                _write_edges(db, staged.document, "shared", self._shared(staged.document))
 
     def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
         with self._transaction() as db:
+            for document, _ in versions:
+                _write_edges(db, document, "shared", self._shared(document))
             published = [_publish_one(db, document, epoch) for document, epoch in versions]
             pass_through("ingest.inside_publish")
         return published
@@ -240,6 +300,14 @@ class SqliteDocuments:
     def annotate(self, document: Document) -> None:
         with self._transaction() as db:
             _annotate(db, document)
+            _write_edges(db, document, "shared", self._shared(document))
+
+    def _shared(self, document: Document) -> list[str]:
+        """`field=value` for each field that connects documents and has a value that can be a name."""
+        values = ((name, document.metadata.get(name)) for name in self._shared_metadata)
+        names = [(n, str(value)) for n, value in values if isinstance(value, str | int) and not isinstance(value, bool)]
+        short = [(name, value) for name, value in names if 0 < len(value) <= MAX_SHARED_CHARACTERS]
+        return [f"{name}={value}" for name, value in short if value.isprintable()]
 
     def delete(self, document_ids: Sequence[str], principal: Principal) -> list[Document]:
         with self._transaction() as db:
@@ -309,6 +377,39 @@ class SqliteDocuments:
             )
             return {chunk_id: np.frombuffer(vector, dtype=np.float32) for chunk_id, vector in rows}
 
+    def connected(
+        self, collection: str, principal: Principal, document_ids: Sequence[str], hops: int, as_of: int, limit: int
+    ) -> dict[str, tuple[int, str]]:
+        """See the port. The walk goes nearest first, so what the bounds cut off is always the farthest.
+
+        One step goes on to at most FAN_OUT visible documents by each of: what a document refers to, what
+        refers to it, and each value it shares; the first by document id, among the first LOOKED_AT edges.
+        A document may be walked twice per hop, by each kind, so `rows` lets `limit` of them through.
+        """
+        parameters: dict[str, object] = {**_who(principal), "collection": collection, "as_of": as_of, "hops": hops}
+        parameters |= {"ids": json.dumps(list(document_ids)), "limit": limit, "fan_out": FAN_OUT}
+        parameters |= {"looked_at": LOOKED_AT, "rows": (len(document_ids) + limit) * (2 * hops + 1)}
+        with self._reading() as db:
+            rows = db.execute(CONNECTED, parameters)
+            return {document_id: (reached, kind) for document_id, reached, kind, _ in rows}
+
+    def vectors_of(
+        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int
+    ) -> dict[str, tuple[str, Vector]]:
+        parameters = {**_who(principal), "collection": collection, "as_of": as_of}
+        parameters |= {"ids": json.dumps(list(document_ids)), "share": max(1, limit // max(1, len(document_ids)))}
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT c.chunk_id, c.document_id, c.vector FROM json_each(:ids) AS wanted"
+                " CROSS JOIN versions v ON v.document_id = wanted.value JOIN spans s USING (document_id, version)"
+                " JOIN chunks c USING (document_id, version)"
+                f" WHERE {VISIBLE} AND c.ordinal < :share ORDER BY wanted.key, c.ordinal LIMIT :limit",
+                {**parameters, "limit": limit},
+            )
+            return {
+                chunk_id: (document_id, np.frombuffer(vector, np.float32)) for chunk_id, document_id, vector in rows
+            }
+
     def neighbours(self, document_id: str, version: str, first: int, last: int) -> list[Chunk]:
         with self._reading() as db:
             rows = db.execute(
@@ -360,7 +461,8 @@ class SqliteDocuments:
                 "DELETE FROM versions WHERE document_id = ? AND version = ? AND retiring_at IS NOT NULL", key
             ).rowcount  # fmt: skip
             if gone:
-                db.execute("DELETE FROM chunks WHERE document_id = ? AND version = ?", key)
+                for table in ("chunks", "edges"):
+                    db.execute(f"DELETE FROM {table} WHERE document_id = ? AND version = ?", key)
                 _note_purged(db, document.document_id, chunks)
         return bool(gone)
 
@@ -529,6 +631,20 @@ def _annotate(db: sqlite3.Connection, document: Document) -> None:
             document.document_id,
             document.version,
         ),
+    )
+
+
+def _write_edges(db: sqlite3.Connection, document: Document, kind: str, targets: Sequence[str]) -> None:
+    """Make these the version's edges of one kind, and no others."""
+    db.execute(
+        "DELETE FROM edges WHERE document_id = ? AND version = ? AND kind = ?",
+        (document.document_id, document.version, kind),
+    )
+    own = (document.document_id, document.version, document.tenant, document.collection, kind)
+    db.executemany(
+        "INSERT INTO edges (document_id, version, tenant, collection, kind, target) VALUES (?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT DO NOTHING",
+        ((*own, target) for target in targets),
     )
 
 
