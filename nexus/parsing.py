@@ -168,7 +168,8 @@ _ZIPPED = {
     b"opendocument.text": "ODT: save it as .docx", b"opendocument.spreadsheet": "ODS: save it as .xlsx",
     b"opendocument.presentation": "ODP: save it as .pptx", b"epub+zip": "EPUB: convert it to HTML or PDF",
 }  # fmt: skip
-_HTML_START = re.compile(rb"(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype html|html)\b", re.S)
+# Atomic, since this runs outside a worker: comments that could each end later would be tried in every combination.
+_HTML_START = re.compile(rb"(?:<\?xml[^>]*>\s*)?(?>(?:<!--.*?-->\s*)*)<(?:!doctype html|html)\b", re.S)
 _MAIL_START = re.compile(
     rb"(?:from [^\n]*\n)?(?:(?:mime-version|message-id|received|return-path|delivered-to|x-[\w-]+|from|to|subject|date"
     rb"|content-type):[^\n]*\n(?:[ \t][^\n]*\n)*){2}"
