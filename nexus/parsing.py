@@ -291,6 +291,10 @@ def _decode(content: bytes, declared: str = "") -> str:
 
 def _guess_wide(content: bytes) -> str:
     """UTF-16 or UTF-32 without a mark: the reading with the fewest alphabets in it, or ''."""
+    sample = content[:4096]
+    nuls, letters = sample.count(0), len(sample.translate(None, bytes(range(128, 256)) + bytes(range(9))))
+    if nuls * 4 < len(sample) and letters * 10 > (len(sample) - nuls) * 9:
+        return ""  # narrow text with a few zeros in it would become wide nonsense
     alphabets: dict[str, int] = {}
     for encoding, width in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
         with suppress(UnicodeDecodeError):
