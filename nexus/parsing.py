@@ -37,7 +37,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from importlib import import_module  # most format libraries have no types, and only the zygote loads them
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn, Self, get_args
 
@@ -49,6 +49,7 @@ PARSER = "nexus-1"  # part of every version: another value makes every document 
 _MEMORY_EXIT = 70  # how a worker says that it ran out of memory, when it can say nothing else
 _SLACK_SECONDS = 30.0  # what the caller waits beyond the worker's own clock
 _JSON_LEVELS = 100
+_HTML_ELEMENTS = 400_000  # about 12 microseconds each
 _NONSENSE = "the file made its parser answer nonsense: it may be hostile"
 
 _Lines = tuple[int | None, int | None]  # first and last, inclusive, from 1
@@ -117,10 +118,11 @@ class _Draft:
         kept = [[row[number] for number in used if number < len(row)] for row in kept]
         if header is None:
             first, last = lines
-            while kept and sum(map(bool, kept[0])) == 1:
-                self.add("text", "".join(kept.pop(0)), (first, first))
+            captions = list(takewhile(lambda row: sum(map(bool, row)) == 1, kept))
+            for caption in captions:
+                self.add("text", "".join(caption), (first, first))
                 first = first + 1 if first else None
-            lines = first, last
+            kept, lines = kept[len(captions) :], (first, last)
             full = len(kept) > 1 and len(kept[0]) == len(used)
             header = full and all(re.search(r"[^\W\d]", cell) for cell in kept[0])
         self.add("table", "\n".join(" | ".join(row).rstrip(" |") for row in kept), lines, header=header)
@@ -616,6 +618,8 @@ def _read_html(content: bytes, draft: _Draft) -> None:
 
 
 def _add_html(draft: _Draft, text: str) -> None:
+    if next(islice(re.finditer("<[a-zA-Z]", text), _HTML_ELEMENTS, None), None):
+        raise Unprocessable(f"the page has more than {_HTML_ELEMENTS} elements: split it")
     etree, html = import_module("lxml.etree"), import_module("lxml.html")
     parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=False)
     root = etree.fromstring(_UNWANTED.sub("", text).encode() or b"<p>", parser)
