@@ -35,7 +35,12 @@ class AddDocument(Shape):
     @field_validator("metadata")
     @classmethod
     def _is_small(cls, metadata: dict[str, Any]) -> dict[str, Any]:
-        if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+        try:
+            orjson.dumps(metadata)  # as every answer about the document will
+            size = len(json.dumps(metadata, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError("metadata holds a number that JSON cannot carry, or is nested too deeply") from None
+        if size > MAX_METADATA_BYTES:
             raise ValueError(f"metadata has at most {MAX_METADATA_BYTES} bytes")
         return metadata
 
