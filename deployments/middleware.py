@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nexus.access import KeyRing
@@ -180,6 +181,8 @@ class Answering:
             if started:
                 raise
             await send_nexus_error(scope, send, error)
+        except ClientDisconnect:
+            log.info("request %s was given up by its sender", scope["state"]["request_id"])
         except Exception:  # the last line of defence: a bug must become an answer and a log line
             log.exception("request %s failed", scope["state"]["request_id"])
             if started and not finished:
@@ -223,7 +226,7 @@ class BodyLimit:
             f"a request body has at most {self.max_bytes} bytes; split the document, or raise http.max_body_bytes"
         )
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdigit() and int(announced) > self.max_bytes:
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.max_bytes):
             raise refusal
         received = 0
 

@@ -25,7 +25,12 @@ Weight = Annotated[float, Field(ge=0, le=1)]
 
 
 def _is_small(metadata: dict[str, Any]) -> dict[str, Any]:
-    if len(json.dumps(metadata)) > MAX_METADATA_BYTES:
+    try:
+        orjson.dumps(metadata)  # as every answer about the document will
+        size = len(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError):
+        raise ValueError("metadata holds a number that JSON cannot carry, or is nested too deeply") from None
+    if size > MAX_METADATA_BYTES:
         raise ValueError(f"metadata has at most {MAX_METADATA_BYTES} bytes")
     return metadata
 

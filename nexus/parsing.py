@@ -37,7 +37,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from importlib import import_module  # most format libraries have no types, and only the zygote loads them
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn, Self, get_args
 from urllib.parse import urlsplit
@@ -51,6 +51,7 @@ _MEMORY_EXIT = 70  # how a worker says that it ran out of memory, when it can sa
 _SLACK_SECONDS = 30.0  # what the caller waits beyond the worker's own clock
 _JSON_LEVELS = 100
 _MOST_LINKS, _LONGEST_LINK = 1000, 1024
+_HTML_ELEMENTS = 400_000  # about 12 microseconds each
 _NONSENSE = "the file made its parser answer nonsense: it may be hostile"
 
 _Lines = tuple[int | None, int | None]  # first and last, inclusive, from 1
@@ -120,10 +121,11 @@ class _Draft:
         kept = [[row[number] for number in used if number < len(row)] for row in kept]
         if header is None:
             first, last = lines
-            while kept and sum(map(bool, kept[0])) == 1:
-                self.add("text", "".join(kept.pop(0)), (first, first))
+            captions = list(takewhile(lambda row: sum(map(bool, row)) == 1, kept))
+            for caption in captions:
+                self.add("text", "".join(caption), (first, first))
                 first = first + 1 if first else None
-            lines = first, last
+            kept, lines = kept[len(captions) :], (first, last)
             full = len(kept) > 1 and len(kept[0]) == len(used)
             header = full and all(re.search(r"[^\W\d]", cell) for cell in kept[0])
         self.add("table", "\n".join(" | ".join(row).rstrip(" |") for row in kept), lines, header=header)
@@ -188,7 +190,8 @@ _ZIPPED = {
     b"opendocument.text": "ODT: save it as .docx", b"opendocument.spreadsheet": "ODS: save it as .xlsx",
     b"opendocument.presentation": "ODP: save it as .pptx", b"epub+zip": "EPUB: convert it to HTML or PDF",
 }  # fmt: skip
-_HTML_START = re.compile(rb"(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype html|html)\b", re.S)
+# Atomic, since this runs outside a worker: comments that could each end later would be tried in every combination.
+_HTML_START = re.compile(rb"(?:<\?xml[^>]*>\s*)?(?>(?:<!--.*?-->\s*)*)<(?:!doctype html|html)\b", re.S)
 _MAIL_START = re.compile(
     rb"(?:from [^\n]*\n)?(?:(?:mime-version|message-id|received|return-path|delivered-to|x-[\w-]+|from|to|subject|date"
     rb"|content-type):[^\n]*\n(?:[ \t][^\n]*\n)*){2}"
@@ -310,6 +313,10 @@ def _decode(content: bytes, declared: str = "") -> str:
 
 def _guess_wide(content: bytes) -> str:
     """UTF-16 or UTF-32 without a mark: the reading with the fewest alphabets in it, or ''."""
+    sample = content[:4096]
+    nuls, letters = sample.count(0), len(sample.translate(None, bytes(range(128, 256)) + bytes(range(9))))
+    if nuls * 4 < len(sample) and letters * 10 > (len(sample) - nuls) * 9:
+        return ""  # narrow text with a few zeros in it would become wide nonsense
     alphabets: dict[str, int] = {}
     for encoding, width in (("utf-32-le", 4), ("utf-32-be", 4), ("utf-16-le", 2), ("utf-16-be", 2)):
         with suppress(UnicodeDecodeError):
@@ -640,6 +647,8 @@ def _read_html(content: bytes, draft: _Draft) -> None:
 
 
 def _add_html(draft: _Draft, text: str) -> None:
+    if next(islice(re.finditer("<[a-zA-Z]", text), _HTML_ELEMENTS, None), None):
+        raise Unprocessable(f"the page has more than {_HTML_ELEMENTS} elements: split it")
     etree, html = import_module("lxml.etree"), import_module("lxml.html")
     parser = html.HTMLParser(encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=False)
     root = etree.fromstring(_UNWANTED.sub("", text).encode() or b"<p>", parser)

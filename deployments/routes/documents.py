@@ -109,7 +109,7 @@ def _read_metadata(field: object) -> object:
         return {}
     try:
         return json.loads(str(field))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or a number or a nesting that Python refuses
         raise InvalidRequest("metadata is not JSON", pointer="/metadata") from None
 
 
