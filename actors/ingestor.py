@@ -24,9 +24,9 @@ from nexus.types import Principal, Receipt, Vectors
 log = logging.getLogger("nexus.ingestor")
 Result = TypeVar("Result")
 
-TEXTS_PER_CALL = 64  # to the embedder pool, so that a long document does not keep others waiting
+TEXTS_PER_CALL = 128  # to the embedder pool, so that a long document does not keep others waiting
 JANITOR_SECONDS = 60.0
-NICENESS = 5  # reading and cutting give way to questions
+NICENESS = 10  # reading and cutting give way to questions
 
 
 class EmbedderPool(Protocol):
@@ -84,7 +84,7 @@ class Ingestor:
         config, home = self._config, Path(self._config.home)
         about = await self._pool.describe()
         fingerprint, dimension = str(about["fingerprint"]), int(str(about["dimension"]))
-        os.setpriority(os.PRIO_PROCESS, 0, max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
         hades = Hades(
             open_part("stores", config.stores.documents, home=home, shared_metadata=config.graph.shared_metadata),
             open_part("stores", self._vectors_address, home=home),
@@ -92,7 +92,8 @@ class Ingestor:
             dimension,
         )
         steps: Steps = open_steps(config, hades, partial(self._embed, asyncio.get_running_loop()))
-        pace = Pace(config.parsing.workers, config.ingest.embedders, stuck_seconds=config.ingest.stuck_seconds)
+        embedders = config.ingest.embedders or 1 + (config.models.embedder_threads or os.cpu_count() or 1)
+        pace = Pace(config.parsing.workers, embedders, stuck_seconds=config.ingest.stuck_seconds)
         conveyor = Conveyor(Jobs(home), steps, pace)
         self._keep(conveyor.run())
         self._keep(self._keep_clean(conveyor))

@@ -245,6 +245,7 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + 31),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(replicas + 32),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(replicas + 63),
+        "RAY_worker_niceness": "0",  # questions come first: what works on documents makes itself nice
         "RAY_prestart_worker_first_driver": "0",
         "RAY_enable_worker_prestart": "0",
         "HF_HUB_OFFLINE": "1",

@@ -126,7 +126,7 @@ class Ingest(Section):
     """The conveyor of accepted files. A step that shows no sign of life for `stuck_seconds` is tried once more."""
 
     stuck_seconds: Annotated[float, Field(gt=0)] = 180.0
-    embedders: Positive = 2  # batches at the embedder pool at once
+    embedders: Annotated[int, Field(ge=0)] = 0  # batches sent to the embedder pool at once; 0: its threads and one
     wait_seconds: Annotated[float, Field(gt=0)] = 240.0  # for one document, before the answer is 202
 
 

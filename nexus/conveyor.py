@@ -40,8 +40,8 @@ class Pace:
     """How much is done at once. `stuck_seconds` is what one step may take per thousand chunks."""
 
     readers: int = 2
-    embedders: int = 2
-    batch_texts: int = 256
+    embedders: int = 3  # one more than the pool has places, so that it never waits for us
+    batch_texts: int = 128
     batch_documents: int = 100
     stuck_seconds: float = 180.0
 
@@ -80,11 +80,13 @@ class Conveyor:
     _known: list[Ticket] = field(default_factory=list)
     _waiters: dict[tuple[str, int], list[asyncio.Future[Outcome]]] = field(default_factory=lambda: defaultdict(list))
     _alone: bool = False  # a file that may be poison is on the line, and nothing else
+    _texts_ahead: int = 0  # read and cut, not yet at the embedder
+    _taken: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _feeding: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self._to_embed: asyncio.Queue[Item] = asyncio.Queue(2 * self.pace.readers)
+        self._to_embed: asyncio.Queue[Item] = asyncio.Queue()  # bounded by its texts
         self._to_commit: asyncio.Queue[Item] = asyncio.Queue(COMMIT_AHEAD)
 
     async def run(self) -> None:
@@ -116,7 +118,11 @@ class Conveyor:
             item = Item(await self._next())
             made = await self._work([item], "parse", partial(self._read, item.ticket))
             if isinstance(made, Prepared):
-                await self._to_embed.put(Item(item.ticket, made))
+                while self._texts_ahead >= 2 * self.pace.batch_texts:
+                    self._taken.clear()
+                    await self._taken.wait()
+                self._texts_ahead += len(made.texts)
+                self._to_embed.put_nowait(Item(item.ticket, made))
             elif made is None:
                 self._release([item])  # cancelled before it began
             else:
@@ -128,7 +134,10 @@ class Conveyor:
 
     async def _embed_batches(self) -> None:
         while True:
-            await self._embed(await self._gather(self._to_embed))
+            batch = await self._gather(self._to_embed)
+            self._texts_ahead -= sum(len(_prepared(item).texts) for item in batch)
+            self._taken.set()
+            await self._embed(batch)
 
     async def _embed(self, batch: Sequence[Item]) -> None:
         made = await self._work(batch, "embed", partial(self.ingestor.embed, [_prepared(item) for item in batch]))

@@ -1112,6 +1112,7 @@ def _receive(channel: socket.socket, most: int, deadline: float = float("inf")) 
 def _work(channel: int, limits: Limits) -> NoReturn:
     """The life of a worker: close every door but one, take the limits on, read, answer, exit."""
     try:
+        gc.disable()  # it ends with this document, and its memory is limited
         signal.set_wakeup_fd(-1)
         os.dup2(channel, 0)
         os.dup2(os.open(os.devnull, os.O_RDWR), 2)
@@ -1207,13 +1208,24 @@ def _reap(poller: select.poll, workers: dict[int, int]) -> None:
             os.close(verdict)
 
 
+# One of everything: what a reader loads and compiles at its first use, the zygote has then, and no worker again.
+_SAMPLES = {
+    "text/markdown": "---\na: b\n---\n# c\n\n* d `e` [f](g)\n\n1. h\n\n| i |\n|---|\n| j |\n\n```py\nk\n```\n\n> l\n",
+    "text/x-rst": "a\n=\n\n.. note:: b\n\n.. code-block:: sh\n\n   c\n\n.. list-table::\n\n   * - d\n\n.. image:: e\n"
+    "\n:doc:`f <g>` ``h`` *i* `j <k>`__\n\n* l\n\n1. m\n\nn\n  o\n\n::\n\n  p\n\n== ==\nq  r\n== ==\ns  t\n== ==\n",
+    "text/html": "<p>a<table><tr><td>b</table>",
+    "application/xml": "<a><b>c</b></a>",
+    "message/rfc822": "From: a\nTo: b\n\nc\n",
+}
+
+
 def _warm(limits: Limits) -> None:
     """Load and exercise what workers need, so that each begins with it; then leave the network."""
     for library in ("charset_normalizer", "docx", "openpyxl", "pptx", "pypdfium2"):
         import_module(library)
     _patch_docutils()
-    for media_type, sample in (("text/markdown", b"---\na: b\n---\n"), ("text/x-rst", b"a\n=\n\nb\n")):
-        _read("warm", media_type, sample, limits)
+    for media_type, sample in _SAMPLES.items():
+        _read("warm", media_type, sample.encode(), limits)
     gc.collect()
     gc.freeze()
     if sys.platform == "linux" and ctypes.CDLL(None).unshare(0x10000000 | 0x40000000):  # CLONE_NEWUSER, CLONE_NEWNET
