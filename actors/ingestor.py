@@ -18,6 +18,7 @@ from nexus.hades import Fault, Hades, Removed
 from nexus.ingest import Ingestor as Steps
 from nexus.ingest import Source, open_steps
 from nexus.jobs import Jobs, Outcome
+from nexus.ports import Collection
 from nexus.registry import open_part
 from nexus.types import Principal, Receipt, Vectors
 
@@ -66,6 +67,16 @@ class Ingestor:
         """What is wrong in the stores and in the list of jobs; with `repair`, what is still wrong after it."""
         conveyor = await self._conveyor()
         return await self._run(examine, conveyor.ingestor.hades, conveyor.jobs, repair)
+
+    async def open_collection(self, name: str) -> tuple[Collection, int]:
+        """The collection, made if it is new, and the dimension of its vectors. Raises Conflict."""
+        hades = (await self._conveyor()).ingestor.hades
+        return await self._run(hades.open_collection, name), hades.dimension
+
+    async def flush(self, collection: str) -> None:
+        """Make what was written to a collection cheap to search."""
+        hades = (await self._conveyor()).ingestor.hades
+        await self._run(hades.vectors.flush, hades.find_collection(collection).index)
 
     async def ready(self) -> bool:
         """True once the embedder pool and both stores answer. Raises Unavailable."""

@@ -226,6 +226,8 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
     return {
         INSTANCE: instance_id,
         "NEXUS_HOME": str(home),
+        # What a job calls `python` is the Python that Nexus runs on.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PROMETHEUS_MULTIPROC_DIR": str(home / "run" / "metrics"),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": ray_token(home),
@@ -251,6 +253,19 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "MALLOC_ARENA_MAX": "2",  # glibc would keep an arena per thread, tens of megabytes in each process
         "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def driver_environment(config: Config, instance: Instance) -> dict[str, str]:
+    """What a process must have in its environment, before it imports `ray`, to speak to this head."""
+    return {
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS", instance.ray_address),
+        # A driver has no event loop; the flag below, which the head hands on, would have it ask Serve on one.
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": ray_token(Path(config.home)),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
     }
 
 

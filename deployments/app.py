@@ -107,14 +107,20 @@ def build(config: Config, vectors_port: int) -> serve.Application:
     threads = config.models.embedder_threads or os.cpu_count() or 1
     embedder = _deploy("embedder", Embedder, 16, 256).bind(config.models.embedder, threads)
     parts: dict[str, Any] = {"embedder": embedder}
-    address = config.stores.vectors
-    if address == "milvus-lite:":
+    address = vectors_address(config, vectors_port)
+    if config.stores.vectors == "milvus-lite:":
         parts["vectors"] = _deploy("vectors", Vectors, 16, 64).bind(str(config.home), vectors_port)
-        address = f"milvus-lite://127.0.0.1:{vectors_port}"
     parts["retriever"] = _deploy("retriever", Retriever, 32, 256).bind(config, address)
     ingestor = _deploy("ingestor", RemotePoolIngestor, 1024, 1024)
     parts["ingestor"] = ingestor.bind(config, address, embedder)
     return _deploy("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts)
+
+
+def vectors_address(config: Config, vectors_port: int) -> str:
+    """Where the vector store answers: as configured, or our own Milvus Lite on its port."""
+    return (
+        f"milvus-lite://127.0.0.1:{vectors_port}" if config.stores.vectors == "milvus-lite:" else config.stores.vectors
+    )
 
 
 def _deploy(name: str, actor: type, at_once: int, waiting: int) -> serve.Deployment:

@@ -42,9 +42,13 @@ InCollection = Annotated[str, typer.Option("--collection", "-c", help="The colle
 
 
 def main() -> NoReturn:
-    """Run the command; what went wrong is one line on stderr, never a traceback."""
+    guarded(app)
+
+
+def guarded(command: Callable[[], object]) -> NoReturn:
+    """Run a command; what went wrong is one line on stderr, never a traceback."""
     try:
-        app()
+        command()
     except NexusError as error:
         typer.echo(f"error: {error.message}", err=True)
         sys.exit(1)
@@ -170,7 +174,7 @@ def add(
     files = sorted({file for path in paths for file in _files(path)})
     if not files:
         raise NotFound(f"there are no files in {', '.join(map(str, paths))}")
-    with http.Client() as nexus, _progress(len(files)) as show:
+    with http.Client() as nexus, progress_bar(len(files)) as show:
         job_id, outcomes = adding.add(nexus, files, collection, show)
         if prune:
             outcomes += adding.prune(nexus, paths, {str(file) for file in files}, collection)
@@ -202,7 +206,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr when that is a terminal; calling what it yields says how many files have ended."""
     columns = (TextColumn("adding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

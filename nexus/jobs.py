@@ -237,7 +237,7 @@ class Jobs:
                 ),
             )  # fmt: skip
             for number, file in enumerate(files):
-                _insert_file(db, job_id, number, file, now)
+                _insert_file(db, job_id, number, file, now, kind)
             _end_if_over(db, job_id, now)
             job = _job(db, job_id)
         pass_through("ingest.after_accept")
@@ -313,6 +313,11 @@ class Jobs:
             db.executemany(
                 "UPDATE jobs SET beat_at = ? WHERE job_id = ?", [(now, job_id) for job_id in {k[0] for k in stages}]
             )
+
+    def beat_job(self, job_id: str) -> None:
+        """Say that whoever runs a whole job still does."""
+        with self._transaction(durable=False) as db:
+            db.execute("UPDATE jobs SET beat_at = ? WHERE job_id = ?", (time.time(), job_id))
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
         """Write how files ended. The first word stands: a file that has ended stays as it ended."""
@@ -509,7 +514,8 @@ class Jobs:
             rows = db.execute(
                 f"SELECT DISTINCT job_id FROM jobs j WHERE (state = 'running') != EXISTS (SELECT 1 FROM files f"
                 f" WHERE f.job_id = j.job_id AND f.state IN {OPEN}) UNION"
-                " SELECT job_id FROM files WHERE state = 'running' AND beat_at < ? UNION"
+                " SELECT job_id FROM files f JOIN jobs j USING (job_id)"
+                " WHERE f.state = 'running' AND MAX(COALESCE(f.beat_at, 0), j.beat_at) < ? UNION"
                 " SELECT job_id FROM files f LEFT JOIN contents c USING (job_id, number)"
                 " WHERE f.state = 'queued' AND c.number IS NULL",
                 (stale,),
@@ -536,8 +542,9 @@ def _by_key(db: sqlite3.Connection, principal: Principal, key: str | None) -> tu
     return row
 
 
-def _insert_file(db: sqlite3.Connection, job_id: str, number: int, file: Announced, now: float) -> None:
-    state = "unchanged" if file.unchanged else "expected" if file.content is None else "queued"
+def _insert_file(db: sqlite3.Connection, job_id: str, number: int, file: Announced, now: float, kind: str) -> None:
+    waiting = "running" if kind == "bulk" else "expected" if file.content is None else "queued"
+    state = "unchanged" if file.unchanged else waiting
     db.execute(
         "INSERT INTO files (job_id, number, source, digest, size, media_type, metadata, state, ended_at, receipt)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -73,6 +73,7 @@ MIGRATIONS = (
     ALTER TABLE versions RENAME COLUMN begun_at TO staged_at;
     ALTER TABLE versions ADD COLUMN retiring_at REAL;
     ALTER TABLE collections ADD COLUMN horizon INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE spans ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
     CREATE TABLE deletions (
         document_id TEXT NOT NULL, sequence INTEGER NOT NULL, tenant TEXT NOT NULL, collection TEXT NOT NULL,
         source TEXT NOT NULL, subject TEXT NOT NULL, deleted_at REAL NOT NULL, purged_at REAL,
@@ -605,6 +606,8 @@ def _chunk_ids(db: sqlite3.Connection, document_id: str, version: str) -> list[s
 
 def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Document:
     _require_epoch(db, document, epoch)
+    if already := _published_by(db, document, epoch):
+        return _with_span(document, already, None)
     (staged,) = db.execute(
         "SELECT COUNT(*) FROM chunks WHERE document_id = ? AND version = ?", (document.document_id, document.version)
     ).fetchone()
@@ -614,10 +617,19 @@ def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Docu
     sequence = _next_sequence(db, document.collection)
     _close_current(db, document.document_id, sequence)
     db.execute(
-        "INSERT INTO spans (document_id, version, opened) VALUES (?, ?, ?)",
-        (document.document_id, document.version, sequence),
+        "INSERT INTO spans (document_id, version, opened, epoch) VALUES (?, ?, ?, ?)",
+        (document.document_id, document.version, sequence, epoch),
     )
     return _with_span(document, sequence, None)
+
+
+def _published_by(db: sqlite3.Connection, document: Document, epoch: int) -> int | None:
+    """The sequence at which this very epoch made the version current: then this is the same publish come again."""
+    row = db.execute(
+        "SELECT opened FROM spans WHERE document_id = ? AND version = ? AND closed IS NULL AND epoch = ?",
+        (document.document_id, document.version, epoch),
+    ).fetchone()
+    return int(row[0]) if row else None
 
 
 def _annotate(db: sqlite3.Connection, document: Document) -> None:

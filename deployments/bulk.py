@@ -1,0 +1,290 @@
+"""Bulk ingestion: `ray job submit --working-dir . -- python -m deployments.bulk SOURCE… [--collection C] [--prune]`.
+
+A source is a file, a folder, or any address that fsspec knows (`s3://bucket/folder`, `https://…`). Files stream
+through three pools of actors (actors/stations.py): read and cut, embed, commit. Each batch is visible once it is
+committed, so a run that is cut short has done what it has done, and the next one finds that unchanged. Ray Data holds
+the stations to each other's pace; no more than a few batches are in memory.
+"""
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import fsspec
+import ray
+import typer
+from fsspec.core import url_to_fs
+from ray import serve
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+
+from actors.stations import Commit, Embed, Read, Run, Task, outcomes, pack
+from cluster import bootstrap
+from deployments.app import APPLICATION, vectors_address
+from deployments.cli import guarded, progress_bar
+from nexus.access import PERMISSIONS
+from nexus.config import Config, load_config
+from nexus.errors import InvalidRequest, NotFound, Unavailable
+from nexus.ingest import Source, check_source
+from nexus.jobs import Announced, Jobs, Outcome
+from nexus.types import Principal, Receipt, content_digest
+
+FILES_PER_BLOCK = 8
+BEAT_SECONDS = 2.0
+SAY_SECONDS = 10.0
+PRUNE_BATCH = 100
+UNCHANGED_BATCH = 500
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A file that a source holds: what to open, what to call it, and its size in bytes where that is known."""
+
+    url: str
+    source: str
+    size: int
+
+
+@app.command()
+def main(
+    sources: Annotated[list[str], typer.Argument(help="Files, folders, or addresses that fsspec knows.")],
+    collection: Annotated[str, typer.Option("--collection", "-c")] = "default",
+    prune: Annotated[bool, typer.Option(help="Also remove documents whose file is gone from these sources.")] = False,
+    tenant: Annotated[str, typer.Option(help="Whose documents they will be.")] = "default",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """Ingest everything that the sources hold. Exit code 1 if a file failed."""
+    config = load_config()
+    principal = Principal(tenant, "bulk", PERMISSIONS)
+    with _connected(config) as address:
+        roots, listed = _list_all(sources)
+        run = _plan(config, address, principal, collection)
+        jobs = Jobs(Path(config.home))
+        unchanged = _find_unchanged(run, listed)
+        announced = [Announced(one.source, "", one.size, unchanged=unchanged.get(one.source)) for one in listed]
+        job, _ = jobs.accept(principal, collection, announced, accepted_at=run.accepted_at, kind="bulk")
+        tasks = [Task(job.job_id, number, one.url, one.source, one.size) for number, one in enumerate(listed)]
+        ended = [Outcome(job.job_id, t.number, "unchanged") for t in tasks if t.source in unchanged]
+        changed = [task for task in tasks if task.source not in unchanged]
+        if changed:
+            with _beating(jobs, job.job_id), progress_bar(len(changed)) as show:
+                ended += _ingest(run, jobs, changed, show)
+        removed = _prune(run, jobs, roots, {one.source for one in listed}) if prune else []
+    _report(job.job_id, tasks, ended, removed, collection, as_json)
+
+
+# ── what there is ───────────────────────────────────────────────────────────────────────────────
+
+
+def _list_all(sources: Sequence[str]) -> tuple[list[str], list[Listed]]:
+    """The sources as they begin the names of their files, and every file once, in order of name."""
+    roots, found = [], {}
+    for source in sources:
+        root, files = _list(source)
+        roots.append(root)
+        found.update({one.source: one for one in files})
+    if not found:
+        raise NotFound(f"there are no files in {', '.join(sources)}")
+    return roots, [found[name] for name in sorted(found)]
+
+
+def _list(source: str) -> tuple[str, list[Listed]]:
+    try:
+        filesystem, path = url_to_fs(source)
+        if not filesystem.exists(path):
+            raise NotFound(f"there is no file or folder {source}")
+        if filesystem.isfile(path):
+            return _name(filesystem, path), [_listed(filesystem, path, filesystem.info(path))]
+        entries: dict[str, dict[str, Any]] = filesystem.find(path, detail=True)
+    except (ImportError, ValueError) as error:
+        raise InvalidRequest(f"{source} cannot be listed: {error}") from error
+    except OSError as error:
+        raise Unavailable(f"{source} cannot be listed: {error}") from error
+    visible = {name: about for name, about in entries.items() if not _is_hidden(name, path)}
+    return _name(filesystem, path).rstrip("/") + "/", [_listed(filesystem, *entry) for entry in visible.items()]
+
+
+def _listed(filesystem: fsspec.AbstractFileSystem, path: str, about: dict[str, Any]) -> Listed:
+    return Listed(filesystem.unstrip_protocol(path), _name(filesystem, path), int(about.get("size") or 0))
+
+
+def _name(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
+    """A local file is called by its path, as `nexus add` calls it; any other by its address."""
+    url = str(filesystem.unstrip_protocol(path))
+    return url.removeprefix("file://") if url.startswith("file://") else url
+
+
+def _is_hidden(name: str, root: str) -> bool:
+    return any(part.startswith(".") for part in name.removeprefix(root).split("/"))
+
+
+# ── the run ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _connected(config: Config) -> Iterator[str]:
+    """In the cluster, as the job that we are or as a driver of our own; yields the vector store's address."""
+    instance = bootstrap.find_instance(Path(config.home))
+    if instance is None or not bootstrap.processes_of(instance):
+        raise Unavailable("no Nexus runs here; `nexus up` starts one")
+    environment = bootstrap.driver_environment(config, instance)
+    if not environment.items() <= os.environ.items():  # Ray reads it as it is imported: begin anew with it
+        os.execve(
+            sys.executable, [sys.executable, "-m", "deployments.bulk", *sys.argv[1:]], {**os.environ, **environment}
+        )
+    ray.init(namespace="nexus", log_to_driver=False, logging_level="ERROR")
+    try:
+        yield vectors_address(config, instance.vectors_port)
+    finally:
+        ray.shutdown()
+
+
+def _plan(config: Config, address: str, principal: Principal, collection: str) -> Run:
+    opened, dimension = _ask("open_collection", collection)
+    return Run(config, address, opened.fingerprint, dimension, principal, collection, opened.sequence)
+
+
+def _ask(method: str, *arguments: object) -> Any:
+    """Have the ingestor do something; it may be restarting."""
+    ingestor = serve.get_deployment_handle("ingestor", APPLICATION)
+    return getattr(ingestor, method).remote(*arguments).result(timeout_s=120)
+
+
+def _find_unchanged(run: Run, listed: Sequence[Listed]) -> dict[str, Receipt]:
+    """Receipts of local files that are as they were. Files from elsewhere are judged when they have been fetched."""
+    local = [one for one in listed if one.url.startswith("file://") and one.size <= run.config.http.max_body_bytes]
+    found: dict[str, Receipt] = {}
+    for start in range(0, len(local), UNCHANGED_BATCH):
+        some = [source for one in local[start : start + UNCHANGED_BATCH] if (source := _source(one, run.collection))]
+        receipts = _ask("find_unchanged", some, run.principal)
+        found.update({s.source: receipt for s, receipt in zip(some, receipts, strict=True) if receipt is not None})
+    return found
+
+
+def _source(one: Listed, collection: str) -> Source | None:
+    """What a file is by its bytes; None for one that cannot be read or named, as its station will say."""
+    try:
+        content = Path(one.source).read_bytes()
+        check_source(one.source)
+    except (OSError, InvalidRequest):
+        return None
+    return Source(one.source, content_digest(content), len(content), collection)
+
+
+def _pipeline(run: Run, tasks: Sequence[Task]) -> Dataset:
+    """Read, embed and commit, each in a pool. The shares of a CPU are small: niceness says what they really get."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.issue_detectors_config.detectors = []  # they print advice on memory that the stations bound themselves
+    for noisy in ("ray.data", "ray.serve"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    threads = run.config.models.embedder_threads or os.cpu_count() or 1
+    readers = run.config.parsing.workers
+    rows = ray.data.from_items(pack(tasks), override_num_blocks=-(-len(tasks) // FILES_PER_BLOCK))
+    read = rows.map_batches(
+        Read, fn_constructor_args=(run,), batch_size=None, batch_format="pyarrow", num_cpus=0.1,
+        compute=_pool(readers), udf_modifying_row_count=False,
+    )  # fmt: skip
+    embedded = read.map_batches(
+        Embed, fn_constructor_args=(run,), batch_size=None, batch_format="pyarrow", num_cpus=0.2,
+        compute=_pool(threads), udf_modifying_row_count=False,
+    )  # fmt: skip
+    return embedded.map_batches(
+        Commit, fn_constructor_args=(run,), batch_size=None, batch_format="pyarrow", num_cpus=0.1,
+        compute=_pool(1), udf_modifying_row_count=False,
+    )  # fmt: skip
+
+
+def _pool(at_once: int) -> ActorPoolStrategy:
+    """One actor that does so many batches at once, with one more waiting."""
+    return ActorPoolStrategy(
+        size=1, max_tasks_in_flight_per_actor=at_once + 1, max_concurrent_calls_per_actor=at_once,
+        enable_true_multi_threading=True,
+    )  # fmt: skip
+
+
+def _ingest(run: Run, jobs: Jobs, tasks: Sequence[Task], show: Any) -> list[Outcome]:
+    """Every task to its outcome, written down as it comes."""
+    ended: list[Outcome] = []
+    said = started = time.monotonic()
+    batches = _pipeline(run, tasks).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+    for batch in batches:
+        some = outcomes(batch)
+        jobs.settle(some)
+        ended += some
+        show(len(ended))
+        if time.monotonic() - said > SAY_SECONDS and not sys.stderr.isatty():
+            said = time.monotonic()
+            rate = len(ended) / (said - started)
+            left = (len(tasks) - len(ended)) / rate
+            print(f"{len(ended)} of {len(tasks)} files, {rate:.1f}/s, {left:.0f} s left", file=sys.stderr, flush=True)
+    _ask("flush", run.collection)
+    return ended
+
+
+@contextmanager
+def _beating(jobs: Jobs, job_id: str) -> Iterator[None]:
+    """Say that this job is alive for as long as the block runs; when that stops, it is ended as interrupted."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            jobs.beat_job(job_id)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _prune(run: Run, jobs: Jobs, roots: Sequence[str], present: set[str]) -> list[str]:
+    """Remove documents that came from below one of the folders listed, and whose file is gone."""
+    folders = tuple(root for root in roots if root.endswith("/"))
+    documents = run.open_documents()
+    gone, after = [], None
+    while folders and (page := documents.documents(run.principal, run.collection, after, 1000)):
+        after = page[-1].document_id
+        gone += [d for d in page if d.source.startswith(folders) and d.source not in present]
+    for start in range(0, len(gone), PRUNE_BATCH):
+        some = gone[start : start + PRUNE_BATCH]
+        documents.delete([document.document_id for document in some], run.principal)
+        jobs.forget(run.principal.tenant, run.collection, [document.source for document in some])
+    return [document.source for document in gone]
+
+
+def _report(
+    job_id: str, tasks: Sequence[Task], ended: Sequence[Outcome], removed: Sequence[str], collection: str, as_json: bool
+) -> None:
+    counts = Counter({"done": "added"}.get(one.state, one.state) for one in ended)
+    counts["removed"] = len(removed)
+    shown = {name: count for name, count in sorted(counts.items()) if count}
+    failed = [
+        {"file": tasks[one.number].source, "stage": one.stage, "reason": one.reason}
+        for one in sorted(ended, key=lambda one: one.number)
+        if one.state in ("failed", "cancelled")
+    ]
+    if as_json:
+        typer.echo(json.dumps({"job_id": job_id, "counts": shown, "failed": failed, "removed": removed}))
+    else:
+        for one in failed:
+            typer.echo(f"failed: {one['file']} ({one['stage']}): {one['reason']}", err=True)
+        typer.echo(", ".join(f"{count} {name}" for name, count in shown.items()) + f" in {collection!r} (job {job_id})")
+    raise typer.Exit(1 if counts["failed"] else 0)
+
+
+if __name__ == "__main__":
+    guarded(app)
