@@ -52,4 +52,4 @@ lint:
 types:
 	$(BIN)/mypy
 fast:
-	env -u NEXUS_HOME $(BIN)/python -m pytest -m "not system"
+	env -u NEXUS_HOME $(BIN)/python -m pytest -m "not system and not faults"

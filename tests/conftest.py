@@ -1,12 +1,10 @@
 """What the tests share: a small honest embedder, and a whole Nexus in one process."""
 
 import asyncio
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -26,7 +24,6 @@ from nexus.ports import DocumentStore, Staged, VectorStore
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
-from nexus.terms import extract_terms
 from nexus.types import (
     Document,
     Evidence,
@@ -38,28 +35,12 @@ from nexus.types import (
     Vectors,
     content_digest,
 )
+from tests.words import WordEmbedder
 
 ALICE = Principal("acme", "alice", frozenset({"documents:read", "documents:write"}))
 BOB = Principal("acme", "bob", frozenset({"documents:read"}))
 MALLORY = Principal("other", "mallory", frozenset({"documents:read", "documents:write"}))
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
-
-
-class WordEmbedder:
-    """Texts that share stems are near: each stem adds its own fixed random direction."""
-
-    fingerprint = "word-embedder"
-    dimension = 64
-    max_tokens = 254
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        rows = [sum((self._direction(t) for t in extract_terms(text)), self._direction("")) for text in texts]
-        vectors = np.array(rows, np.float32).reshape(len(texts), self.dimension)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-    def _direction(self, term: str) -> np.ndarray:
-        seed = int.from_bytes(hashlib.blake2b(term.encode(), digest_size=8).digest(), "big")
-        return np.random.default_rng(seed).standard_normal(self.dimension)
 
 
 @dataclass
