@@ -609,7 +609,9 @@ def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Docu
     if already := _published_by(db, document, epoch):
         return _with_span(document, already, None)
     (staged,) = db.execute(
-        "SELECT COUNT(*) FROM chunks WHERE document_id = ? AND version = ?", (document.document_id, document.version)
+        "SELECT COUNT(*) FROM chunks JOIN versions USING (document_id, version)"
+        " WHERE document_id = ? AND version = ? AND retiring_at IS NULL",
+        (document.document_id, document.version),
     ).fetchone()
     if staged != document.chunks:
         raise Conflict("a version is published only when all of its chunks are staged")

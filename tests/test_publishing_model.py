@@ -1,0 +1,164 @@
+"""HADES against a simple model of it: any order of moves, crashes among them, and every moment that can be asked for.
+
+The model is a list of what was visible after each sequence number. A crash is an exception thrown at
+a failpoint; then everything is opened anew, and what the model says depends only on which side of the
+one transaction the crash fell.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from nexus import failpoints
+from nexus.errors import Fenced, InvalidRequest, NotFound
+from nexus.failpoints import FailpointReached
+from nexus.stores import memory, sqlite
+from nexus.types import SearchRequest
+from tests.conftest import ALICE, House, build_house
+
+NAMES = ("a", "b", "c")
+TEXTS = ("one", "two", "three")
+BEFORE_COMMIT = ("ingest.before_stage", "ingest.between_stores", "ingest.after_stage", "ingest.before_publish",
+                 "ingest.inside_publish", "ingest.before_begin", "ingest.after_begin")  # fmt: skip
+RETIRE_SECONDS = sqlite.RETIRE_SECONDS
+VACUUM = ("ingest.before_retire", "ingest.after_retire", "ingest.before_purge", "ingest.after_purge")
+
+
+@contextmanager
+def crashing(point: str | None) -> Iterator[None]:
+    """Raise at this point, whichever move passes it."""
+    failpoints._active = {} if point is None else {point: failpoints._Failpoint("raise", 0, 1)}
+    try:
+        yield
+    finally:
+        failpoints._active = {}
+
+
+class Publishing(RuleBasedStateMachine):
+    attempts = Bundle("attempts")
+
+    @initialize()
+    def open(self) -> None:
+        sqlite.RETIRE_SECONDS = 0.0  # whoever stages a version that is being removed takes it over at once
+        self.home = Path(tempfile.mkdtemp())
+        self.vectors = memory.open("memory:")
+        self._reopen()
+        self.house.hades.open_collection("default")
+        self.history: list[dict[str, str]] = [{}]  # after each sequence number: name -> text
+        self.epochs = dict.fromkeys(NAMES, 0)
+        self.horizon = 0
+
+    def _reopen(self) -> None:
+        self.house: House = build_house(sqlite.open("sqlite:", home=self.home), self.vectors)
+
+    def teardown(self) -> None:
+        if hasattr(self, "house"):
+            sqlite.RETIRE_SECONDS = RETIRE_SECONDS
+            self.house.retriever.close()
+            self.house.hades.documents.close()
+            shutil.rmtree(self.home)
+
+    def _step(self, **changes: str | None) -> None:
+        after = {**self.history[-1], **changes}
+        self.history.append({name: text for name, text in after.items() if text is not None})
+
+    @rule(target=attempts, name=st.sampled_from(NAMES), text=st.sampled_from(TEXTS))
+    def stage(self, name: str, text: str) -> tuple[str, str, int]:
+        """A maker begins and stages, and may publish later, or never."""
+        parts = [f"gripper {name} {text} {part}" for part in range(2)]
+        epoch = self.house.stage(self.house.describe(name, parts), parts)
+        self.epochs[name] = epoch
+        return name, text, epoch
+
+    @rule(attempt=attempts)
+    def publish(self, attempt: tuple[str, str, int]) -> None:
+        """What was staged becomes visible, unless somebody began the same document since, or a vacuum took it."""
+        name, text, epoch = attempt
+        parts = [f"gripper {name} {text} {part}" for part in range(2)]
+        try:
+            (published,) = self.house.hades.publish([(self.house.describe(name, parts), epoch)])
+        except Fenced:
+            assert epoch != self.epochs[name]
+            return
+        except Exception as error:
+            assert type(error).__name__ == "Conflict", error  # its rows were vacuumed
+            return
+        assert epoch == self.epochs[name]
+        if published.opened == len(self.history):
+            self._step(**{name: text})
+        assert self.history[-1][name] == text, "a publish that comes again changes nothing"
+
+    @rule(name=st.sampled_from(NAMES), text=st.sampled_from(TEXTS), point=st.sampled_from(BEFORE_COMMIT))
+    def crash_before_commit(self, name: str, text: str, point: str) -> None:
+        with crashing(point), pytest.raises(FailpointReached):
+            self.house.put(name, *(f"gripper {name} {text} {part}" for part in range(2)))
+        if point != "ingest.before_begin":
+            self.epochs[name] += 1
+        self._after_crash()
+
+    @rule(name=st.sampled_from(NAMES), text=st.sampled_from(TEXTS))
+    def crash_after_commit(self, name: str, text: str) -> None:
+        with crashing("ingest.after_publish"), pytest.raises(FailpointReached):
+            self.house.put(name, *(f"gripper {name} {text} {part}" for part in range(2)))
+        self.epochs[name] += 1
+        self._step(**{name: text})
+        self._after_crash()
+
+    def _after_crash(self) -> None:
+        self.house.retriever.close()
+        self.house.hades.documents.close()
+        self._reopen()
+
+    @rule(names=st.lists(st.sampled_from(NAMES), unique=True, min_size=1), crash=st.booleans())
+    def delete(self, names: list[str], crash: bool) -> None:
+        ids = [self.house.describe(name, ["x"]).document_id for name in names]
+        there = [name for name in names if name in self.history[-1]]
+        with crashing("ingest.after_delete" if crash else None):
+            try:
+                self.house.hades.delete(ids, ALICE)
+            except NotFound:
+                assert not there
+            except FailpointReached:
+                self._after_crash()
+        for name in there:
+            self.epochs[name] += 1
+            self._step(**{name: None})
+
+    @rule(point=st.sampled_from((None, *VACUUM)))
+    def vacuum(self, point: str | None) -> None:
+        with crashing(point):
+            try:
+                self.house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
+            except FailpointReached:
+                self._after_crash()
+        self.horizon = max(self.horizon, self.house.hades.find_collection("default").horizon)
+
+    @invariant()
+    def every_moment_is_as_it_was(self) -> None:
+        if not hasattr(self, "house"):
+            return
+        assert self.house.hades.find_collection("default").sequence == len(self.history) - 1
+        for sequence, visible in enumerate(self.history):
+            request = SearchRequest("gripper", k=50, as_of=sequence)
+            if sequence < self.horizon:
+                with pytest.raises(InvalidRequest):
+                    self.house.retriever.search(request, ALICE)
+                continue
+            found = sorted(hit.text for hit in self.house.retriever.search(request, ALICE).hits)
+            assert found == sorted(f"gripper {n} {t} {part}" for n, t in visible.items() for part in range(2))
+
+    @invariant()
+    def what_is_visible_is_in_both_stores(self) -> None:
+        if hasattr(self, "house"):
+            assert [f for f in self.house.hades.fsck() if f.kind != "vectors without a chunk"] == []
+
+
+TestPublishing = Publishing.TestCase
+TestPublishing.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
