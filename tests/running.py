@@ -6,13 +6,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+
+from cluster import bootstrap
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +36,17 @@ class Running:
     @property
     def key(self) -> str:
         return (self.home / "admin-key").read_text().strip()
+
+    @property
+    def instance(self) -> bootstrap.Instance:
+        """What `nexus up` recorded."""
+        instance = bootstrap.find_instance(self.home)
+        assert instance is not None
+        return instance
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those of this Nexus whose command line holds these words."""
+        return [p for p in bootstrap.processes_of(self.instance) if title in " ".join(p.cmdline())]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,6 +77,17 @@ class Running:
     def http(self, **options: Any) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.key}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=300, trust_env=False, **options)
+
+
+def until(seconds: float, condition: Callable[[], object]) -> None:
+    """Wait for a condition that may raise while parts are away."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(httpx.HTTPError, AssertionError, psutil.Error):
+            if condition():
+                return
+        assert time.monotonic() < deadline, "not within its time"
+        time.sleep(0.1)
 
 
 def free_port() -> int:

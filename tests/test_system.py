@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import psutil
 import pytest
 
 from cluster import bootstrap
-from tests.running import ROOT, Running, free_port, running_nexus
+from tests.running import ROOT, Running, free_port, running_nexus, until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
@@ -38,25 +37,6 @@ def http(nexus: Running) -> Iterator[httpx.Client]:
 def client(nexus: Running) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{nexus.url}/v1", api_key=nexus.key, max_retries=0) as client:
         yield client
-
-
-def instance_of(nexus: Running) -> bootstrap.Instance:
-    instance = bootstrap.find_instance(nexus.home)
-    assert instance is not None
-    return instance
-
-
-def until(seconds: float, condition: object) -> None:
-    """Wait for a condition that may raise while parts are away."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            if condition():
-                return
-        except (httpx.HTTPError, AssertionError):
-            pass
-        assert time.monotonic() < deadline, "not within its time"
-        time.sleep(0.1)
 
 
 # ── the newcomer's way ──────────────────────────────────────────────────────────────────────────
@@ -194,7 +174,7 @@ def test_every_port_is_on_loopback_but_those_that_ray_gives_no_choice(nexus: Run
     """HAProxy's statistics, and the gRPC doors between replicas, listen wide; the README says so."""
     wide = {
         process.name()
-        for process in bootstrap.processes_of(instance_of(nexus))
+        for process in bootstrap.processes_of(nexus.instance)
         for connection in process.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and connection.laddr.ip in ("0.0.0.0", "::")
     }
@@ -202,7 +182,7 @@ def test_every_port_is_on_loopback_but_those_that_ray_gives_no_choice(nexus: Run
 
 
 def test_all_processes_together_stay_under_four_gibibytes(nexus: Running) -> None:
-    assert bootstrap.memory_of(instance_of(nexus)) < 4 * 2**30
+    assert bootstrap.memory_of(nexus.instance) < 4 * 2**30
 
 
 # ── kills and restarts ──────────────────────────────────────────────────────────────────────────
@@ -213,7 +193,7 @@ def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: 
     with nexus.http() as http:
         before = {d["document_id"] for d in http.get("/rag/documents?limit=1000").json()["documents"]}
     title = f"ray::ServeReplica:nexus:{part}"
-    (victim,) = [p for p in bootstrap.processes_of(instance_of(nexus)) if title in " ".join(p.cmdline())]
+    (victim,) = [p for p in bootstrap.processes_of(nexus.instance) if title in " ".join(p.cmdline())]
     os.kill(victim.pid, signal.SIGKILL)
     psutil.wait_procs([victim], timeout=10)
 
@@ -236,7 +216,7 @@ def test_down_and_up_keep_documents_sessions_and_keys(nexus: Running) -> None:
     with nexus.http() as http:
         http.post("/mcp/kept/add_context", json={"content": "The robot is HX-3."}).raise_for_status()
         before = http.get("/rag/documents?limit=1000").json()
-    instance = instance_of(nexus)
+    instance = nexus.instance
     nexus.must("down")
     assert bootstrap.processes_of(instance) == []
     assert nexus.nexus("ask", "anything").returncode == 1
@@ -252,7 +232,7 @@ def test_down_and_up_keep_documents_sessions_and_keys(nexus: Running) -> None:
 def test_a_crashed_run_never_blocks_the_next_up_and_two_live_side_by_side(nexus: Running) -> None:
     with running_nexus() as other:
         assert other.must("status").startswith("Nexus is ready") and nexus.must("status").startswith("Nexus is ready")
-        for process in bootstrap.processes_of(instance_of(other)):
+        for process in bootstrap.processes_of(other.instance):
             try:
                 process.kill()
             except psutil.NoSuchProcess:
