@@ -17,7 +17,7 @@ from nexus.errors import TryAgain
 from nexus.hades import Fault, Hades, Removed
 from nexus.ingest import Ingestor as Steps
 from nexus.ingest import Source, open_steps
-from nexus.jobs import Jobs, Outcome
+from nexus.jobs import Jobs
 from nexus.ports import Collection
 from nexus.registry import open_part
 from nexus.types import Principal, Receipt, Vectors
@@ -44,9 +44,9 @@ class Ingestor:
         self._starting: asyncio.Task[Conveyor] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def finish(self, job_id: str, number: int) -> Outcome:
-        """How a file ends, once it does."""
-        return await (await self._conveyor()).wait(job_id, number)
+    async def finish(self, job_id: str, number: int) -> None:
+        """Return once a file has ended; the list of jobs says how."""
+        await (await self._conveyor()).wait(job_id, number)
 
     async def wake(self) -> None:
         """There are new files to work on."""

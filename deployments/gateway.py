@@ -17,7 +17,7 @@ from nexus.config import Config
 from nexus.errors import NexusError
 from nexus.hades import Fault, Removed
 from nexus.ingest import Source
-from nexus.jobs import Jobs, Outcome
+from nexus.jobs import Jobs
 from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore
 from nexus.sessions import Sessions
@@ -29,7 +29,7 @@ class Searching(Protocol):
 
 
 class Ingesting(Protocol):
-    async def finish(self, job_id: str, number: int) -> Outcome: ...
+    async def finish(self, job_id: str, number: int) -> None: ...
     async def wake(self) -> None: ...
     async def find_unchanged(self, sources: Sequence[Source], principal: Principal) -> list[Receipt | None]: ...
     async def vacuum(self, keep_closed_seconds: float, document_ids: Sequence[str] | None = None) -> list[Removed]: ...

@@ -78,7 +78,7 @@ class Conveyor:
     _stages: dict[tuple[str, int], str] = field(default_factory=dict)  # of every file on the line
     _places: set[tuple[str, str, str]] = field(default_factory=set)  # documents on the line
     _known: list[Ticket] = field(default_factory=list)
-    _waiters: dict[tuple[str, int], list[asyncio.Future[Outcome]]] = field(default_factory=lambda: defaultdict(list))
+    _waiters: dict[tuple[str, int], list[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(list))
     _alone: bool = False  # a file that may be poison is on the line, and nothing else
     _texts_ahead: int = 0  # read and cut, not yet at the embedder
     _taken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -104,12 +104,12 @@ class Conveyor:
         """Say that there is something new to do."""
         self._changed.set()
 
-    async def wait(self, job_id: str, number: int) -> Outcome:
-        """How a file ends, once it does."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+    async def wait(self, job_id: str, number: int) -> None:
+        """Return once a file has ended, however it did."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[job_id, number].append(future)
         self.wake()
-        return await future
+        await future
 
     # ── the stations ────────────────────────────────────────────────────────────────────────────
 
@@ -275,9 +275,12 @@ class Conveyor:
             telemetry.ingest_documents.labels(outcome.state).inc()
             if outcome.state == "done" and outcome.receipt:
                 telemetry.ingest_chunks.inc(outcome.receipt.chunks)
-            for future in self._waiters.pop((outcome.job_id, outcome.number), ()):
-                if not future.done():
-                    future.set_result(outcome)
+            self._tell((outcome.job_id, outcome.number))
+
+    def _tell(self, key: tuple[str, int]) -> None:
+        for future in self._waiters.pop(key, ()):
+            if not future.done():
+                future.set_result(None)
 
     def _release(self, items: Iterable[Item]) -> None:
         for item in items:
@@ -294,6 +297,8 @@ class Conveyor:
             await self._patiently(partial(self.jobs.beat, dict(self._stages)))
             for outcome in await self._patiently(self.jobs.revive):
                 log.warning("file %d of job %s: %s", outcome.number, outcome.job_id, outcome.reason)
+            for key in await self._patiently(partial(self.jobs.ended_among, list(self._waiters))):
+                self._tell(key)  # it was cancelled, or had ended before anyone asked
             await asyncio.sleep(LEASE_SECONDS / 5)
 
     async def _flush_when_idle(self) -> None:

@@ -39,11 +39,12 @@ SCHEMA = """
         job_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, subject TEXT NOT NULL, permissions TEXT NOT NULL,
         collection TEXT NOT NULL, kind TEXT NOT NULL, state TEXT NOT NULL, reason TEXT,
         idempotency_key TEXT, request TEXT NOT NULL, accepted_at INTEGER NOT NULL,
-        created_at REAL NOT NULL, ended_at REAL, beat_at REAL NOT NULL
+        created_at REAL NOT NULL, ended_at REAL, beat_at REAL NOT NULL, files INTEGER NOT NULL
     ) STRICT;
     CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_key ON jobs (tenant, idempotency_key)
         WHERE idempotency_key IS NOT NULL;
-    CREATE INDEX IF NOT EXISTS jobs_by_age ON jobs (tenant, created_at);
+    CREATE INDEX IF NOT EXISTS jobs_by_tenant ON jobs (tenant);
+    CREATE INDEX IF NOT EXISTS jobs_running ON jobs (kind) WHERE state = 'running';
     CREATE TABLE IF NOT EXISTS files (
         job_id TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, number INTEGER NOT NULL, source TEXT NOT NULL,
         digest TEXT NOT NULL, size INTEGER NOT NULL, media_type TEXT, metadata TEXT NOT NULL,
@@ -230,10 +231,10 @@ class Jobs:
                 return _job(db, known[0]), False
             job_id, now = uuid.uuid4().hex, time.time()
             db.execute(
-                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?)",
+                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?)",
                 (
                     job_id, principal.tenant, principal.subject, _json(sorted(principal.permissions)), collection,
-                    kind, idempotency_key, request, accepted_at, now, now,
+                    kind, idempotency_key, request, accepted_at, now, now, len(files),
                 ),
             )  # fmt: skip
             for number, file in enumerate(files):
@@ -269,18 +270,24 @@ class Jobs:
     # ── working ─────────────────────────────────────────────────────────────────────────────────
 
     def waiting(self, limit: int, apart_from: Sequence[tuple[str, int]] = ()) -> list[Ticket]:
-        """Files with their bytes here, small jobs first: someone is waiting for those."""
+        """Files with their bytes here, in order; those of small jobs first, for someone is waiting for them."""
+        found: list[Ticket] = []
         with self._reading() as db:
-            rows = db.execute(
-                "SELECT f.job_id, f.number, f.attempts, j.collection, f.source, j.tenant, j.subject, j.permissions,"
-                " j.accepted_at FROM files f JOIN jobs j USING (job_id)"
-                " WHERE f.state = 'queued' AND NOT EXISTS (SELECT 1 FROM json_each(?) AS a"
-                "   WHERE json_extract(a.value, '$[0]') = f.job_id AND json_extract(a.value, '$[1]') = f.number)"
-                " ORDER BY (SELECT COUNT(*) > 1 FROM (SELECT 1 FROM files o WHERE o.job_id = f.job_id LIMIT 2)),"
-                " j.created_at, f.number LIMIT ?",
-                (_json([list(one) for one in apart_from]), limit),
-            )
-            return [Ticket(row[0], row[1], row[2] + 1, row[3], row[4], _principal(*row[5:8]), row[8]) for row in rows]
+            jobs = db.execute(
+                "SELECT job_id, collection, tenant, subject, permissions, accepted_at FROM jobs"
+                " WHERE state = 'running' AND kind = 'upload' ORDER BY files > 1, rowid"
+            ).fetchall()
+            for job_id, collection, tenant, subject, permissions, accepted_at in jobs:
+                rows = db.execute(
+                    "SELECT number, attempts, source FROM files WHERE job_id = ? AND state = 'queued'"
+                    " AND number NOT IN (SELECT value FROM json_each(?)) ORDER BY number LIMIT ?",
+                    (job_id, _json([number for job, number in apart_from if job == job_id]), limit - len(found)),
+                )
+                principal = _principal(tenant, subject, permissions)
+                found += [Ticket(job_id, n, tries + 1, collection, s, principal, accepted_at) for n, tries, s in rows]
+                if len(found) == limit:
+                    break
+        return found
 
     def start(self, ticket: Ticket) -> Upload | None:
         """Take a file up, again for the same attempt too: its bytes; None if another did, or it was cancelled."""
@@ -440,6 +447,17 @@ class Jobs:
             )
             return {(job_id, number) for job_id, number in rows}
 
+    def ended_among(self, keys: Sequence[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Those of these files that have ended, whoever ended them."""
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT f.job_id, f.number FROM json_each(?) AS a JOIN files f"
+                " ON f.job_id = json_extract(a.value, '$[0]') AND f.number = json_extract(a.value, '$[1]')"
+                f" WHERE f.state NOT IN {OPEN}",
+                (_json([list(key) for key in keys]),),
+            )
+            return {(job_id, number) for job_id, number in rows}
+
     def retry(self, job_id: str, number: int, principal: Principal) -> Job:
         """Queue a failed file again. Raises NotFound, and Conflict when it did not fail or its bytes are gone."""
         with self._transaction() as db:
@@ -559,9 +577,9 @@ def _insert_file(db: sqlite3.Connection, job_id: str, number: int, file: Announc
 
 def _end_if_over(db: sqlite3.Connection, job_id: str, now: float) -> None:
     """A job ends with its last file: cancelled if all that ended badly was cancelled, failed if nothing came of it."""
-    counts = _counts(db, job_id)
-    if any(counts.get(state) for state in OPEN):
+    if db.execute(f"SELECT 1 FROM files WHERE job_id = ? AND state IN {OPEN} LIMIT 1", (job_id,)).fetchone():
         return
+    counts = _counts(db, job_id)
     good, failed, cancelled = (
         counts.get("done", 0) + counts.get("unchanged", 0), counts.get("failed", 0), counts.get("cancelled", 0)
     )  # fmt: skip

@@ -16,7 +16,7 @@ from nexus.config import Config
 from nexus.conveyor import Conveyor
 from nexus.hades import Fault, Hades, Removed, chunks_of, document_id_of, version_of
 from nexus.ingest import Ingestor, Source
-from nexus.jobs import Jobs, Outcome
+from nexus.jobs import Jobs
 from nexus.models import extractive
 from nexus.parsing import Limits, Parsers
 from nexus.pipelines.rag import Tools
@@ -119,8 +119,8 @@ class LocalIngestor:
             self._running = asyncio.create_task(self._line.run())
         return self._line
 
-    async def finish(self, job_id: str, number: int) -> Outcome:
-        return await self._conveyor().wait(job_id, number)
+    async def finish(self, job_id: str, number: int) -> None:
+        await self._conveyor().wait(job_id, number)
 
     async def wake(self) -> None:
         self._conveyor().wake()
