@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 import pyarrow
 
+from nexus import telemetry
 from nexus.config import Config
 from nexus.errors import Fenced, InvalidRequest, NexusError, TooLarge, TryAgain
 from nexus.hades import Hades
@@ -130,7 +131,10 @@ class Commit:
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         rows = _unpack(batch)
         made = iter(self._commit([row for row in rows if not isinstance(row, Outcome)]))
-        return _pack([row if isinstance(row, Outcome) else next(made) for row in rows])
+        ended = [row if isinstance(row, Outcome) else next(made) for row in rows]
+        for outcome in ended:
+            telemetry.count_document(outcome.state, outcome.chunks)
+        return _pack(ended)
 
     def _commit(self, batch: Sequence[tuple[Task, Prepared, Staged]]) -> list[Outcome]:
         if not batch:

@@ -272,9 +272,7 @@ class Conveyor:
             await self._patiently(partial(self.jobs.settle, outcomes))
         self._release([item for item, _, _ in ended])
         for outcome in outcomes:
-            telemetry.ingest_documents.labels(outcome.state).inc()
-            if outcome.state == "done" and outcome.receipt:
-                telemetry.ingest_chunks.inc(outcome.receipt.chunks)
+            telemetry.count_document(outcome.state, outcome.chunks)
             self._tell((outcome.job_id, outcome.number))
 
     def _tell(self, key: tuple[str, int]) -> None:

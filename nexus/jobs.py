@@ -159,6 +159,11 @@ class Outcome:
     def reason(self) -> str | None:
         return self.error.message if self.error else None
 
+    @property
+    def chunks(self) -> int:
+        """How many were published."""
+        return self.receipt.chunks if self.receipt and self.state == "done" else 0
+
 
 class Jobs:
     """All jobs of a home, in one SQLite file that the processes of the machine share."""

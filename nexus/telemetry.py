@@ -32,6 +32,12 @@ ingest_documents = _counter("ingest_documents_total", "Documents that ended thei
 ingest_chunks = _counter("ingest_chunks_total", "Chunks published.")
 
 
+def count_document(outcome: str, chunks: int = 0) -> None:
+    """A document has ended its ingestion; `chunks` of it were published."""
+    ingest_documents.labels(outcome).inc()
+    ingest_chunks.inc(chunks)
+
+
 def exposition() -> bytes:
     """All metrics in Prometheus' text format, summed over the processes of this machine."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
