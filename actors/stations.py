@@ -22,7 +22,7 @@ from nexus.config import Config
 from nexus.errors import Fenced, InvalidRequest, NexusError, TooLarge, TryAgain
 from nexus.hades import Hades
 from nexus.ingest import Ingestor, Prepared, attach, open_steps
-from nexus.jobs import FileState, Outcome
+from nexus.jobs import MAX_ATTEMPTS, FileState, Jobs, Outcome, worn_out
 from nexus.ports import DocumentStore, Embedder, Staged
 from nexus.registry import open_part
 from nexus.types import Principal, Receipt, Upload, Vectors
@@ -74,7 +74,7 @@ class Read:
 
     def __init__(self, run: Run) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
-        self._run, self._steps = run, run.open_steps()
+        self._run, self._steps, self._jobs = run, run.open_steps(), Jobs(run.config.home)
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         return _pack([self._read(task) for task in _unpack(batch)])
@@ -84,6 +84,8 @@ class Read:
         return (task, made) if isinstance(made, Prepared) else _outcome(task, made, "parse")
 
     def _prepare(self, task: Task) -> Prepared | Receipt:
+        if self._jobs.attempt(task.job_id, task.number) > MAX_ATTEMPTS:
+            raise worn_out("parse", time.time())
         most = self._run.config.http.max_body_bytes
         if task.size > most:
             raise TooLarge(f"the file has {task.size} bytes, over the limit of {most} (http.max_body_bytes)")

@@ -331,6 +331,16 @@ class Jobs:
         with self._transaction(durable=False) as db:
             db.execute("UPDATE jobs SET beat_at = ? WHERE job_id = ?", (time.time(), job_id))
 
+    def attempt(self, job_id: str, number: int) -> int:
+        """Count one more attempt at a file of a bulk job, before it is begun; returns which one it is."""
+        with self._transaction(durable=False) as db:
+            (attempts,) = db.execute(
+                "UPDATE files SET attempts = attempts + 1, stage = 'parse' WHERE job_id = ? AND number = ?"
+                " RETURNING attempts",
+                (job_id, number),
+            ).fetchone()
+        return int(attempts)
+
     def settle(self, outcomes: Sequence[Outcome]) -> None:
         """Write how files ended. The first word stands: a file that has ended stays as it ended."""
         pass_through("ingest.before_finish")
@@ -383,7 +393,7 @@ class Jobs:
                 (now - 6 * LEASE_SECONDS,),
             ).fetchall()
         outcomes = [
-            Outcome(job_id, number, "failed", stage, Unprocessable(_worn_out(stage, beat_at), code="stuck"))
+            Outcome(job_id, number, "failed", stage, worn_out(stage, beat_at))
             for job_id, number, stage, beat_at in rows
         ] + [
             Outcome(job_id, number, "failed", stage, Unavailable("its bulk run ended early; submit it again"))
@@ -620,9 +630,12 @@ def _counts(db: sqlite3.Connection, job_id: str) -> dict[str, int]:
     return dict(db.execute("SELECT state, COUNT(*) FROM files WHERE job_id = ? GROUP BY state", (job_id,)))
 
 
-def _worn_out(stage: str | None, beat_at: float) -> str:
+def worn_out(stage: str | None, beat_at: float) -> Unprocessable:
+    """Why a file is given up that ended its workers."""
     last = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(beat_at))
-    return f"its worker ended {MAX_ATTEMPTS} times over it, the last time in the stage {stage!r} at {last}"
+    return Unprocessable(
+        f"its worker ended {MAX_ATTEMPTS} times over it, the last time in the stage {stage!r} at {last}", code="stuck"
+    )
 
 
 def _principal(tenant: str, subject: str, permissions: str) -> Principal:
