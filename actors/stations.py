@@ -29,7 +29,6 @@ from nexus.types import Principal, Receipt, Upload, Vectors
 
 Result = TypeVar("Result")
 
-NICENESS = 15  # below the conveyor's, which is below that of whoever answers questions
 LONGEST_PAUSE_SECONDS = 15.0
 
 
@@ -73,10 +72,10 @@ class Read:
     """Tasks to documents read and cut. The bytes are fetched here, and are nowhere else."""
 
     def __init__(self, run: Run) -> None:
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
         self._run, self._steps, self._jobs = run, run.open_steps(), Jobs(run.config.home)
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
+        give_way()
         return _pack([self._read(task) for task in _unpack(batch)])
 
     def _read(self, task: Task) -> tuple[Task, Prepared] | Outcome:
@@ -102,11 +101,11 @@ class Embed:
     """Documents read and cut, to documents with their vectors."""
 
     def __init__(self, run: Run) -> None:
-        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
         self._model: Embedder = open_part("models", run.config.models.embedder, threads=1)
         self._dimension = run.dimension
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
+        give_way()
         rows = _unpack(batch)
         made = iter(self._embed([row for row in rows if not isinstance(row, Outcome)]))
         return _pack([row if isinstance(row, Outcome) else next(made) for row in rows])
@@ -145,6 +144,17 @@ class Commit:
         made = _try(partial(self._steps.commit, prepared, staged))
         ended = made if isinstance(made, list) else [made] * len(batch)
         return [_outcome(row[0], one, "publish") for row, one in zip(batch, ended, strict=True)]
+
+
+def give_way() -> None:
+    """Let this thread run only when nobody else wants the core: questions are answered as if it were not there.
+
+    Ray calls a station from threads that it made itself, so each call says so anew.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
 
 
 def outcomes(batch: pyarrow.Table) -> list[Outcome]:
