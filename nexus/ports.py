@@ -224,7 +224,10 @@ class DocumentStore(Protocol):
         ...
 
     def needless(self, closed_before: float, staged_before: float) -> list[Document]:
-        """Versions that nobody needs: closed before one Unix time, or staged before another and not published."""
+        """Versions that nobody needs: closed before one Unix time, or staged before another and not published since.
+
+        One that was closed counts as staged only if it was staged again after that.
+        """
         ...
 
     def retire(self, document: Document, closed_before: float, staged_before: float) -> list[str] | None:

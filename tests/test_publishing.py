@@ -162,6 +162,20 @@ def test_vacuum_removes_what_nobody_needs_and_only_that(house: House) -> None:
     assert len(house.hades.documents.chunk_ids(index, published=False)) == 1
 
 
+def test_vacuum_takes_what_was_closed_just_now_but_not_what_is_staged_again(house: House) -> None:
+    first = house.put("a.txt", "gripper one")
+    house.put("a.txt", "gripper two")
+    again = house.describe("a.txt", ["gripper one"])
+    epoch = house.stage(again, ["gripper one"])
+    assert house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=60) == []
+    house.hades.publish([(again, epoch)])
+    removed = house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=60)
+    assert [one.document.version for one in removed] == [house.describe("a.txt", ["gripper two"]).version]
+    house.hades.delete([first.document_id], ALICE)
+    assert len(house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=60)) == 1
+    assert found(house, "gripper") == [] and house.hades.documents.chunk_ids("", published=False) == set()
+
+
 def test_vacuum_leaves_a_version_that_came_back(house: House) -> None:
     for text in ("gripper A", "gripper B", "gripper A"):
         house.put("a.txt", text)

@@ -426,8 +426,9 @@ class SqliteDocuments:
         with self._reading() as db:
             rows = db.execute(
                 f"SELECT {DOCUMENT} FROM versions v LEFT JOIN spans s USING (document_id, version)"
-                " WHERE v.staged_at < :staged OR v.retiring_at IS NOT NULL GROUP BY v.document_id, v.version"
-                " HAVING COUNT(s.opened) = COUNT(s.closed) AND COALESCE(MAX(s.closed_at) < :closed, 1)",
+                " GROUP BY v.document_id, v.version HAVING COUNT(s.opened) = COUNT(s.closed)"
+                " AND COALESCE(MAX(s.closed_at) < :closed, 1)"
+                " AND (v.staged_at < MAX(:staged, COALESCE(MAX(s.closed_at), 0)) OR v.retiring_at IS NOT NULL)",
                 {"closed": closed_before, "staged": staged_before},
             )
             return [_document(row) for row in rows]
@@ -437,9 +438,10 @@ class SqliteDocuments:
             key = (document.document_id, document.version)
             needed = db.execute(
                 "SELECT 1 FROM versions v LEFT JOIN spans s USING (document_id, version)"
-                " WHERE v.document_id = ? AND v.version = ? AND ((v.staged_at >= ? AND v.retiring_at IS NULL)"
-                " OR (s.opened IS NOT NULL AND (s.closed IS NULL OR s.closed_at >= ?)))",
-                (*key, staged_before, closed_before),
+                " WHERE v.document_id = ? AND v.version = ? GROUP BY v.document_id, v.version"
+                " HAVING COUNT(s.opened) != COUNT(s.closed) OR MAX(s.closed_at) >= ?"
+                " OR (v.staged_at >= MAX(?, COALESCE(MAX(s.closed_at), 0)) AND v.retiring_at IS NULL)",
+                (*key, closed_before, staged_before),
             ).fetchone()
             claimed = needed is None and db.execute(
                 "UPDATE versions SET retiring_at = ? WHERE document_id = ? AND version = ?", (time.time(), *key)
