@@ -23,6 +23,7 @@ from nexus.errors import Fenced, InvalidRequest, NexusError, TooLarge, TryAgain
 from nexus.hades import Hades
 from nexus.ingest import Ingestor, Prepared, attach, open_steps
 from nexus.jobs import MAX_ATTEMPTS, FileState, Jobs, Outcome, worn_out
+from nexus.parsing import ENDED
 from nexus.ports import DocumentStore, Embedder, Staged
 from nexus.registry import open_part
 from nexus.types import Principal, Receipt, Upload, Vectors
@@ -185,7 +186,7 @@ def _try(step: Callable[[], Result]) -> Result | Exception:
             error = future.exception()
             if error is None:
                 return future.result()
-            if not isinstance(error, TryAgain):
+            if not isinstance(error, TryAgain) or error.code == ENDED:
                 return error if isinstance(error, Exception) else RuntimeError(repr(error))
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -240,7 +240,8 @@ def _beating(jobs: Jobs, job_id: str) -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            jobs.beat_job(job_id)
+            with suppress(Unavailable):  # it beats again in a moment
+                jobs.beat_job(job_id)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -261,8 +262,8 @@ def _prune(run: Run, jobs: Jobs, roots: Sequence[str], present: set[str]) -> lis
         gone += [d for d in page if d.source.startswith(folders) and d.source not in present]
     for start in range(0, len(gone), PRUNE_BATCH):
         some = gone[start : start + PRUNE_BATCH]
-        documents.delete([document.document_id for document in some], run.principal)
-        jobs.forget(run.principal.tenant, run.collection, [document.source for document in some])
+        for document in documents.delete([document.document_id for document in some], run.principal):
+            jobs.forget(document.tenant, document.collection, [document.source], document.closed)
     return [document.source for document in gone]
 
 

@@ -19,6 +19,7 @@ from nexus.ports import Deletion
 from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchResult
 
 MAX_METADATA_BYTES = 16 * 1024
+MAX_NUMBER = 2**53  # what JSON carries exactly, and a database holds
 STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
 CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0, le=1)]
@@ -56,7 +57,7 @@ class AnnouncedFile(Shape):
 
     filename: Annotated[str, Field(min_length=1, max_length=1024)]
     digest: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    size: Annotated[int, Field(ge=0)]
+    size: Annotated[int, Field(ge=0, le=MAX_NUMBER)]
     media_type: Annotated[str, Field(max_length=128)] | None = None
     metadata: Metadata = {}
 
@@ -78,7 +79,7 @@ class Search(Shape):
     collection: CollectionName = "default"
     filters: dict[str, Any] | None = None
     hybrid: Hybrid | None = None
-    as_of: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    as_of: Annotated[int, Field(ge=0, le=MAX_NUMBER)] | None = None
     explain: bool = False
     graph: Literal["off", "on", "auto"] = "auto"
     hops: Annotated[int, Field(ge=1, le=3)] = 1

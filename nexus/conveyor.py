@@ -22,6 +22,7 @@ from nexus import telemetry
 from nexus.errors import Fenced, NexusError, TryAgain, Unprocessable
 from nexus.ingest import Ingestor, Prepared
 from nexus.jobs import LEASE_SECONDS, FileState, Jobs, Outcome, Ticket
+from nexus.parsing import ENDED
 from nexus.ports import Staged
 from nexus.types import Receipt
 
@@ -78,7 +79,7 @@ class Conveyor:
     _stages: dict[tuple[str, int], str] = field(default_factory=dict)  # of every file on the line
     _places: set[tuple[str, str, str]] = field(default_factory=set)  # documents on the line
     _known: list[Ticket] = field(default_factory=list)
-    _waiters: dict[tuple[str, int], list[asyncio.Future[None]]] = field(default_factory=lambda: defaultdict(list))
+    _waiters: dict[tuple[str, int], set[asyncio.Future[Outcome]]] = field(default_factory=lambda: defaultdict(set))
     _alone: bool = False  # a file that may be poison is on the line, and nothing else
     _texts_ahead: int = 0  # read and cut, not yet at the embedder
     _taken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -104,12 +105,22 @@ class Conveyor:
         """Say that there is something new to do."""
         self._changed.set()
 
-    async def wait(self, job_id: str, number: int) -> None:
-        """Return once a file has ended, however it did."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters[job_id, number].append(future)
+    async def wait(self, job_id: str, number: int) -> Outcome:
+        """How a file ends, once it does: here, or elsewhere, or before it was asked for. Raises NotFound."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiters[job_id, number].add(future)
         self.wake()
-        await future
+        try:
+            while not future.done():
+                ended = await self._patiently(partial(self.jobs.ended, job_id, number))
+                if ended is not None:
+                    return ended
+                await asyncio.wait({future}, timeout=POLL_SECONDS)
+            return future.result()
+        finally:
+            self._waiters[job_id, number].discard(future)
+            if not self._waiters[job_id, number]:
+                del self._waiters[job_id, number]
 
     # ── the stations ────────────────────────────────────────────────────────────────────────────
 
@@ -157,16 +168,25 @@ class Conveyor:
                 await self._commit(list(some))
 
     async def _commit(self, batch: Sequence[Item]) -> None:
-        still_open = await self._patiently(partial(self.jobs.open_among, [item.key for item in batch]))
-        self._release([item for item in batch if item.key not in still_open])
+        made = await self._work(batch, "publish", partial(self._publish, batch))
+        if isinstance(made, dict):
+            self._release([item for item in batch if item.key not in made])  # cancelled meanwhile
+            await self._settle([(item, made[item.key], "publish") for item in batch if item.key in made])
+        elif len(batch) > 1 and not isinstance(made, Stuck):
+            for item in batch:  # one of them spoils the rest
+                await self._commit([item])
+        else:
+            await self._settle([(item, made, "publish") for item in batch])
+
+    def _publish(self, batch: Sequence[Item]) -> dict[tuple[str, int], Receipt | NexusError]:
+        """Commit those that nobody has cancelled, which is asked again each time this is done again."""
+        still_open = self.jobs.open_among([item.key for item in batch])
         batch = [item for item in batch if item.key in still_open]
         if not batch:
-            return
-        prepared = [_prepared(item) for item in batch]
+            return {}
         staged = [item.staged for item in batch if item.staged is not None]
-        made = await self._work(batch, "publish", partial(self.ingestor.commit, prepared, staged))
-        outcomes = made if isinstance(made, list) else [made] * len(batch)
-        await self._settle([(item, one, "publish") for item, one in zip(batch, outcomes, strict=True)])
+        outcomes = self.ingestor.commit([_prepared(item) for item in batch], staged)
+        return dict(zip([item.key for item in batch], outcomes, strict=True))
 
     async def _gather(self, queue: asyncio.Queue[Item]) -> list[Item]:
         """What has come to a station, up to a batch; at least one."""
@@ -222,7 +242,7 @@ class Conveyor:
         while True:
             self._mark(batch, stage)
             result = await self._attempt(step, seconds)
-            if not isinstance(result, TryAgain):
+            if not isinstance(result, TryAgain) or result.code == ENDED:
                 return result
             self._mark(batch, f"{stage}: waiting: {result.message}")
             await asyncio.sleep(pause)
@@ -273,12 +293,9 @@ class Conveyor:
         self._release([item for item, _, _ in ended])
         for outcome in outcomes:
             telemetry.count_document(outcome.state, outcome.chunks)
-            self._tell((outcome.job_id, outcome.number))
-
-    def _tell(self, key: tuple[str, int]) -> None:
-        for future in self._waiters.pop(key, ()):
-            if not future.done():
-                future.set_result(None)
+            for future in self._waiters.get((outcome.job_id, outcome.number), ()):
+                if not future.done():
+                    future.set_result(outcome)
 
     def _release(self, items: Iterable[Item]) -> None:
         for item in items:
@@ -295,8 +312,6 @@ class Conveyor:
             await self._patiently(partial(self.jobs.beat, dict(self._stages)))
             for outcome in await self._patiently(self.jobs.revive):
                 log.warning("file %d of job %s: %s", outcome.number, outcome.job_id, outcome.reason)
-            for key in await self._patiently(partial(self.jobs.ended_among, list(self._waiters))):
-                self._tell(key)  # it was cancelled, or had ended before anyone asked
             await asyncio.sleep(LEASE_SECONDS / 5)
 
     async def _flush_when_idle(self) -> None:

@@ -16,11 +16,11 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from nexus.errors import Conflict, InvalidRequest, NexusError, NotFound, Unavailable, Unprocessable
+from nexus.errors import Conflict, InvalidRequest, NexusError, NotFound, Unavailable, Unprocessable, named
 from nexus.failpoints import pass_through
 from nexus.types import Principal, Receipt, Upload, content_digest, digest
 
@@ -30,7 +30,9 @@ LEASE_SECONDS = 10.0
 UPLOAD_SECONDS = 3600.0  # announced bytes that have not come by then never will
 KEEP_BYTES_SECONDS = 86_400.0  # of a failed file, for a retry
 KEEP_JOB_SECONDS = 30 * 86_400.0
+PAGES_GIVEN_BACK = 10_000  # at most, each time that is tidied; nobody else can write meanwhile
 OPEN = ("expected", "queued", "running")
+IS_OPEN = f"f.state IN {OPEN}"  # said word for word, or SQLite scans all files instead of the index of open ones
 
 FileState = Literal["expected", "queued", "running", "done", "unchanged", "failed", "cancelled"]
 
@@ -53,6 +55,7 @@ SCHEMA = """
     ) STRICT;
     CREATE INDEX IF NOT EXISTS files_by_state ON files (state, job_id, number) WHERE state IN
         ('expected', 'queued', 'running');
+    CREATE INDEX IF NOT EXISTS files_by_source ON files (source);
     CREATE TABLE IF NOT EXISTS contents (
         job_id TEXT NOT NULL, number INTEGER NOT NULL, content BLOB NOT NULL, PRIMARY KEY (job_id, number),
         FOREIGN KEY (job_id, number) REFERENCES files ON DELETE CASCADE
@@ -188,7 +191,8 @@ class Jobs:
             try:
                 yield db
             except BaseException:
-                db.execute("ROLLBACK")
+                if db.in_transaction:  # a full disk has ended it already
+                    db.execute("ROLLBACK")
                 raise
             db.execute("COMMIT")
         except sqlite3.OperationalError as error:
@@ -243,6 +247,8 @@ class Jobs:
                 ),
             )  # fmt: skip
             for number, file in enumerate(files):
+                if file.unchanged and kind == "upload" and _is_under_way(db, principal, collection, file.source):
+                    file = replace(file, unchanged=None)  # when its turn comes, it may have to be brought back
                 _insert_file(db, job_id, number, file, now, kind)
             _end_if_over(db, job_id, now)
             job = _job(db, job_id)
@@ -252,9 +258,9 @@ class Jobs:
     def supply(self, job_id: str, principal: Principal, contents: Mapping[int, bytes]) -> None:
         """Bytes of announced files; a file whose bytes are not those announced fails. Raises NotFound."""
         changed = InvalidRequest("it changed between being announced and being sent; add it again", code="changed")
-        wrong: list[Outcome] = []
         pass_through("ingest.before_accept")
         with self._transaction() as db:
+            now = time.time()
             _require(db, job_id, principal)
             for number, content in contents.items():
                 row = db.execute(
@@ -262,32 +268,43 @@ class Jobs:
                 ).fetchone()
                 if row is None:
                     raise NotFound(f"the job has no file {number}")
+                if row[1] != "expected":
+                    continue  # the bytes announced are here, or were: what comes now is a second sending
                 if content_digest(content) != row[0]:
-                    wrong.append(Outcome(job_id, number, "failed", "upload", changed))
-                elif row[1] == "expected":
+                    _end_file(db, Outcome(job_id, number, "failed", "upload", changed), now)
+                else:
                     db.execute("INSERT OR REPLACE INTO contents VALUES (?, ?, ?)", (job_id, number, content))
                     db.execute("UPDATE files SET state = 'queued' WHERE job_id = ? AND number = ?", (job_id, number))
-            db.execute("UPDATE jobs SET beat_at = ? WHERE job_id = ?", (time.time(), job_id))
-        if wrong:
-            self.settle(wrong)
+            db.execute("UPDATE jobs SET beat_at = ? WHERE job_id = ?", (now, job_id))
+            _end_if_over(db, job_id, now)
         pass_through("ingest.after_accept")
 
     # ── working ─────────────────────────────────────────────────────────────────────────────────
 
     def waiting(self, limit: int, apart_from: Sequence[tuple[str, int]] = ()) -> list[Ticket]:
-        """Files with their bytes here, in order; those of small jobs first, for someone is waiting for them."""
+        """Files with their bytes here, in order; those of small jobs first, for someone is waiting for them.
+
+        Of several uploads of one document only the earliest, so that the last one accepted is the last one published.
+        """
         found: list[Ticket] = []
         with self._reading() as db:
             jobs = db.execute(
-                "SELECT job_id, collection, tenant, subject, permissions, accepted_at FROM jobs"
+                "SELECT rowid, job_id, collection, tenant, subject, permissions, accepted_at FROM jobs"
                 " WHERE state = 'running' AND kind = 'upload' ORDER BY files > 1, rowid"
             ).fetchall()
-            for job_id, collection, tenant, subject, permissions, accepted_at in jobs:
+            for place, job_id, collection, tenant, subject, permissions, accepted_at in jobs:
                 rows = db.execute(
-                    "SELECT number, attempts, source FROM files WHERE job_id = ? AND state = 'queued'"
-                    " AND number NOT IN (SELECT value FROM json_each(?)) ORDER BY number LIMIT ?",
-                    (job_id, _json([number for job, number in apart_from if job == job_id]), limit - len(found)),
-                )
+                    f"SELECT number, attempts, source FROM files f WHERE {IS_OPEN} AND f.state = 'queued'"
+                    " AND job_id = :job AND number NOT IN (SELECT value FROM json_each(:apart)) AND NOT EXISTS (SELECT 1 FROM files e"
+                    f"   JOIN jobs k USING (job_id) WHERE e.state IN {OPEN} AND e.state != 'expected'"
+                    "   AND e.source = f.source AND k.tenant = :tenant AND k.collection = :collection"
+                    "   AND k.kind = 'upload'"
+                    "   AND (k.rowid, e.number) < (:place, f.number)) ORDER BY number LIMIT :limit",
+                    {
+                        "job": job_id, "apart": _json([number for job, number in apart_from if job == job_id]),
+                        "tenant": tenant, "collection": collection, "place": place, "limit": limit - len(found),
+                    },
+                )  # fmt: skip
                 principal = _principal(tenant, subject, permissions)
                 found += [Ticket(job_id, n, tries + 1, collection, s, principal, accepted_at) for n, tries, s in rows]
                 if len(found) == limit:
@@ -347,17 +364,7 @@ class Jobs:
         now = time.time()
         with self._transaction(durable=False) as db:
             for one in outcomes:
-                ended = db.execute(
-                    "UPDATE files SET state = ?, stage = ?, reason = ?, error = ?, code = ?, receipt = ?, ended_at = ?"
-                    f" WHERE job_id = ? AND number = ? AND state IN {OPEN} AND attempts = COALESCE(?, attempts)",
-                    (
-                        one.state, one.stage, one.reason, type(one.error).__name__ if one.error else None,
-                        one.error.code if one.error else None, _write_receipt(one.receipt), now, one.job_id,
-                        one.number, one.attempt,
-                    ),
-                ).rowcount  # fmt: skip
-                if ended and one.state != "failed":
-                    db.execute("DELETE FROM contents WHERE job_id = ? AND number = ?", (one.job_id, one.number))
+                _end_file(db, one, now)
             for job_id in {one.job_id for one in outcomes}:
                 _end_if_over(db, job_id, now)
         pass_through("ingest.after_finish")
@@ -378,18 +385,20 @@ class Jobs:
         with self._transaction(durable=False) as db:
             rows = db.execute(
                 "SELECT f.job_id, f.number, f.stage, f.beat_at FROM files f JOIN jobs j USING (job_id)"
-                " WHERE f.state = 'running' AND f.beat_at < ? AND f.attempts >= ? AND j.kind = 'upload'",
+                f" WHERE {IS_OPEN} AND f.state = 'running' AND f.beat_at < ? AND f.attempts >= ?"
+                " AND j.kind = 'upload'",
                 (stale, MAX_ATTEMPTS),
             ).fetchall()
             db.execute(
-                "UPDATE files SET state = 'queued', stage = NULL, reason = 'its worker ended; taken up again'"
-                " WHERE state = 'running' AND beat_at < ? AND attempts < ?"
-                " AND job_id IN (SELECT job_id FROM jobs WHERE kind = 'upload')",
+                "UPDATE files AS f SET state = 'queued', stage = NULL, reason = 'its worker ended; taken up again'"
+                f" WHERE {IS_OPEN} AND state = 'running' AND beat_at < ? AND attempts < ?"
+                " AND (SELECT kind FROM jobs j WHERE j.job_id = f.job_id) = 'upload'",
                 (stale, MAX_ATTEMPTS),
             )
             left = db.execute(
                 "SELECT f.job_id, f.number, f.stage FROM files f JOIN jobs j USING (job_id)"
-                " WHERE j.kind = 'bulk' AND j.state = 'running' AND j.beat_at < ? AND f.state = 'running'",
+                f" WHERE {IS_OPEN} AND f.state = 'running' AND j.kind = 'bulk' AND j.state = 'running'"
+                " AND j.beat_at < ?",
                 (now - 6 * LEASE_SECONDS,),
             ).fetchall()
         outcomes = [
@@ -462,16 +471,21 @@ class Jobs:
             )
             return {(job_id, number) for job_id, number in rows}
 
-    def ended_among(self, keys: Sequence[tuple[str, int]]) -> set[tuple[str, int]]:
-        """Those of these files that have ended, whoever ended them."""
+    def ended(self, job_id: str, number: int) -> Outcome | None:
+        """How a file ended, if it has. Raises NotFound."""
         with self._reading() as db:
-            rows = db.execute(
-                "SELECT f.job_id, f.number FROM json_each(?) AS a JOIN files f"
-                " ON f.job_id = json_extract(a.value, '$[0]') AND f.number = json_extract(a.value, '$[1]')"
-                f" WHERE f.state NOT IN {OPEN}",
-                (_json([list(key) for key in keys]),),
-            )
-            return {(job_id, number) for job_id, number in rows}
+            row = db.execute(
+                "SELECT state, stage, error, reason, code, receipt FROM files WHERE job_id = ? AND number = ?",
+                (job_id, number),
+            ).fetchone()
+        if row is None:
+            raise NotFound(f"there is no file {number} of such a job")
+        state, stage, error, reason, code, receipt = row
+        if state in OPEN:
+            return None
+        return Outcome(
+            job_id, number, state, stage, named(error, reason, code) if error else None, _read_receipt(receipt)
+        )
 
     def retry(self, job_id: str, number: int, principal: Principal) -> Job:
         """Queue a failed file again. Raises NotFound, and Conflict when it did not fail or its bytes are gone."""
@@ -498,14 +512,18 @@ class Jobs:
 
     # ── cleaning up and checking ────────────────────────────────────────────────────────────────
 
-    def forget(self, tenant: str, collection: str, sources: Sequence[str]) -> int:
-        """Drop kept bytes of deleted documents, and cancel what is queued of them; returns how many contents went."""
+    def forget(self, tenant: str, collection: str, sources: Sequence[str], before: int | None = None) -> int:
+        """Drop kept bytes of deleted documents, and cancel what is queued of them; returns how many contents went.
+
+        `before` is the sequence of the delete: what was accepted at it or later has nothing to do with it.
+        """
         with self._transaction() as db:
             rows = db.execute(
-                "SELECT f.job_id, f.number FROM files f JOIN jobs j USING (job_id)"
-                " WHERE j.tenant = ? AND j.collection = ? AND f.state != 'running'"
-                " AND f.source IN (SELECT value FROM json_each(?))",
-                (tenant, collection, _json(list(sources))),
+                "SELECT f.job_id, f.number FROM files f JOIN jobs j USING (job_id) LEFT JOIN contents c"
+                f" USING (job_id, number) WHERE j.tenant = :tenant AND j.collection = :collection"
+                f" AND f.source IN (SELECT value FROM json_each(:sources)) AND ({IS_OPEN} OR c.number IS NOT NULL)"
+                " AND f.state != 'running' AND (:before IS NULL OR j.accepted_at < :before)",
+                {"tenant": tenant, "collection": collection, "sources": _json(list(sources)), "before": before},
             ).fetchall()
             dropped = 0
             for job_id, number in rows:
@@ -525,7 +543,7 @@ class Jobs:
         with self._reading() as db:
             late = db.execute(
                 "SELECT f.job_id, f.number FROM files f JOIN jobs j USING (job_id)"
-                " WHERE f.state = 'expected' AND j.beat_at < ?",
+                f" WHERE {IS_OPEN} AND f.state = 'expected' AND j.beat_at < ?",
                 (now - UPLOAD_SECONDS,),
             ).fetchall()
         never = InvalidRequest("its bytes were announced and never came; add it again", code="never_sent")
@@ -537,8 +555,14 @@ class Jobs:
                 (now - KEEP_BYTES_SECONDS,),
             ).rowcount
             jobs = db.execute("DELETE FROM jobs WHERE ended_at < ?", (now - KEEP_JOB_SECONDS,)).rowcount
-        self._connect().execute("PRAGMA incremental_vacuum").fetchall()
+        self._give_space_back()
         return {"uploads that never came": len(late), "kept contents": contents, "jobs": jobs}
+
+    def _give_space_back(self) -> None:
+        with self._transaction(durable=False) as db:
+            (free,) = db.execute("PRAGMA freelist_count").fetchone()
+            for _ in range(min(free, PAGES_GIVEN_BACK)):
+                db.execute("PRAGMA incremental_vacuum")  # one page: sqlite3 takes only its first step
 
     def faults(self) -> list[str]:
         """Ids of jobs that cannot be as they are: open without open files, or under way with nobody working."""
@@ -557,8 +581,14 @@ class Jobs:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The list as it is at one moment, however many questions are asked."""
         try:
-            yield self._connect()
+            db = self._connect()
+            db.execute("BEGIN")
+            try:
+                yield db
+            finally:
+                db.execute("ROLLBACK")
         except sqlite3.OperationalError as error:
             raise Unavailable(f"the list of jobs cannot be read: {error}") from error
 
@@ -573,6 +603,16 @@ def _by_key(db: sqlite3.Connection, principal: Principal, key: str | None) -> tu
         "SELECT job_id, request FROM jobs WHERE tenant = ? AND idempotency_key = ?", (principal.tenant, key)
     ).fetchone()
     return row
+
+
+def _is_under_way(db: sqlite3.Connection, principal: Principal, collection: str, source: str) -> bool:
+    """Whether another upload of the document was accepted before and has not ended."""
+    row = db.execute(
+        f"SELECT 1 FROM files f JOIN jobs j USING (job_id) WHERE {IS_OPEN} AND f.source = ? AND j.tenant = ?"
+        " AND j.collection = ?",
+        (source, principal.tenant, collection),
+    ).fetchone()
+    return row is not None
 
 
 def _insert_file(db: sqlite3.Connection, job_id: str, number: int, file: Announced, now: float, kind: str) -> None:
@@ -590,9 +630,23 @@ def _insert_file(db: sqlite3.Connection, job_id: str, number: int, file: Announc
         db.execute("INSERT INTO contents VALUES (?, ?, ?)", (job_id, number, file.content))
 
 
+def _end_file(db: sqlite3.Connection, one: Outcome, now: float) -> None:
+    ended = db.execute(
+        "UPDATE files SET state = ?, stage = ?, reason = ?, error = ?, code = ?, receipt = ?, ended_at = ?"
+        f" WHERE job_id = ? AND number = ? AND state IN {OPEN} AND attempts <= COALESCE(?, attempts)",
+        (
+            one.state, one.stage, one.reason, type(one.error).__name__ if one.error else None,
+            one.error.code if one.error else None, _write_receipt(one.receipt), now, one.job_id, one.number,
+            one.attempt,
+        ),
+    ).rowcount  # fmt: skip
+    if ended and one.state != "failed":
+        db.execute("DELETE FROM contents WHERE job_id = ? AND number = ?", (one.job_id, one.number))
+
+
 def _end_if_over(db: sqlite3.Connection, job_id: str, now: float) -> None:
     """A job ends with its last file: cancelled if all that ended badly was cancelled, failed if nothing came of it."""
-    if db.execute(f"SELECT 1 FROM files WHERE job_id = ? AND state IN {OPEN} LIMIT 1", (job_id,)).fetchone():
+    if db.execute(f"SELECT 1 FROM files f WHERE {IS_OPEN} AND job_id = ? LIMIT 1", (job_id,)).fetchone():
         return
     counts = _counts(db, job_id)
     good, failed, cancelled = (

@@ -47,6 +47,8 @@ from nexus.types import Block, BlockKind, Parsed
 
 PARSER = "nexus-2"  # part of every version: another value makes every document be read again
 
+ENDED = "parser_ended"  # no store is away then: waiting and trying again would go on for ever
+
 _MEMORY_EXIT = 70  # how a worker says that it ran out of memory, when it can say nothing else
 _SLACK_SECONDS = 30.0  # what the caller waits beyond the worker's own clock
 _JSON_LEVELS = 100
@@ -1272,7 +1274,7 @@ class Parsers:
         header = json.dumps({"name": _name_of(source), "media_type": kind}).encode()
         reply = self._ask(header, content) or self._ask(header, content)  # again where the zygote was killed
         if not reply:
-            raise Unavailable("the process that reads documents ended: try again")
+            raise Unavailable("the process that reads documents ended twice over this file", code=ENDED)
         return _parsed(reply, kind)
 
     def _ask(self, header: bytes, content: bytes) -> bytes:

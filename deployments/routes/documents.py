@@ -147,7 +147,9 @@ async def delete_document(
     if not deleted:
         raise NotFound("no such document")
     (document,) = deleted
-    uploads = await asyncio.to_thread(here.jobs.forget, document.tenant, document.collection, [document.source])
+    uploads = await asyncio.to_thread(
+        here.jobs.forget, document.tenant, document.collection, [document.source], document.closed
+    )
     if purge:
         await here.ingestor.vacuum(0.0, [document_id])
     receipt, *_ = await asyncio.to_thread(here.documents.deletions, principal, document_id, 1)

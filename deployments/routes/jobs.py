@@ -7,11 +7,11 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.datastructures import UploadFile
 
 from deployments.routes.caller import idempotency_key, lent, permit, sequence_of
-from deployments.shapes import AnnounceFiles, reply, show_file, show_job
+from deployments.shapes import MAX_NUMBER, AnnounceFiles, reply, show_file, show_job
 from nexus.errors import InvalidRequest, TryAgain, UnsupportedMedia
 from nexus.ingest import Source, check_source
 from nexus.jobs import Announced, Job, Jobs
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from deployments.gateway import Lent
 
 FILES_PER_REQUEST = 1000
+DIGITS = 15  # of a file's number: what is longer is none, and no integer of a database either
 SHOWN_UNDER_WAY = 20
 
 router = APIRouter(prefix="/rag/jobs", tags=["jobs"])
@@ -62,7 +63,7 @@ async def supply(request: Request, job_id: str, principal: Principal = permit("d
     contents: dict[int, bytes] = {}
     async with request.form(max_files=FILES_PER_REQUEST, max_fields=1) as form:
         for name, file in form.multi_items():
-            if not name.isdecimal() or not isinstance(file, UploadFile):
+            if not (name.isdecimal() and len(name) <= DIGITS) or not isinstance(file, UploadFile):
                 raise InvalidRequest(f"the field {name!r} is not the number of a file with its bytes")
             contents[int(name)] = await file.read()
     await asyncio.to_thread(here.jobs.supply, job_id, principal, contents)
@@ -99,7 +100,7 @@ async def list_files(
     job_id: str,
     state: Annotated[str | None, Query(max_length=16)] = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
-    after: Annotated[int, Query(ge=-1)] = -1,
+    after: Annotated[int, Query(ge=-1, le=MAX_NUMBER)] = -1,
     principal: Principal = permit("documents:read"),
 ) -> Response:
     """What became of each file, in order; `next` is the number to give as `after`, null on the last page."""
@@ -119,7 +120,10 @@ async def cancel(request: Request, job_id: str, principal: Principal = permit("d
 
 @router.post("/{job_id}/files/{number}/retry")
 async def retry(
-    request: Request, job_id: str, number: int, principal: Principal = permit("documents:write")
+    request: Request,
+    job_id: str,
+    number: Annotated[int, Path(ge=0, le=MAX_NUMBER)],
+    principal: Principal = permit("documents:write"),
 ) -> Response:
     """Try one failed file again, with the bytes that were kept."""
     here = lent(request)
