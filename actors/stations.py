@@ -73,6 +73,7 @@ class Read:
     """Tasks to documents read and cut. The bytes are fetched here, and are nowhere else."""
 
     def __init__(self, run: Run) -> None:
+        give_way()
         self._run, self._steps, self._jobs = run, run.open_steps(), Jobs(run.config.home)
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
@@ -102,6 +103,7 @@ class Embed:
     """Documents read and cut, to documents with their vectors."""
 
     def __init__(self, run: Run) -> None:
+        give_way()
         self._model: Embedder = open_part("models", run.config.models.embedder, threads=1)
         self._dimension = run.dimension
 
@@ -128,6 +130,7 @@ class Commit:
     """Documents with their vectors, to outcomes: staged and published, a batch in one transaction."""
 
     def __init__(self, run: Run) -> None:
+        give_way()
         self._steps = run.open_steps()
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
@@ -150,7 +153,8 @@ class Commit:
 def give_way() -> None:
     """Let this thread run only when nobody else wants the core: questions are answered as if it were not there.
 
-    Ray calls a station from threads that it made itself, so each call says so anew.
+    Ray calls a station from threads that it made itself, so each call says so anew; and a station says
+    so as it opens, for loading a model is work, too.
     """
     if hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

@@ -41,6 +41,7 @@ FILES_PER_BLOCK = 8
 BEAT_SECONDS = 2.0
 SAY_SECONDS = 10.0
 PRUNE_BATCH = 100
+NICENESS = 10  # as the conveyor's: questions come first
 UNCHANGED_BATCH = 500
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -64,6 +65,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
     """Ingest everything that the sources hold. Exit code 1 if a file failed."""
+    os.nice(NICENESS)
     config = load_config()
     principal = Principal(tenant, "bulk", PERMISSIONS)
     with _connected(config) as address:
@@ -142,7 +144,8 @@ def _connected(config: Config) -> Iterator[str]:
         os.execve(
             sys.executable, [sys.executable, "-m", "deployments.bulk", *sys.argv[1:]], {**os.environ, **environment}
         )
-    ray.init(namespace="nexus", log_to_driver=False, logging_level="ERROR")
+    gently = {"py_executable": f"nice -n 19 {sys.executable}"}  # from its first import on, before a station can say so
+    ray.init(namespace="nexus", log_to_driver=False, logging_level="ERROR", runtime_env=gently)
     try:
         yield vectors_address(config, instance.vectors_port)
     finally:

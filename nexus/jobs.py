@@ -296,7 +296,8 @@ class Jobs:
                 rows = db.execute(
                     f"SELECT number, attempts, source FROM files f WHERE {IS_OPEN} AND f.state = 'queued'"
                     " AND job_id = :job AND number NOT IN (SELECT value FROM json_each(:apart))"
-                    f" AND NOT EXISTS (SELECT 1 FROM files e JOIN jobs k USING (job_id) WHERE e.state IN {OPEN} AND e.state != 'expected'"
+                    " AND NOT EXISTS (SELECT 1 FROM files e JOIN jobs k USING (job_id)"
+                    f"   WHERE e.state IN {OPEN} AND e.state != 'expected'"
                     "   AND e.source = f.source AND k.tenant = :tenant AND k.collection = :collection"
                     "   AND k.kind = 'upload'"
                     "   AND (k.rowid, e.number) < (:place, f.number)) ORDER BY number LIMIT :limit",
