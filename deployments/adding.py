@@ -47,7 +47,7 @@ def _run(
     for batch in _batches(files, job["expected"]):
         contents = {number: _read(files[number]["filename"]) for number in batch}
         nexus.send(job["job_id"], contents)
-        show(before + nexus.job(job["job_id"])["files"] - len(job["expected"]))
+        show(before + nexus.job(job["job_id"])["total"] - len(job["expected"]))
     pause, longest = POLL_SECONDS
     while (state := nexus.job(job["job_id"]))["state"] == "running":
         show(before + round(state["progress"] * len(files)))

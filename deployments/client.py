@@ -59,14 +59,14 @@ class Client:
         self._patiently("PUT", f"/rag/jobs/{job_id}/files", files=parts)
 
     def job(self, job_id: str) -> dict[str, Any]:
-        answer: dict[str, Any] = self._patiently("GET", f"/rag/jobs/{job_id}")
+        answer: dict[str, Any] = self._patiently("GET", f"/rag/jobs/{job_id}", params={"limit": 0})
         return answer
 
     def files(self, job_id: str) -> Iterator[dict[str, Any]]:
         """Every file of a job, page by page."""
         after: int | None = -1
         while after is not None:
-            page = self._patiently("GET", f"/rag/jobs/{job_id}/files", params={"after": after, "limit": 10_000})
+            page = self._patiently("GET", f"/rag/jobs/{job_id}", params={"after": after, "limit": 10_000})
             yield from page["files"]
             after = page["next"]
 

@@ -210,7 +210,7 @@ def show_job(job: Job, under_way: Sequence[File], now: float) -> dict[str, Any]:
         "collection": job.collection,
         "created_at": job.created_at,
         "ended_at": job.ended_at,
-        "files": job.total,
+        "total": job.total,
         "counts": dict(job.counts),
         "progress": job.ended / job.total if job.total else 1.0,
         "rate": rate,

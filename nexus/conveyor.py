@@ -129,6 +129,7 @@ class Conveyor:
             item = Item(await self._next())
             made = await self._work([item], "parse", partial(self._read, item.ticket))
             if isinstance(made, Prepared):
+                self._mark([item], "waiting for the embedder")
                 while self._texts_ahead >= 2 * self.pace.batch_texts:
                     self._taken.clear()
                     await self._taken.wait()

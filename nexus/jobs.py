@@ -11,15 +11,14 @@ the next conveyor; after `MAX_ATTEMPTS` it is failed, for then it is the file th
 
 import json
 import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from nexus.database import Database
 from nexus.errors import Conflict, InvalidRequest, NexusError, NotFound, Unavailable, Unprocessable, named
 from nexus.failpoints import pass_through
 from nexus.types import Principal, Receipt, Upload, content_digest, digest
@@ -168,55 +167,16 @@ class Outcome:
         return self.receipt.chunks if self.receipt and self.state == "done" else 0
 
 
-class Jobs:
+class Jobs(Database):
     """All jobs of a home, in one SQLite file that the processes of the machine share."""
 
     def __init__(self, home: Path) -> None:
-        self._path = home / DATABASE
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        # Pages that the contents leave are given back; that is heeded only before the first table.
+        pragmas = ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "foreign_keys = ON")
+        super().__init__(home / DATABASE, "the list of jobs", pragmas)
         with self._transaction() as db:
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
-
-    # ── connections and transactions ────────────────────────────────────────────────────────────
-
-    @contextmanager
-    def _transaction(self, durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """Everything in the block or nothing. A file that is locked or full is Unavailable."""
-        try:
-            db = self._connect()
-            db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                if db.in_transaction:  # a full disk has ended it already
-                    db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
-            raise Unavailable(
-                "the disk is full; nothing was accepted" if full else f"the list of jobs cannot be written: {error}",
-                code="storage_full" if full else "unavailable",
-            ) from error
-
-    def _connect(self) -> sqlite3.Connection:
-        db: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if db is None:
-            db = sqlite3.connect(self._path, timeout=10.0, isolation_level=None, check_same_thread=False)
-            db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # heeded only before the first table
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA foreign_keys = ON")
-            self._local.connection = db
-            self._connections.append(db)
-        return db
-
-    def close(self) -> None:
-        for connection in self._connections:
-            connection.close()
-        self._connections.clear()
 
     # ── accepting ───────────────────────────────────────────────────────────────────────────────
 
@@ -579,19 +539,6 @@ class Jobs:
                 (stale,),
             )
             return [job_id for (job_id,) in rows]
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """The list as it is at one moment, however many questions are asked."""
-        try:
-            db = self._connect()
-            db.execute("BEGIN")
-            try:
-                yield db
-            finally:
-                db.execute("ROLLBACK")
-        except sqlite3.OperationalError as error:
-            raise Unavailable(f"the list of jobs cannot be read: {error}") from error
 
 
 # ── inside a transaction ────────────────────────────────────────────────────────────────────────

@@ -84,7 +84,7 @@ def test_of_a_thousand_files_twenty_are_damaged_and_fail_alone(nexus: Running, t
     assert all(one["reason"] and one["stage"] == "parse" for one in added["files"] if one["outcome"] == "failed")
     with nexus.http() as http:
         job = http.get(f"/rag/jobs/{added['job_id']}").raise_for_status().json()
-        failed = http.get(f"/rag/jobs/{added['job_id']}/files", params={"state": "failed"}).json()["files"]
+        failed = http.get(f"/rag/jobs/{added['job_id']}", params={"state": "failed"}).json()["files"]
     assert (job["state"], job["counts"], job["progress"]) == ("done", {"done": 980, "failed": 20}, 1.0)
     assert len(failed) == 20
     assert nexus.json("search", "spare hinges of station 17", "-c", "thousand")["hits"]
@@ -212,7 +212,7 @@ def test_a_deleted_text_is_found_nowhere_after_vacuum(nexus: Running, tmp_path: 
             }),
         ]  # fmt: skip
         jobs = http.get("/rag/jobs").json()["jobs"]
-        answers += [http.get(f"/rag/jobs/{job['job_id']}/files") for job in jobs if job["collection"] == "secret"]
+        answers += [http.get(f"/rag/jobs/{job['job_id']}") for job in jobs if job["collection"] == "secret"]
         (receipt,) = http.get(f"/rag/deletions/{document_id}").json()["deletions"]
     for answer in answers:
         text = answer.text.replace(json.dumps(question["query"]), "")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nexus.errors import Conflict, Fenced, NotFound
+from nexus.errors import Conflict, Fenced, InvalidRequest, NotFound, Unavailable
 from nexus.hades import Hades, chunks_of
-from nexus.ports import Staged
+from nexus.ports import IndexRow, Scope, Staged
 from nexus.stores import memory, sqlite
 from nexus.types import Piece, Principal, SearchRequest
 from tests.conftest import ALICE, BOB, MALLORY, House, build_house
@@ -197,6 +197,73 @@ def test_fsck_names_what_is_missing_and_what_is_left_over(house: House) -> None:
     assert house.hades.documents.retire(document, float("inf"), float("inf")) == [lost, left]
     assert house.hades.documents.purge(document)
     assert [(fault.kind, fault.ids) for fault in house.hades.fsck()] == [("vectors without a chunk", (left,))]
+
+
+def test_repair_writes_missing_vectors_again_and_removes_orphans_without_a_model(house: House) -> None:
+    document = house.put("a.txt", "gripper one", "gripper two", "gripper three")
+    index = house.hades.find_collection("default").index
+    chunk_ids = house.hades.documents.chunk_ids_of(document.document_id, document.version)
+    scope = Scope(ALICE.tenant)
+    before = dict(house.hades.vectors.search_text(index, "gripper two", 10, scope))
+    house.hades.vectors.delete(index, chunk_ids[1:])
+    house.hades.vectors.upsert(index, [IndexRow("stray", "d", ALICE.tenant, "gripper", house.embedder.embed(["x"])[0])])
+    house.hades.repair(house.hades.fsck())
+    assert house.hades.fsck() == []
+    assert dict(house.hades.vectors.search_text(index, "gripper two", 10, scope)) == pytest.approx(before)
+    assert found(house, "gripper two")[0] == "gripper two"
+
+
+def test_fsck_names_chunks_that_are_not_whole(house: House) -> None:
+    document = house.put("a.txt", "gripper one", "gripper two")
+    first, second = house.hades.documents.chunk_ids_of(document.document_id, document.version)
+    with house.hades.documents._transaction() as db:
+        db.execute("UPDATE chunks SET vector = zeroblob(256) WHERE chunk_id = ?", (first,))
+    assert [fault.ids for fault in house.hades.fsck()] == [(first,)]
+    with house.hades.documents._transaction() as db:
+        db.execute("DELETE FROM chunks WHERE chunk_id = ?", (second,))
+    assert {i for fault in house.hades.fsck() for i in fault.ids} == {document.document_id, first, second}
+
+
+def test_a_full_disk_is_told_as_such_and_what_was_there_stays(tmp_path: Path) -> None:
+    documents = sqlite.open("sqlite:", home=tmp_path)
+    house = build_house(documents, memory.open("memory:"))
+    house.put("a.txt", "gripper one")
+    (pages,) = documents._connect().execute("PRAGMA page_count").fetchone()
+    documents._connect().execute(f"PRAGMA max_page_count = {pages + 2}")
+    with pytest.raises(Unavailable) as full:
+        house.put("b.txt", *(f"gripper {number} {'x' * 2000}" for number in range(50)))
+    assert full.value.code == "storage_full"
+    assert found(house, "gripper") == ["gripper one"]
+    documents._connect().execute("PRAGMA max_page_count = 1000000")
+    house.put("b.txt", "gripper two")
+    assert sorted(found(house, "gripper")) == ["gripper one", "gripper two"]
+    house.retriever.close()
+    documents.close()
+
+
+def test_as_of_is_refused_for_moments_of_which_something_is_gone(house: House) -> None:
+    house.put("a.txt", "gripper one")
+    house.put("b.txt", "gripper other")
+    house.put("a.txt", "gripper two")
+    house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
+    assert sorted(found(house, "gripper", as_of=3)) == ["gripper other", "gripper two"]
+    with pytest.raises(InvalidRequest, match="the oldest that can be asked for is 3"):
+        found(house, "gripper", as_of=2)
+
+
+def test_an_upload_accepted_before_a_delete_does_not_bring_the_document_back(house: House) -> None:
+    document = house.put("a.txt", "gripper one")
+    house.hades.delete([document.document_id], ALICE)
+    with pytest.raises(Fenced):
+        house.hades.begin(document, accepted_at=1)
+    house.hades.begin(document, accepted_at=2)
+
+
+def test_a_publish_that_comes_twice_is_one_publish(house: House) -> None:
+    document = house.describe("a.txt", ["gripper"])
+    epoch = house.stage(document, ["gripper"])
+    (first,), (second,) = house.hades.publish([(document, epoch)]), house.hades.publish([(document, epoch)])
+    assert first.opened == second.opened == 1 == house.hades.find_collection("default").sequence
 
 
 def test_a_collection_is_not_mixed_with_another_embedder(house: House) -> None:

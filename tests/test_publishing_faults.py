@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIGCONT, SIGKILL, SIGSTOP
 
 import pytest
 
@@ -28,7 +28,7 @@ from nexus.jobs import Jobs
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.types import SearchRequest
 from tests.ingesting import ALICE, BATCH_TEXTS, EMBEDDER, PARTS, open_hades
-from tests.running import ROOT
+from tests.running import ROOT, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -186,6 +186,31 @@ def test_a_kill_during_ingestion_loses_doubles_and_mixes_nothing(
     index = hades.find_collection(place.collection).index
     assert hades.vectors.chunk_ids(index) == hades.documents.chunk_ids(index, published=True)  # X5
     assert embedded(place) <= faultless[1] + 3 * BATCH_TEXTS  # X8: three places at the embedder
+    place.close(hades)
+    jobs.close()
+
+
+def test_a_worker_that_was_thought_dead_and_wakes_up_changes_nothing(
+    place: Place, faultless: tuple[dict[str, list[str]], int]
+) -> None:
+    assert place.run("work", {"files": BEFORE, "key": "first"}) == 0
+    order = {"collection": place.collection, "files": AFTER, "key": "second"}
+    reached = embedded(place)
+    with start(place.home, place.port, "work", "ingest.before_stage:sleep:1") as zombie:
+        assert zombie.stdin is not None
+        zombie.stdin.write(json.dumps(order).encode())
+        zombie.stdin.close()
+        until(60, lambda: embedded(place) > reached)
+        os.kill(zombie.pid, SIGSTOP)  # in the middle, with documents in its hands
+        with Reader(place):
+            assert place.run("work", order) == 0  # another takes over when the lease is out
+            os.kill(zombie.pid, SIGCONT)
+            assert zombie.wait(60) == 0
+    hades, jobs = place.open(), Jobs(place.home)
+    assert place.texts(hades) == faultless[0]
+    assert jobs.recent(ALICE, None, None, 1)[0].counts == {"done": 6, "unchanged": 1}
+    hades.vacuum(keep_closed_seconds=0, keep_staged_seconds=0)
+    assert examine(hades, jobs, repair=False) == []
     place.close(hades)
     jobs.close()
 

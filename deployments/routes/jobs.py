@@ -87,27 +87,25 @@ async def list_jobs(
 
 
 @router.get("/{job_id}")
-async def get_job(request: Request, job_id: str, principal: Principal = permit("documents:read")) -> Response:
-    """How far a job is, its rate and the time left, and which files are under way in which stage."""
-    jobs = lent(request).jobs
-    job = await asyncio.to_thread(jobs.find, job_id, principal)
-    return await _show(jobs, job, principal)
-
-
-@router.get("/{job_id}/files")
-async def list_files(
+async def get_job(
     request: Request,
     job_id: str,
     state: Annotated[str | None, Query(max_length=16)] = None,
-    limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+    limit: Annotated[int, Query(ge=0, le=10_000)] = 1000,
     after: Annotated[int, Query(ge=-1, le=MAX_NUMBER)] = -1,
     principal: Principal = permit("documents:read"),
 ) -> Response:
-    """What became of each file, in order; `next` is the number to give as `after`, null on the last page."""
-    files = await asyncio.to_thread(lent(request).jobs.files, job_id, principal, state, after, limit + 1)
+    """How far a job is, its rate and the time left, what is under way in which stage, and what became of each file.
+
+    `files` are those in the given state, if any, numbered above `after`; `next` is the number to give
+    as `after` for more, null on the last page.
+    """
+    jobs = lent(request).jobs
+    job = await asyncio.to_thread(jobs.find, job_id, principal)
+    files = await asyncio.to_thread(jobs.files, job_id, principal, state, after, limit + 1)
     page = files[:limit]
-    following = page[-1].number if len(files) > limit else None
-    return reply({"files": [show_file(file) for file in page], "next": following})
+    following = page[-1].number if page and len(files) > limit else None
+    return await _show(jobs, job, principal, files=[show_file(file) for file in page], next=following)
 
 
 @router.post("/{job_id}/cancel")
@@ -132,9 +130,9 @@ async def retry(
     return await _show(here.jobs, job, principal, 202)
 
 
-async def _show(jobs: Jobs, job: Job, principal: Principal, status: int = 200) -> Response:
+async def _show(jobs: Jobs, job: Job, principal: Principal, status: int = 200, **more: object) -> Response:
     under_way = await asyncio.to_thread(jobs.files, job.job_id, principal, "running", -1, SHOWN_UNDER_WAY)
-    return reply(show_job(job, under_way, time.time()), status)
+    return reply({**show_job(job, under_way, time.time()), **more}, status)
 
 
 async def wake(here: Lent) -> None:

@@ -13,10 +13,8 @@ is synced to the disk at commit; staging is not, for the publish after it syncs 
 
 import json
 import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -24,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from nexus.database import Database
 from nexus.errors import ConfigError, Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Combine, Compare, Filter
 from nexus.ports import Collection, Deletion, Staged, Verdict
 from nexus.types import Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
-BUSY_SECONDS = 10.0
 FAN_OUT = 25  # documents that one step goes on to from one document, or from one value that documents share
 LOOKED_AT = 500  # edges that one step looks at to find them
 MAX_SHARED_CHARACTERS = 1024  # a longer value is a text, not the name of something two documents are about
@@ -162,68 +160,13 @@ def open(
     return SqliteDocuments(place or str((home or Path()) / "documents.db"), shared_metadata)
 
 
-class SqliteDocuments:
-    """A DocumentStore. Each thread has a connection of its own; memory has one, shared under a lock."""
+class SqliteDocuments(Database):
+    """A DocumentStore in one file, or in memory."""
 
     def __init__(self, path: str, shared_metadata: Sequence[str]) -> None:
-        self._path = path
+        super().__init__(path, "the document store", ("journal_mode = WAL", "cache_size = -16384"))
         self._shared_metadata = shared_metadata
-        self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
-        self._memory = path == ":memory:"
-        self._lock = threading.RLock()
         self._migrate()
-
-    # ── connections and transactions ────────────────────────────────────────────────────────────
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = getattr(self if self._memory else self._local, "connection", None)
-        if connection is None:
-            connection = sqlite3.connect(
-                self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA cache_size = -16384")
-            if self._memory:
-                self.connection = connection
-            else:
-                self._local.connection = connection
-            with self._lock:
-                self._connections.append(connection)
-        return connection
-
-    @contextmanager
-    def _transaction(self, mode: str = "IMMEDIATE", durable: bool = True) -> Iterator[sqlite3.Connection]:
-        """Everything in the block or nothing. A store that is locked, full or gone is Unavailable.
-
-        One that is not durable may be lost with the power, but only together with all that came after it.
-        """
-        if self._memory:
-            self._lock.acquire()
-        try:
-            connection = self._connect()
-            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            connection.execute(f"BEGIN {mode}")
-            try:
-                yield connection
-            except BaseException:
-                if connection.in_transaction:  # a full disk has ended it already
-                    connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
-            raise Unavailable(
-                "the disk of the document store is full" if full else f"the document store is away: {error}",
-                code="storage_full" if full else "unavailable",
-            ) from error
-        finally:
-            if self._memory:
-                self._lock.release()
-
-    def _reading(self) -> Any:
-        return self._transaction("DEFERRED")
 
     def _migrate(self) -> None:
         with self._transaction("EXCLUSIVE") as db:
@@ -238,12 +181,6 @@ class SqliteDocuments:
     def check(self) -> None:
         with self._reading() as db:
             db.execute("SELECT 1 FROM collections LIMIT 1").fetchone()
-
-    def close(self) -> None:
-        with self._lock:
-            for connection in self._connections:
-                connection.close()
-            self._connections.clear()
 
     # ── collections ─────────────────────────────────────────────────────────────────────────────
 

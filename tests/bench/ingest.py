@@ -146,7 +146,7 @@ def bulk_rate(nexus: Running, folder: Path, collection: str) -> float:
     done = subprocess.run(command, cwd=ROOT, env=nexus.environment, capture_output=True, text=True, check=True)
     with nexus.http() as http:
         job = http.get(f"/rag/jobs/{json.loads(done.stdout)['job_id']}").raise_for_status().json()
-    return job["files"] / (job["ended_at"] - job["created_at"])
+    return job["total"] / (job["ended_at"] - job["created_at"])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,83 @@
+"""A SQLite file that threads and processes of one machine share: a connection a thread, a transaction a block."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from nexus.errors import Unavailable
+
+BUSY_SECONDS = 10.0
+
+
+class Database:
+    """What the keepers of such a file have in common. `:memory:` is one connection, shared under a lock.
+
+    What fails is told as Unavailable: the file is locked for too long, its disk is full (code
+    `storage_full`), or it is gone.
+    """
+
+    def __init__(self, path: str | Path, called: str, pragmas: Sequence[str]) -> None:
+        """`called` is what messages say of it; `pragmas` are set on every connection, in order."""
+        self._path, self._called, self._pragmas = str(path), called, pragmas
+        self._memory = self._path == ":memory:"
+        self._local = threading.local()
+        self._only: sqlite3.Connection | None = None
+        self._connections: list[sqlite3.Connection] = []
+        self._lock = threading.RLock()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = self._only or getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(
+                self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            for pragma in self._pragmas:
+                connection.execute(f"PRAGMA {pragma}")
+            self._local.connection = connection
+            with self._lock:
+                self._only = connection if self._memory else None
+                self._connections.append(connection)
+        return connection
+
+    @contextmanager
+    def _transaction(self, mode: str = "IMMEDIATE", durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """Everything in the block or nothing.
+
+        One that is not durable may be lost with the power, but only together with all that came after it.
+        """
+        if self._memory:
+            self._lock.acquire()
+        try:
+            connection = self._connect()
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            connection.execute(f"BEGIN {mode}")
+            try:
+                yield connection
+            except BaseException:
+                if connection.in_transaction:  # a full disk has ended it already
+                    connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+            raise Unavailable(
+                f"the disk of {self._called} is full" if full else f"{self._called} is away: {error}",
+                code="storage_full" if full else "unavailable",
+            ) from error
+        finally:
+            if self._memory:
+                self._lock.release()
+
+    def _reading(self) -> AbstractContextManager[sqlite3.Connection]:
+        """A block that sees one moment of the file, whatever others write meanwhile."""
+        return self._transaction("DEFERRED")
+
+    def close(self) -> None:
+        """End every connection, of whichever thread."""
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+            self._only = None
