@@ -42,6 +42,7 @@ ABSTRACTS = 4
 TEXTS_PER_CALL = 128
 CONCURRENT = 8
 SECONDS_IDLE = 20.0
+SAMPLE_SECONDS = 5.0
 
 
 def write_corpus(folder: Path, files: int) -> Path:
@@ -81,7 +82,7 @@ def timed_add(nexus: Running, folder: Path, collection: str) -> float:
 
 
 class Memory:
-    """Samples the memory of an instance's processes twice a second, and keeps the peaks, in MiB."""
+    """Samples the memory of the processes, and keeps the peaks, in MiB. Seldom: one costs a tenth of a second."""
 
     def __init__(self, nexus: Running) -> None:
         instance = bootstrap.find_instance(nexus.home)
@@ -99,7 +100,7 @@ class Memory:
         self._thread.join()
 
     def _sample(self) -> None:
-        while not self._over.wait(0.5):
+        while not self._over.wait(SAMPLE_SECONDS):
             sums = {True: 0, False: 0}
             for process in bootstrap.processes_of(self._instance):
                 with contextlib.suppress(psutil.Error):
