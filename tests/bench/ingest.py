@@ -1,6 +1,6 @@
 """What ingestion costs over its embedding, whether its memory grows, and what it does to those who ask meanwhile.
 
-    python -m tests.bench.ingest               about ten minutes
+    python -m tests.bench.ingest               about twenty minutes
     python -m tests.bench.ingest --files 200   a quick look: every number of files divided by five
 
 A file is a Markdown page of four scifact abstracts. `nexus add` is timed from its start to its end,
