@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from deployments.client import Client
+from deployments.listing import label
+from nexus.errors import InvalidRequest
+from nexus.ingest import check_source
 from nexus.types import content_digest
 
 REQUEST_BYTES = 8 * 2**20
@@ -23,16 +26,18 @@ def add(
     nexus: Client, files: Sequence[Path], collection: str, show: Callable[[int], None]
 ) -> tuple[str | None, Outcomes]:
     """Send what changed and wait until each file has ended; the (last) job, and an outcome per file."""
-    announced: list[dict[str, Any]] = []
+    announced: list[tuple[Path, dict[str, Any]]] = []
     outcomes: Outcomes = []
     for file in files:
+        name = label(str(file))
         try:
+            check_source(name)
             content = file.read_bytes()
-        except OSError as error:
-            reason = f"it cannot be read: {error.strerror}"
-            outcomes.append({"file": str(file), "outcome": "failed", "reason": reason})
+        except (OSError, InvalidRequest) as error:
+            reason = f"it cannot be read: {error.strerror}" if isinstance(error, OSError) else error.message
+            outcomes.append({"file": name, "outcome": "failed", "reason": reason})
         else:
-            announced.append({"filename": str(file), "digest": content_digest(content), "size": len(content)})
+            announced.append((file, {"filename": name, "digest": content_digest(content), "size": len(content)}))
     job_id = None
     for start in range(0, len(announced), FILES_PER_JOB):
         job_id, ended = _run(nexus, announced[start : start + FILES_PER_JOB], collection, show, len(outcomes))
@@ -41,11 +46,15 @@ def add(
 
 
 def _run(
-    nexus: Client, files: Sequence[dict[str, Any]], collection: str, show: Callable[[int], None], before: int
+    nexus: Client,
+    files: Sequence[tuple[Path, dict[str, Any]]],
+    collection: str,
+    show: Callable[[int], None],
+    before: int,
 ) -> tuple[str, Outcomes]:
-    job = nexus.announce(files, collection)
-    for batch in _batches(files, job["expected"]):
-        contents = {number: _read(files[number]["filename"]) for number in batch}
+    job = nexus.announce([about for _, about in files], collection)
+    for batch in _batches([about["size"] for _, about in files], job["expected"]):
+        contents = {number: _read(files[number][0]) for number in batch}
         nexus.send(job["job_id"], contents)
         show(before + nexus.job(job["job_id"])["total"] - len(job["expected"]))
     pause, longest = POLL_SECONDS
@@ -56,23 +65,23 @@ def _run(
     return job["job_id"], [_outcome(file) for file in nexus.files(job["job_id"])]
 
 
-def _read(filename: str) -> bytes:
+def _read(file: Path) -> bytes:
     """The bytes as they are now; of a file that went away meanwhile none, which the server takes for a change."""
     try:
-        return Path(filename).read_bytes()
+        return file.read_bytes()
     except OSError:
         return b""
 
 
-def _batches(files: Sequence[dict[str, Any]], expected: Iterable[int]) -> Iterator[list[int]]:
+def _batches(sizes: Sequence[int], expected: Iterable[int]) -> Iterator[list[int]]:
     batch: list[int] = []
     size = 0
     for number in expected:
-        if batch and (size + files[number]["size"] > REQUEST_BYTES or len(batch) == REQUEST_FILES):
+        if batch and (size + sizes[number] > REQUEST_BYTES or len(batch) == REQUEST_FILES):
             yield batch
             batch, size = [], 0
         batch.append(number)
-        size += files[number]["size"]
+        size += sizes[number]
     if batch:
         yield batch
 

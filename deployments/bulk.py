@@ -15,14 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import fsspec
 import ray
 import typer
-from fsspec.core import url_to_fs
 from ray import serve
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
@@ -30,9 +27,10 @@ from actors.stations import Commit, Embed, Read, Run, Task, outcomes, pack
 from cluster import bootstrap
 from deployments.app import APPLICATION, vectors_address
 from deployments.cli import guarded, progress_bar
+from deployments.listing import Listed, list_all
 from nexus.access import PERMISSIONS
 from nexus.config import Config, load_config
-from nexus.errors import InvalidRequest, NotFound, Unavailable
+from nexus.errors import InvalidRequest, Unavailable
 from nexus.ingest import Source, check_source
 from nexus.jobs import Announced, Jobs, Outcome
 from nexus.types import Principal, Receipt, content_digest
@@ -45,15 +43,6 @@ NICENESS = 10  # as the conveyor's: questions come first
 UNCHANGED_BATCH = 500
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """A file that a source holds: what to open, what to call it, and its size in bytes where that is known."""
-
-    url: str
-    source: str
-    size: int
 
 
 @app.command()
@@ -69,7 +58,7 @@ def main(
     config = load_config()
     principal = Principal(tenant, "bulk", PERMISSIONS)
     with _connected(config) as address:
-        roots, listed = _list_all(sources)
+        roots, listed = list_all(sources)
         run = _plan(config, address, principal, collection)
         jobs = Jobs(Path(config.home))
         unchanged = _find_unchanged(run, listed)
@@ -83,51 +72,6 @@ def main(
                 ended += _ingest(run, jobs, changed, show)
         removed = _prune(run, jobs, roots, {one.source for one in listed}) if prune else []
     _report(job.job_id, tasks, ended, removed, collection, as_json)
-
-
-# ── what there is ───────────────────────────────────────────────────────────────────────────────
-
-
-def _list_all(sources: Sequence[str]) -> tuple[list[str], list[Listed]]:
-    """The sources as they begin the names of their files, and every file once, in order of name."""
-    roots, found = [], {}
-    for source in sources:
-        root, files = _list(source)
-        roots.append(root)
-        found.update({one.source: one for one in files})
-    if not found:
-        raise NotFound(f"there are no files in {', '.join(sources)}")
-    return roots, [found[name] for name in sorted(found)]
-
-
-def _list(source: str) -> tuple[str, list[Listed]]:
-    try:
-        filesystem, path = url_to_fs(source)
-        if not filesystem.exists(path):
-            raise NotFound(f"there is no file or folder {source}")
-        if filesystem.isfile(path):
-            return _name(filesystem, path), [_listed(filesystem, path, filesystem.info(path))]
-        entries: dict[str, dict[str, Any]] = filesystem.find(path, detail=True)
-    except (ImportError, ValueError) as error:
-        raise InvalidRequest(f"{source} cannot be listed: {error}") from error
-    except OSError as error:
-        raise Unavailable(f"{source} cannot be listed: {error}") from error
-    visible = {name: about for name, about in entries.items() if not _is_hidden(name, path)}
-    return _name(filesystem, path).rstrip("/") + "/", [_listed(filesystem, *entry) for entry in visible.items()]
-
-
-def _listed(filesystem: fsspec.AbstractFileSystem, path: str, about: dict[str, Any]) -> Listed:
-    return Listed(filesystem.unstrip_protocol(path), _name(filesystem, path), int(about.get("size") or 0))
-
-
-def _name(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
-    """A local file is called by its path, as `nexus add` calls it; any other by its address."""
-    url = str(filesystem.unstrip_protocol(path))
-    return url.removeprefix("file://") if url.startswith("file://") else url
-
-
-def _is_hidden(name: str, root: str) -> bool:
-    return any(part.startswith(".") for part in name.removeprefix(root).split("/"))
 
 
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────
@@ -144,6 +88,8 @@ def _connected(config: Config) -> Iterator[str]:
         os.execve(
             sys.executable, [sys.executable, "-m", "deployments.bulk", *sys.argv[1:]], {**os.environ, **environment}
         )
+    for noisy in ("ray.data", "ray.serve"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     gently = {"py_executable": f"nice -n 19 {sys.executable}"}  # from its first import on, before a station can say so
     ray.init(namespace="nexus", log_to_driver=False, logging_level="ERROR", runtime_env=gently)
     try:
@@ -177,7 +123,7 @@ def _find_unchanged(run: Run, listed: Sequence[Listed]) -> dict[str, Receipt]:
 def _source(one: Listed, collection: str) -> Source | None:
     """What a file is by its bytes; None for one that cannot be read or named, as its station will say."""
     try:
-        content = Path(one.source).read_bytes()
+        content = Path(one.url.removeprefix("file://")).read_bytes()
         check_source(one.source)
     except (OSError, InvalidRequest):
         return None
@@ -190,8 +136,6 @@ def _pipeline(run: Run, tasks: Sequence[Task]) -> Dataset:
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
     context.issue_detectors_config.detectors = []  # they print advice on memory that the stations bound themselves
-    for noisy in ("ray.data", "ray.serve"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     threads = run.config.models.embedder_threads or os.cpu_count() or 1
     readers = run.config.parsing.workers
     rows = ray.data.from_items(pack(tasks), override_num_blocks=-(-len(tasks) // FILES_PER_BLOCK))

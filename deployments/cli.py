@@ -19,6 +19,7 @@ from cluster import bootstrap
 from deployments import adding, upkeep
 from deployments import client as http
 from deployments.doctor import examine
+from deployments.listing import label
 from deployments.running import bring_up, is_ready
 from nexus import __version__
 from nexus.access import PERMISSIONS, KeyRing
@@ -177,7 +178,7 @@ def add(
     with http.Client() as nexus, progress_bar(len(files)) as show:
         job_id, outcomes = adding.add(nexus, files, collection, show)
         if prune:
-            outcomes += adding.prune(nexus, paths, {str(file) for file in files}, collection)
+            outcomes += adding.prune(nexus, paths, {label(str(file)) for file in files}, collection)
     _report(job_id, sorted(outcomes, key=lambda outcome: str(outcome["file"])), collection, as_json)
 
 
