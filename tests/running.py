@@ -46,7 +46,12 @@ class Running:
 
     def processes(self, title: str) -> list[psutil.Process]:
         """Those of this Nexus whose command line holds these words."""
-        return [p for p in bootstrap.processes_of(self.instance) if title in " ".join(p.cmdline())]
+        found = []
+        for process in bootstrap.processes_of(self.instance):
+            with suppress(psutil.NoSuchProcess):  # it ended just now
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     @property
     def environment(self) -> dict[str, str]:
