@@ -192,8 +192,7 @@ def test_all_processes_together_stay_under_four_gibibytes(nexus: Running) -> Non
 def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: str) -> None:
     with nexus.http() as http:
         before = {d["document_id"] for d in http.get("/rag/documents?limit=1000").json()["documents"]}
-    title = f"ray::ServeReplica:nexus:{part}"
-    (victim,) = [p for p in bootstrap.processes_of(nexus.instance) if title in " ".join(p.cmdline())]
+    (victim,) = nexus.processes(f"ray::ServeReplica:nexus:{part}")
     os.kill(victim.pid, signal.SIGKILL)
     psutil.wait_procs([victim], timeout=10)
 
