@@ -82,7 +82,7 @@ def timed_add(nexus: Running, folder: Path, collection: str) -> float:
 
 
 class Memory:
-    """Samples the memory of the processes, and keeps the peaks, in MiB. Seldom: one costs a tenth of a second."""
+    """Samples the memory of the processes, and keeps the peaks, in MiB. Seldom, for looking costs time too."""
 
     def __init__(self, nexus: Running) -> None:
         instance = bootstrap.find_instance(nexus.home)
