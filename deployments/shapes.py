@@ -6,6 +6,7 @@ Unknown fields are refused. Sizes are bounded here, before any work is done.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from fastapi import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nexus.filters import parse_filter
+from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
 from nexus.ports import Deletion
 from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchResult
@@ -242,6 +244,21 @@ def show_file(file: File) -> dict[str, Any]:
             "sequence": file.receipt.sequence,
         }
     return shown
+
+
+def show_faults(faults: Sequence[Fault]) -> dict[str, Any]:
+    shown = [{"fault": fault.kind, "collection": fault.collection, "ids": list(fault.ids)} for fault in faults]
+    return {"clean": not faults, "faults": shown}
+
+
+def show_removed(removed: Sequence[Removed]) -> dict[str, Any]:
+    """What a vacuum removed, as sums: of all tenants, so without names."""
+    return {
+        "versions": len(removed),
+        "chunks": sum(one.chunks for one in removed),
+        "vectors": sum(one.vectors for one in removed),
+        "why": dict(Counter(one.why for one in removed)),
+    }
 
 
 def show_deletion(deletion: Deletion) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """`nexus fsck` and `nexus vacuum`: asked of the running service, or done here when none runs."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,9 @@ def fsck(repair: bool) -> dict[str, Any]:
             answer: dict[str, Any] = nexus.call("POST", "/rag/fsck", params={"repair": repair}, timeout=None)[1]
             return answer
     with _stores(config) as (hades, jobs):
-        faults = examine(hades, jobs, repair)
-        shown = [{"fault": fault.kind, "collection": fault.collection, "ids": list(fault.ids)} for fault in faults]
-        return {"clean": not faults, "faults": shown}
+        from deployments.shapes import show_faults  # with all of FastAPI: not at every start of the command line
+
+        return show_faults(examine(hades, jobs, repair))
 
 
 def vacuum(keep_seconds: float) -> dict[str, Any]:
@@ -37,9 +36,9 @@ def vacuum(keep_seconds: float) -> dict[str, Any]:
             answer: dict[str, Any] = nexus.call("POST", "/rag/vacuum", params=query, timeout=None)[1]
             return answer
     with _stores(config) as (hades, _):
-        removed = hades.vacuum(keep_seconds, keep_staged_seconds=0)
-        counts = {"versions": len(removed), "chunks": sum(one.chunks for one in removed)}
-        return {**counts, "vectors": counts["chunks"], "why": dict(Counter(one.why for one in removed))}
+        from deployments.shapes import show_removed  # with all of FastAPI: not at every start of the command line
+
+        return show_removed(hades.vacuum(keep_seconds, keep_staged_seconds=0))
 
 
 def _runs(config: Config) -> bool:

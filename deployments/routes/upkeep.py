@@ -1,13 +1,12 @@
 """What keeps the stores right: the check of both, the cleaning up, and the receipts of what was deleted."""
 
 import asyncio
-from collections import Counter
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from deployments.routes.caller import lent, permit
-from deployments.shapes import reply, show_deletion
+from deployments.shapes import reply, show_deletion, show_faults, show_removed
 from nexus.types import Principal
 
 router = APIRouter(prefix="/rag", tags=["upkeep"])
@@ -16,9 +15,7 @@ router = APIRouter(prefix="/rag", tags=["upkeep"])
 @router.post("/fsck")
 async def fsck(request: Request, repair: bool = False, principal: Principal = permit("admin")) -> Response:
     """Compare the stores while they work; `repair` first mends what can be mended without a model."""
-    faults = await lent(request).ingestor.fsck(repair)
-    shown = [{"fault": fault.kind, "collection": fault.collection, "ids": list(fault.ids)} for fault in faults]
-    return reply({"clean": not faults, "faults": shown})
+    return reply(show_faults(await lent(request).ingestor.fsck(repair)))
 
 
 @router.post("/vacuum")
@@ -27,20 +24,12 @@ async def vacuum(
 ) -> Response:
     """Remove closed versions, older than `keep_seconds`, and attempts given up; says what was removed."""
     removed = await lent(request).ingestor.vacuum(keep_seconds)
-    counts = Counter(one.why for one in removed)
-    return reply(
-        {
-            "versions": len(removed),
-            "chunks": sum(one.chunks for one in removed),
-            "vectors": sum(one.vectors for one in removed),
-            "why": dict(counts),
-            "removed": [
-                {"document_id": one.document.document_id, "version": one.document.version, "why": one.why}
-                for one in removed
-                if one.document.tenant == principal.tenant
-            ],
-        }
-    )
+    ours = [
+        {"document_id": one.document.document_id, "version": one.document.version, "why": one.why}
+        for one in removed
+        if one.document.tenant == principal.tenant
+    ]
+    return reply({**show_removed(removed), "removed": ours})
 
 
 @router.get("/deletions")
