@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from nexus.ports import Embedder as EmbedderPort
+from nexus.ports import InputType
 from nexus.registry import open_part
 from nexus.types import Vectors
 
@@ -24,9 +25,9 @@ class Embedder:
         self._model: EmbedderPort = open_part("models", address, threads=1)
         self._threads = ThreadPoolExecutor(threads, "embed")
 
-    async def embed(self, texts: Sequence[str]) -> Vectors:
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         """Shape (len(texts), dimension), float32, rows of unit length."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._model.embed, texts)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._model.embed, texts, input_type)
 
     async def describe(self) -> dict[str, object]:
         return {"fingerprint": self._model.fingerprint, "dimension": self._model.dimension}

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from nexus.config import Config
 from nexus.hades import Hades
-from nexus.ports import Embedder
+from nexus.ports import Embedder, InputType
 from nexus.registry import open_part
 from nexus.retrieval import RetrievalSettings
 from nexus.retrieval import Retriever as Searching
@@ -49,9 +49,9 @@ class Retriever:
         result = self._retriever.search(request, principal)
         return Evidence(result, tuple(self._retriever.expand(result.hits[:passages], tokens)))
 
-    async def embed(self, texts: Sequence[str]) -> Vectors:
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         """A few short texts, at once: the pool may be busy with documents."""
-        return await self._run(self._embedder.embed, texts)
+        return await self._run(self._embedder.embed, texts, input_type)
 
     async def ready(self) -> bool:
         """True once both stores answer. Raises Unavailable."""

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from platformdirs import user_data_path
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nexus.errors import ConfigError
 from nexus.failpoints import parse_failpoints
 from nexus.filters import KEY
+from nexus.registry import Task
 
 PREFIX = "NEXUS_"
 NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
@@ -68,11 +69,123 @@ class Stores(Section):
     documents: str = "sqlite:"
 
 
+class Engine(Section):
+    """A vLLM engine: what one replica spans and holds. Sizes left out are the engine's own choice."""
+
+    device: Literal["gpu", "cpu"] = "gpu"
+    tensor_parallel: Positive = 1
+    pipeline_parallel: Positive = 1
+    memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9  # of each GPU
+    cpu_cache_bytes: Annotated[int, Field(ge=2**26)] = 2**30  # of the KV cache, where `device` is cpu
+    max_model_len: Positive | None = None
+    max_batched_tokens: Positive | None = None
+    max_sequences: Positive = 64
+    prefix_caching: bool = True
+    seed: int = 0
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    quantization: str | None = None
+    tool_parser: str | None = None
+    trust_remote_code: bool = False
+
+
+class Replicas(Section):
+    """How many processes answer for a model. Each works on `at_once` requests; past `waiting` more, 503."""
+
+    least: Positive = 1
+    most: Positive = 1
+    at_once: Positive = 64
+    waiting: Positive = 256
+    target: Positive = 32  # of requests per replica, where their number may change
+
+
+class Served(Section):
+    """A model beside the three that Nexus itself uses. Those of one name share its requests.
+
+    `accuracy` is what an evaluation of yours says, from 0 to 1. `images` says whether it takes pictures, where
+    its address cannot tell. `dimension` and `max_tokens` are of an embedder that is somewhere else.
+    """
+
+    address: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:/\-]{0,127}$")] | None = None
+    task: Task = "generate"
+    accuracy: Annotated[float, Field(ge=0, le=1)] = 0.5
+    images: bool | None = None
+    api_key: SecretStr | None = None
+    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    max_tokens: Positive = 512
+    context_length: Positive = 8192  # of a GGUF model
+    engine: Engine = Engine()
+    replicas: Replicas = Replicas()
+
+    @property
+    def called(self) -> str:
+        """The name clients ask for: as configured, or what follows # in the address, or what it ends in."""
+        scheme, _, rest = self.address.partition(":")
+        last = rest.partition("#")[2] or (Path(rest).stem if "/" in rest else rest)
+        return self.name or last or scheme
+
+
 class Models(Section):
+    """`generator` and `reranker` may also be the name of a model in `served`; `generator` also `auto`."""
+
     embedder: str = "sentence-transformer:all-MiniLM-L6-v2"
     generator: str = "extractive:"
+    reranker: str | None = None
+    rerank_seconds: Annotated[float, Field(gt=0)] = 0.5  # then the order stays as it was fused
+    rerank_candidates: Annotated[int, Field(ge=1, le=200)] = 30
+    served: tuple[Served, ...] = ()
+    image_hosts: tuple[str, ...] = ()  # whose pictures may be fetched; of no others, and by default of none
     embedder_threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
     api_key: SecretStr | None = None
+
+    def of_task(self, task: Task) -> tuple[Served, ...]:
+        """Every model of a task, the one that Nexus itself uses first."""
+        of_its_own = {"generate": self.generator, "embed": self.embedder, "rerank": self.reranker}[task]
+        listed = [model for model in self.served if model.task == task]
+        if of_its_own is None or ":" not in of_its_own:
+            return tuple(sorted(listed, key=lambda model: model.called != of_its_own))
+        return (Served(address=of_its_own, task=task, api_key=self.api_key), *listed)
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "Models":
+        for task, name in (("generate", self.generator), ("rerank", self.reranker)):
+            known = [model.called for model in self.served if model.task == task]
+            if name is not None and ":" not in name and name not in known and not (name == "auto" and known):
+                raise ValueError(f"{name!r} is neither an address nor one of the {task} models served: {known}")
+        return self
+
+
+class Balancer(Section):
+    """What counts when a client leaves the choice of a model open (`model: auto`), where it does not say."""
+
+    latency_weight: Annotated[float, Field(ge=0)] = 1.0
+    throughput_weight: Annotated[float, Field(ge=0)] = 1.0
+    accuracy_weight: Annotated[float, Field(ge=0)] = 1.0
+    probe_seconds: Annotated[float, Field(gt=0)] = 5.0  # between attempts to readmit a model that failed
+
+
+class Cache(Section):
+    """Whole generations for exactly equal prompts. Off while `entries` is 0."""
+
+    entries: Annotated[int, Field(ge=0)] = 0
+    seconds: Annotated[float, Field(gt=0)] = 300.0
+    max_bytes: Positive = 64 * 2**20
+
+
+class Triton(Section):
+    """Triton or NIM servers, as http://host:8000 or grpc://host:8001."""
+
+    servers: tuple[str, ...] = ()
+    probe_seconds: Annotated[float, Field(gt=0)] = 5.0
+    timeout_seconds: Annotated[float, Field(gt=0)] = 60.0
+
+
+class Pipelines(Section):
+    """Which pipelines answer, and the templates of `execute`: the names of their steps, in order."""
+
+    enabled: tuple[str, ...] = ("rag", "chat", "execute")
+    templates: dict[str, tuple[str, ...]] = {}
+    rewrite_queries: bool = True  # of a conversation, where the generator can
 
 
 class Chunking(Section):
@@ -150,6 +263,10 @@ class Config(BaseSettings):
     ray: Ray = Ray()
     stores: Stores = Stores()
     models: Models = Models()
+    balancer: Balancer = Balancer()
+    cache: Cache = Cache()
+    triton: Triton = Triton()
+    pipelines: Pipelines = Pipelines()
     chunking: Chunking = Chunking()
     retrieval: Retrieval = Retrieval()
     graph: Graph = Graph()
@@ -176,9 +293,10 @@ class Config(BaseSettings):
     def parts(self) -> list[tuple[Literal["stores", "models"], str]]:
         """The address of every exchangeable part, with the kind of part it names."""
         stores, models = self.stores, self.models
+        tasks: tuple[Task, ...] = ("generate", "embed", "rerank")
         return [
             ("stores", stores.vectors), ("stores", stores.documents),
-            ("models", models.embedder), ("models", models.generator),
+            *(("models", model.address) for task in tasks for model in models.of_task(task)),
         ]  # fmt: skip
 
     @property

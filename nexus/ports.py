@@ -4,12 +4,14 @@ A part is chosen by its address in the configuration (registry.py). All methods 
 several threads at once. Blocking is allowed: whoever calls from an event loop uses a thread.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from nexus.filters import Filter
-from nexus.types import Chunk, Document, Principal, Prompt, Vector, Vectors
+from nexus.types import Chunk, Delta, Document, Principal, Prompt, Vector, Vectors
+
+InputType = Literal["query", "passage"]
 
 
 class Embedder(Protocol):
@@ -19,18 +21,41 @@ class Embedder(Protocol):
     dimension: int
     max_tokens: int  # of the text, special tokens not counted; what is longer is cut off
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        """Shape (len(texts), dimension), float32, rows of unit length, in the order given."""
+    def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
+        """Shape (len(texts), dimension), float32, rows of unit length, in the order given.
+
+        Some models embed a question otherwise than what may answer it; `input_type` says which the texts are.
+        """
         ...
 
 
 class Generator(Protocol):
-    """A prompt to text."""
+    """A prompt to text. An implementation that needs a thread or a process of its own has it."""
+
+    name: str  # as clients ask for it
+    sees_images: bool
+
+    def stream(self, prompt: Prompt) -> AsyncGenerator[Delta]:
+        """The generation as it comes. Closing the generator stops it, and its place is free at once.
+
+        Each choice ends with a delta that has a `finish_reason`; a backend that counts tokens gives `usage` last.
+        Raises InvalidRequest for what the model cannot do (a prompt too long, pictures it does not see),
+        Overloaded and Unavailable when another replica or a later moment might do, UpstreamInvalid for nonsense.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Return if a token could be had, else raise Unavailable."""
+        ...
+
+
+class Reranker(Protocol):
+    """How relevant texts are to a query, read together with it."""
 
     name: str
 
-    def stream(self, prompt: Prompt) -> AsyncIterator[str]:
-        """Pieces of the answer in order. Closing the iterator stops the generation."""
+    def rerank(self, query: str, texts: Sequence[str]) -> Vector:
+        """Shape (len(texts),), float32, each in [0, 1], in the order given. Only their order means something."""
         ...
 
 

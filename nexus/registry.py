@@ -6,6 +6,7 @@ another package is named in full: `my_package.my_store:anything`.
 """
 
 from importlib import import_module, util
+from inspect import signature
 from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, Literal
@@ -13,11 +14,24 @@ from typing import Any, Literal
 from nexus.errors import ConfigError
 
 Kind = Literal["stores", "models"]
+Task = Literal["generate", "embed", "rerank"]
 
 
 def open_part(kind: Kind, address: str, **options: Any) -> Any:
     """Open the part that `address` names. Raises ConfigError when there is no such module."""
     return find_module(kind, address).open(address, **options)
+
+
+def open_model(task: Task, address: str, **offered: Any) -> Any:
+    """Open the model of this address for one task, with those of the offered settings that its module takes.
+
+    A module says what it can do in `TASKS`. Raises ConfigError when that is not this task.
+    """
+    module = find_module("models", address)
+    if task not in module.TASKS:
+        raise ConfigError(f"{address!r} can {' and '.join(module.TASKS)}, but not {task}")
+    taken = signature(module.open).parameters
+    return module.open(address, **{name: value for name, value in {"task": task, **offered}.items() if name in taken})
 
 
 def find_module(kind: Kind, address: str) -> ModuleType:

@@ -185,7 +185,7 @@ class Retriever:
 
     def _embed(self, query: str, clock: "Clock") -> Vector:
         with clock.time("embed"):
-            vector: Vector = self.embedder.embed([query])[0]
+            vector: Vector = self.embedder.embed([query], "query")[0]
         return vector
 
     def _weights(self, request: SearchRequest) -> tuple[float, float]:

@@ -197,27 +197,82 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
+class Image:
+    """A picture within a message: a `data:` URL of a PNG, JPEG, WebP or GIF."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation: text, or parts of text and pictures in order.
+
+    `tool_calls` are those the assistant made, as OpenAI writes them; `tool_call_id` says which of them
+    a tool's message answers.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | tuple[str | Image, ...]
+    tool_calls: tuple[Mapping[str, object], ...] = ()
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return () if isinstance(self.content, str) else tuple(p for p in self.content if isinstance(p, Image))
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What a generator is asked: the rendered messages, and what they were rendered from.
 
-    Passage n of `passages` (from 1) is cited as [n].
+    Passage n of `passages` (from 1) is cited as [n]; `sequence` is the one they were read at. `text` is there
+    in place of messages where a bare text is to be continued. `options` are further fields of a chat
+    completion in OpenAI's words, checked already. Requests of one `session` prefer one replica; only those of
+    one `tenant` may share what an engine has computed for a prefix.
     """
 
     messages: tuple[Message, ...]
-    question: str
+    question: str = ""
     passages: tuple[Hit, ...] = ()
     max_tokens: int | None = None
     temperature: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
+    text: str | None = None
+    session: str = ""
+    tenant: str = ""
+    sequence: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens as the model's own tokenizer counts them; `cached` of the prompt's were not computed again."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One piece of a generation: some text of one choice, or why it ended, or what all of it cost.
+
+    `finish_reason` is OpenAI's: stop, length, tool_calls or content_filter. `beside` is what OpenAI's chunk
+    has further: `tool_calls`, `refusal` and `reasoning_content` of its delta, `logprobs` of its choice.
+    """
+
+    text: str = ""
+    choice: int = 0
+    finish_reason: str | None = None
+    beside: Mapping[str, object] = field(default_factory=dict)
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def pieces(question: str, *passages: Hit | str, embed: Embed | None = None, **se
     prompt = Prompt((), question, hits, **settings)  # type: ignore[arg-type]
 
     async def collect() -> list[str]:
-        return [piece async for piece in extractive.open("extractive:", embed=embed).stream(prompt)]
+        return [delta.text async for delta in extractive.open("extractive:", embed=embed).stream(prompt) if delta.text]
 
     return asyncio.run(collect())
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nexus.ports import InputType
 from nexus.terms import extract_terms
 from nexus.types import Vectors
 
@@ -16,7 +17,7 @@ class WordEmbedder:
     dimension = 64
     max_tokens = 254
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
+    def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         rows = [sum((self._direction(t) for t in extract_terms(text)), self._direction("")) for text in texts]
         vectors = np.array(rows, np.float32).reshape(len(texts), self.dimension)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -8,14 +8,17 @@ are given in reading order, each with its citation; one that introduces steps or
 
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
 from nexus.chunking import sentences
 from nexus.grounding import find_mentions, wanted_terms, weigh_term
-from nexus.types import Hit, Prompt, Vectors
+from nexus.registry import Task
+from nexus.types import Delta, Hit, Prompt, Vectors
+
+TASKS: tuple[Task, ...] = ("generate",)
 
 Embed = Callable[[Sequence[str]], Awaitable[Vectors]]
 Kind = Literal["sentence", "item", "row", "code", "heading"]
@@ -102,11 +105,15 @@ class Extractive:
     """A Generator that quotes. The same prompt always has the same answer."""
 
     name = "extractive"
+    sees_images = False
 
     def __init__(self, embed: Embed | None = None) -> None:
         self._embed = embed
 
-    async def stream(self, prompt: Prompt) -> AsyncIterator[str]:
+    async def check(self) -> None:
+        """It needs nothing that could be away."""
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta]:
         """The answer quote by quote; nothing where no statement answers the question."""
         passages = prompt.passages
         read = [read_statements(number, hit.text) for number, hit in enumerate(passages, 1)]
@@ -122,7 +129,8 @@ class Extractive:
         chosen = choose(ranked, statements, scale)
         quotes = gather(chosen, statements, frozenset(wanted_terms(prompt.question)))
         for piece in compose(quotes, prompt.max_tokens, prompt.stop):
-            yield piece
+            yield Delta(piece)
+        yield Delta(finish_reason="stop")
 
 
 # Reading passages

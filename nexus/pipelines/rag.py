@@ -29,6 +29,7 @@ class Ask:
     temperature: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    session: str = ""
 
 
 class Retrieve(Protocol):
@@ -60,7 +61,7 @@ async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
     if judgement.confidence < tools.abstain_below:
         reason = judgement.reason or "the evidence is weaker than this installation asks for"
     else:
-        async with aclosing(_generate(request, evidence.passages, tools)) as stream:
+        async with aclosing(_generate(request, evidence.passages, evidence.result.sequence, tools)) as stream:
             async for piece in stream:
                 if not pieces:
                     seconds["first_token"] = time.perf_counter() - started
@@ -95,7 +96,7 @@ async def collect(stream: AsyncIterator[str | Answer]) -> Answer:
     return answer
 
 
-async def _generate(request: Ask, passages: Sequence[Hit], tools: Tools) -> AsyncGenerator[str]:
+async def _generate(request: Ask, passages: Sequence[Hit], sequence: int, tools: Tools) -> AsyncGenerator[str]:
     prompt = Prompt(
         messages=render(request, passages),
         question=request.search.query,
@@ -104,9 +105,14 @@ async def _generate(request: Ask, passages: Sequence[Hit], tools: Tools) -> Asyn
         temperature=request.temperature,
         seed=request.seed,
         stop=request.stop,
+        tenant=request.principal.tenant,
+        session=request.session,
+        sequence=sequence,
     )
-    async for piece in tools.generator.stream(prompt):
-        yield piece
+    async with aclosing(tools.generator.stream(prompt)) as deltas:
+        async for delta in deltas:
+            if delta.text:
+                yield delta.text
 
 
 def render(request: Ask, passages: Sequence[Hit]) -> tuple[Message, ...]:
