@@ -107,7 +107,7 @@ def test_a_query_is_embedded_once_however_often_the_routes_are_widened(
     house.retriever.settings = type(house.retriever.settings)(candidates=5)
     calls = []
     embed = house.embedder.embed
-    monkeypatch.setattr(house.embedder, "embed", lambda texts: calls.append(texts) or embed(texts))
+    monkeypatch.setattr(house.embedder, "embed", lambda texts, kind: calls.append(texts) or embed(texts, kind))
     house.retriever.search(SearchRequest("gripper", k=5), ALICE)
     assert calls == [["gripper"]]
 
