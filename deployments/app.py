@@ -3,60 +3,43 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from actors.embedder import Embedder
+from actors.generator import Generator
 from actors.ingestor import Ingestor
 from actors.retriever import Retriever
 from actors.vectors import Vectors
 from deployments import gateway
+from deployments.remote import Remote, RemoteEngine, RemoteGenerator
 from nexus.access import KeyRing
-from nexus.config import Config, load_config
-from nexus.errors import NexusError, Overloaded, Unavailable
+from nexus.balancer import Balancer, Member, Weights
+from nexus.config import Config, Served, load_config
 from nexus.jobs import Jobs
+from nexus.models import vllm
 from nexus.pipelines.rag import Tools
-from nexus.registry import find_module, open_part
+from nexus.ports import Generator as GeneratorPort
+from nexus.registry import find_module, open_model, open_part
 from nexus.sessions import Sessions
 
 APPLICATION = "nexus"
 
 
-class Remote:
-    """A deployment as a plain object: its methods are awaited, its errors are the errors it raised."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        async def call(*arguments: Any) -> Any:
-            try:
-                return await getattr(self._handle, method).remote(*arguments)
-            except RayTaskError as error:
-                cause = getattr(error, "cause", error)
-                raise (cause if isinstance(cause, NexusError) else error) from None
-            except BackPressureError as error:
-                raise Overloaded("every place is taken; try again in a moment") from error
-            except (RayActorError, DeploymentUnavailableError) as error:
-                raise Unavailable("a part of Nexus is restarting; try again in a moment") from error
-
-        return call
-
-
 class Gateway:
     """The ingress replica: the HTTP application, with handles to the rest."""
 
-    def __init__(self, config: Config, parts: dict[str, DeploymentHandle]) -> None:
+    def __init__(
+        self, config: Config, parts: dict[str, DeploymentHandle], generators: dict[int, DeploymentHandle]
+    ) -> None:
         self._config = config
         self._parts = {name: Remote(handle) for name, handle in parts.items()}
+        self._generators = generators
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         config, parts = self._config, self._parts
@@ -64,6 +47,7 @@ class Gateway:
         documents = open_part("stores", config.stores.documents, home=home)
         retriever: Any = parts["retriever"]
         answers = config.answers
+        balancer = _balance(config, self._generators, retriever)
         return gateway.build(
             gateway.Lent(
                 config=config,
@@ -73,12 +57,13 @@ class Gateway:
                 sessions=Sessions(documents),
                 retriever=retriever,
                 ingestor=parts["ingestor"],
+                balancer=balancer,
                 embedder=parts["embedder"],
                 embedder_name=config.models.embedder.partition(":")[2],
                 count_tokens=find_module("models", config.models.embedder).open_tokenizer(config.models.embedder),
                 rag=Tools(
                     retrieve=retriever.retrieve,
-                    generator=open_part("models", config.models.generator, embed=retriever.embed),
+                    generator=balancer.generator(config.models.answering),
                     passages=answers.passages,
                     passage_tokens=answers.passage_tokens,
                     abstain_below=answers.abstain_below,
@@ -111,9 +96,49 @@ def build(config: Config, vectors_port: int) -> serve.Application:
     if config.stores.vectors == "milvus-lite:":
         parts["vectors"] = _deploy("vectors", Vectors, 16, 64).bind(str(config.home), vectors_port)
     parts["retriever"] = _deploy("retriever", Retriever, 32, 256).bind(config, address)
+    generators = {
+        place: made
+        for place, model in enumerate(config.models.of_task("generate"))
+        if (made := _deploy_generator(place, model)) is not None
+    }
     ingestor = _deploy("ingestor", RemotePoolIngestor, 1024, 1024)
     parts["ingestor"] = ingestor.bind(config, address, embedder)
-    return _deploy("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts)
+    return _deploy("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts, generators)
+
+
+def _deploy_generator(place: int, model: Served) -> serve.Application | None:
+    """Replicas for a model that needs processes of its own; None for one that the gateway asks itself."""
+    name = f"generator-{place}"
+    match model.address.partition(":")[0]:
+        case "vllm":
+            from actors.vllm import deploy  # loads the engine's library, which only those who asked for it have
+
+            return deploy(name, model)
+        case "gguf":
+            at_once, waiting = model.replicas.at_once, model.replicas.waiting
+            return _deploy(name, Generator, at_once, waiting, model.replicas.least).bind(model)
+    return None
+
+
+def _balance(config: Config, handles: dict[int, DeploymentHandle], retriever: Any) -> Balancer:
+    """Every generator behind its name: those in replicas by their handles, the others opened here."""
+    members = []
+    for place, model in enumerate(config.models.of_task("generate")):
+        generator: GeneratorPort
+        if place not in handles:
+            generator = open_model(
+                "generate", model.address, name=model.called, api_key=model.api_key or config.models.api_key,
+                timeout_seconds=model.timeout_seconds, images=model.images, embed=retriever.embed,
+            )  # fmt: skip
+        elif model.address.startswith(vllm.SCHEME):
+            sees = vllm.read_checkpoint(model.address).sees_images if model.images is None else model.images
+            generator = RemoteEngine(model.called, sees, handles[place])
+        else:
+            generator = RemoteGenerator(model.called, bool(model.images), handles[place])
+        members.append(Member(generator, model.accuracy))
+    usual = config.balancer
+    weights = Weights(usual.latency_weight, usual.throughput_weight, usual.accuracy_weight)
+    return Balancer(members, weights, usual.probe_seconds)
 
 
 def vectors_address(config: Config, vectors_port: int) -> str:
@@ -123,10 +148,10 @@ def vectors_address(config: Config, vectors_port: int) -> str:
     )
 
 
-def _deploy(name: str, actor: type, at_once: int, waiting: int) -> serve.Deployment:
+def _deploy(name: str, actor: type, at_once: int, waiting: int, replicas: int = 1) -> serve.Deployment:
     return serve.deployment(
         name=name,
-        num_replicas=1,
+        num_replicas=replicas,
         max_ongoing_requests=at_once,
         max_queued_requests=waiting,
         health_check_period_s=2,

@@ -13,6 +13,7 @@ from deployments import middleware
 from deployments.routes import answers, documents, health, jobs, openai, sessions, upkeep
 from nexus import __version__
 from nexus.access import KeyRing
+from nexus.balancer import Balancer
 from nexus.config import Config
 from nexus.errors import NexusError
 from nexus.hades import Fault, Removed
@@ -51,6 +52,7 @@ class Lent:
     sessions: Sessions
     retriever: Searching
     ingestor: Ingesting
+    balancer: Balancer
     embedder: Embedding
     embedder_name: str
     count_tokens: Callable[[Sequence[str]], list[int]]

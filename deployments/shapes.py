@@ -116,56 +116,6 @@ class SessionQuery(Shape):
     collection: CollectionName = "default"
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-
-
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
-
-
-class ChatCompletion(BaseModel):
-    """OpenAI's request, the fields that mean something here; any other is refused by name."""
-
-    model_config = ConfigDict(extra="forbid")
-    model: Annotated[str, Field(min_length=1, max_length=256)]
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Literal[1] | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-
-    def question(self) -> str:
-        """The last turn of the user."""
-        return next((m.text() for m in reversed(self.messages) if m.role == "user"), "")
-
-    def context(self) -> str:
-        """The turns before it, as text."""
-        turns = [f"{m.role}: {m.text()}" for m in self.messages if m.role in ("user", "assistant")]
-        return "\n".join(turns[:-1])
-
-
 class Embeddings(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: Annotated[str, Field(min_length=1, max_length=256)]

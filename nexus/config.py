@@ -146,6 +146,12 @@ class Models(Section):
             return tuple(sorted(listed, key=lambda model: model.called != of_its_own))
         return (Served(address=of_its_own, task=task, api_key=self.api_key), *listed)
 
+    @property
+    def answering(self) -> str:
+        """The name of the generator that answers from the documents, or `auto`."""
+        is_address = ":" in self.generator
+        return Served(address=self.generator).called if is_address else self.generator
+
     @model_validator(mode="after")
     def _names_are_known(self) -> "Models":
         for task, name in (("generate", self.generator), ("rerank", self.reranker)):

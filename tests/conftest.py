@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from actors.ingestor import examine
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
+from nexus.balancer import Balancer, Member, Weights
 from nexus.chunking import ChunkSettings
 from nexus.config import Config
 from nexus.conveyor import Conveyor
@@ -161,7 +162,8 @@ def door(house: House, tmp_path: Path) -> Iterator[Door]:
     keys = KeyRing(tmp_path)
     jobs = Jobs(tmp_path)
     retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
-    generator = extractive.open("extractive:", embed=retriever.embed)
+    members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5)]
+    balancer = Balancer(members, Weights(1, 1, 1), probe_seconds=5)
     lent = Lent(
         config=Config(home=tmp_path, http={"max_body_bytes": 2**20}),
         keys=keys,
@@ -170,10 +172,13 @@ def door(house: House, tmp_path: Path) -> Iterator[Door]:
         sessions=Sessions(house.hades.documents),
         retriever=retriever,
         ingestor=ingestor,
+        balancer=balancer,
         embedder=retriever,
         embedder_name="word-embedder",
         count_tokens=lambda texts: [len(text.split()) for text in texts],
-        rag=Tools(retriever.retrieve, generator, passages=5, passage_tokens=500, abstain_below=0.3),
+        rag=Tools(
+            retriever.retrieve, balancer.generator("extractive"), passages=5, passage_tokens=500, abstain_below=0.3
+        ),
         checks={"documents": lambda: asyncio.to_thread(house.hades.documents.check)},
     )
     with TestClient(build(lent), raise_server_exceptions=False) as client:

@@ -5,12 +5,11 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
-import orjson
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import StreamingResponse
 
 from deployments.routes.caller import lent, permit
 from deployments.shapes import Query, Search, reply, show_answer, show_result
+from deployments.streaming import DONE, event, events, while_listening
 from nexus import telemetry
 from nexus.pipelines import rag
 from nexus.types import Answer, Principal
@@ -39,7 +38,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
     stream = rag.run(ask, here.rag)
     if body.stream:
         return await events(_deltas(stream, trace_id))
-    return reply(show_answer(await timed(stream), trace_id))
+    return reply(show_answer(await while_listening(request, timed(stream)), trace_id))
 
 
 async def timed(stream: AsyncGenerator[str | Answer]) -> Answer:
@@ -69,22 +68,4 @@ async def _deltas(stream: AsyncGenerator[str | Answer], trace_id: str) -> AsyncG
                 yield event(show_answer(item, trace_id))
             else:
                 yield event({"delta": item})
-    yield b"data: [DONE]\n\n"
-
-
-def event(value: object) -> bytes:
-    """One server-sent event."""
-    return b"data: " + orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n\n"
-
-
-async def events(stream: AsyncGenerator[bytes]) -> StreamingResponse:
-    """A stream whose first event is made before the answer's head is sent, so that errors have a status."""
-    first = await anext(stream)
-
-    async def all_of_it() -> AsyncGenerator[bytes]:
-        async with aclosing(stream):
-            yield first
-            async for item in stream:
-                yield item
-
-    return StreamingResponse(all_of_it(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+    yield DONE

@@ -1,9 +1,9 @@
-"""OpenAI's routes: models, chat completions from the documents, embeddings."""
+"""OpenAI's routes: models, chat and text completions, from the documents or of a model itself, and embeddings."""
 
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -11,17 +11,28 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.routes.answers import event, events, note, timed
+from deployments.chat_shapes import ChatCompletion, Completion, Sampling
+from deployments.routes.answers import note, timed
 from deployments.routes.caller import lent, permit
-from deployments.shapes import ChatCompletion, CollectionName, Embeddings, reply, show_sources
+from deployments.shapes import CollectionName, Embeddings, reply, show_sources
+from deployments.streaming import DONE, event, events, while_listening
+from deployments.strict import StrictRoute
+from nexus.balancer import AUTO, Balanced, Weights
 from nexus.errors import InvalidRequest, NotFound
 from nexus.pipelines import rag
-from nexus.types import Answer, Principal, SearchRequest
+from nexus.types import Answer, Delta, Principal, SearchRequest, Usage
 
 RAG_MODEL = "nexus-rag"
 COLLECTION = TypeAdapter[str](CollectionName)
+# What an answer from the documents takes of a request; of the rest it can do nothing, and says so.
+RAG_FIELDS = frozenset(
+    {
+        "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature", "seed",
+        "stop", "user", "session_id", "metadata", "store", "n", "top_p",
+    }
+)  # fmt: skip
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 
 
 @router.get("/models")
@@ -39,7 +50,9 @@ async def get_model(request: Request, name: str, principal: Principal = permit("
 async def _model_names(request: Request) -> list[str]:
     here = lent(request)
     collections = await asyncio.to_thread(here.documents.collections)
-    return [RAG_MODEL, *(f"{RAG_MODEL}/{c.name}" for c in collections), here.embedder_name]
+    generators = here.balancer.names()
+    names = [RAG_MODEL, *(f"{RAG_MODEL}/{c.name}" for c in collections), AUTO, *generators, here.embedder_name]
+    return list(dict.fromkeys(names))
 
 
 def _model(name: str) -> dict[str, object]:
@@ -54,32 +67,205 @@ def _unknown_model(name: str) -> NotFound:
 
 @router.post("/chat/completions", response_model=None)
 async def chat(request: Request, body: ChatCompletion, principal: Principal = permit("infer")) -> Response:
-    """`nexus-rag` and `nexus-rag/COLLECTION` answer from the documents, with `sources` beside the rest."""
+    """`nexus-rag` and `nexus-rag/COLLECTION` answer from the documents, with `sources`; others are asked themselves."""
+    if body.model.partition("/")[0] == RAG_MODEL:
+        return await _chat_with_documents(request, body, principal)
+    head = _head(request, body, "chatcmpl")
+    prompt = body.to_prompt(principal.tenant)
+    generator = _generator(request, body)
+    if body.stream:
+        return await events(_chat_chunks(generator.stream(prompt), head, _wants_usage(body)))
+    deltas = await while_listening(request, generator.complete(prompt))
+    choices = [_chat_choice(index, of_it) for index, of_it in _by_choice(deltas)]
+    return reply({**head, "object": "chat.completion", "choices": choices, "usage": _usage(deltas)})
+
+
+@router.post("/completions", response_model=None)
+async def complete(request: Request, body: Completion, principal: Principal = permit("infer")) -> Response:
+    """The older way: a model goes on from a bare text."""
+    head = _head(request, body, "cmpl")
+    prompt = body.to_prompt(principal.tenant)
+    generator = _generator(request, body)
+    if body.stream:
+        return await events(_text_chunks(generator.stream(prompt), head, _wants_usage(body)))
+    deltas = await while_listening(request, generator.complete(prompt))
+    choices = [
+        {"index": index, "text": _text(of_it), "logprobs": _logprobs(of_it), "finish_reason": _end(of_it)}
+        for index, of_it in _by_choice(deltas)
+    ]
+    return reply({**head, "object": "text_completion", "choices": choices, "usage": _usage(deltas)})
+
+
+def _head(request: Request, body: Sampling, kind: str) -> dict[str, Any]:
+    return {"id": f"{kind}-{request.state.request_id}", "created": int(time.time()), "model": body.model}
+
+
+def _wants_usage(body: Sampling) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
+
+
+def _generator(request: Request, body: Sampling) -> Balanced:
+    """The generator for a request; raises NotFound, and InvalidRequest where weights mean nothing."""
+    here = lent(request)
+    given = {name: getattr(body, f"{name}_weight") for name in ("latency", "throughput", "accuracy")}
+    if all(value is None for value in given.values()):
+        return here.balancer.generator(body.model)
+    if body.model != AUTO:
+        raise InvalidRequest("weights choose among models: they go with model 'auto'", pointer="/model")
+    usual = here.balancer.default_weights
+    weights = {name: getattr(usual, name) if value is None else value for name, value in given.items()}
+    return here.balancer.generator(AUTO, Weights(**weights))
+
+
+# One generation as a whole
+
+
+def _by_choice(deltas: Sequence[Delta]) -> Iterable[tuple[int, list[Delta]]]:
+    for index in sorted({delta.choice for delta in deltas if delta.usage is None} or {0}):
+        yield index, [delta for delta in deltas if delta.choice == index]
+
+
+def _text(deltas: Sequence[Delta]) -> str:
+    return "".join(delta.text for delta in deltas)
+
+
+def _end(deltas: Sequence[Delta]) -> str:
+    return next((delta.finish_reason for delta in reversed(deltas) if delta.finish_reason), "stop")
+
+
+def _chat_choice(index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    calls, text = _join_calls(deltas), _text(deltas)
+    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+    if calls:
+        message["tool_calls"] = calls
+    for name in ("refusal", "reasoning_content"):
+        if said := "".join(str(delta.beside[name]) for delta in deltas if delta.beside.get(name)):
+            message[name] = said
+    return {"index": index, "message": message, "logprobs": _logprobs(deltas), "finish_reason": _end(deltas)}
+
+
+def _join_calls(deltas: Sequence[Delta]) -> list[dict[str, Any]]:
+    """The tool calls of a message from their pieces: each names its index, the arguments come bit by bit."""
+    calls: dict[int, dict[str, Any]] = {}
+    for piece in (piece for delta in deltas for piece in delta.beside.get("tool_calls", ())):  # type: ignore[attr-defined]
+        function = piece.get("function") or {}
+        call = calls.setdefault(
+            piece.get("index", len(calls)), {"id": "", "type": "function", "function": {"name": "", "arguments": ""}}
+        )
+        call["id"] = piece.get("id") or call["id"]
+        call["function"]["name"] += function.get("name") or ""
+        call["function"]["arguments"] += function.get("arguments") or ""
+    return [calls[index] for index in sorted(calls)]
+
+
+def _logprobs(deltas: Sequence[Delta]) -> dict[str, Any] | None:
+    """The pieces' log probabilities end to end: every field of theirs that is a list."""
+    joined: dict[str, Any] = {}
+    for piece in (delta.beside["logprobs"] for delta in deltas if delta.beside.get("logprobs")):
+        for name, value in piece.items():  # type: ignore[attr-defined]
+            joined[name] = joined.get(name, []) + value if isinstance(value, list) else value
+    return joined or None
+
+
+def _usage(deltas: Sequence[Delta]) -> dict[str, Any] | None:
+    usage = next((delta.usage for delta in reversed(deltas) if delta.usage is not None), None)
+    return None if usage is None else show_usage(usage)
+
+
+def show_usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
+
+
+# One generation as it comes
+
+
+async def _chat_chunks(stream: AsyncGenerator[Delta], head: dict[str, Any], wants_usage: bool) -> AsyncGenerator[bytes]:
+    head = {**head, "object": "chat.completion.chunk"}
+    begun: set[int] = set()
+    usage = None
+    async with aclosing(stream) as deltas:
+        async for delta in deltas:
+            usage = delta.usage or usage
+            if delta.usage is not None:
+                continue
+            said: dict[str, Any] = {name: value for name, value in delta.beside.items() if name != "logprobs"}
+            if delta.choice not in begun:
+                begun.add(delta.choice)
+                said |= {"role": "assistant", "content": ""}
+            if delta.text:
+                said["content"] = delta.text
+            yield event({**head, "choices": [_choice(delta, "delta", said)]})
+    if wants_usage and usage is not None:
+        yield event({**head, "choices": [], "usage": show_usage(usage)})
+    yield DONE
+
+
+async def _text_chunks(stream: AsyncGenerator[Delta], head: dict[str, Any], wants_usage: bool) -> AsyncGenerator[bytes]:
+    head = {**head, "object": "text_completion"}
+    usage = None
+    async with aclosing(stream) as deltas:
+        async for delta in deltas:
+            usage = delta.usage or usage
+            if delta.usage is None:
+                yield event({**head, "choices": [_choice(delta, "text", delta.text)]})
+    if wants_usage and usage is not None:
+        yield event({**head, "choices": [], "usage": show_usage(usage)})
+    yield DONE
+
+
+def _choice(delta: Delta, field: str, said: object) -> dict[str, Any]:
+    logprobs = delta.beside.get("logprobs")
+    return {"index": delta.choice, field: said, "logprobs": logprobs, "finish_reason": delta.finish_reason}
+
+
+# Answers from the documents
+
+
+async def _chat_with_documents(request: Request, body: ChatCompletion, principal: Principal) -> Response:
     here = lent(request)
     collection = await _collection_of(request, body.model)
-    if not body.question().strip():
-        raise InvalidRequest("there is no question: the last user message is empty", pointer="/messages")
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    _refuse_what_documents_cannot(body)
     ask = rag.Ask(
         SearchRequest(body.question(), collection=collection), principal, body.context(),
-        body.max_completion_tokens or body.max_tokens, body.temperature, body.seed, stop,
+        body.max_completion_tokens or body.max_tokens, body.temperature, body.seed, body.stops(),
+        body.session_id or "",
     )  # fmt: skip
-    head = {"id": f"chatcmpl-{request.state.request_id}", "created": int(time.time()), "model": body.model}
+    head = _head(request, body, "chatcmpl")
     stream = rag.run(ask, here.rag)
+    counter = UsageCounter(request, body)
     if body.stream:
-        wants_usage = body.stream_options is not None and body.stream_options.include_usage
-        return await events(_chunks(stream, head, UsageCounter(request, body) if wants_usage else None))
-    answer = await timed(stream)
+        return await events(_answer_chunks(stream, head, counter if _wants_usage(body) else None))
+    answer = await while_listening(request, timed(stream))
     message = {"role": "assistant", "content": answer.response, "refusal": None}
     return reply(
         {
             **head,
             "object": "chat.completion",
             "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
-            "usage": UsageCounter(request, body)(answer),
+            "usage": counter(answer),
             **_beside(answer),
         }
     )
+
+
+def _refuse_what_documents_cannot(body: ChatCompletion) -> None:
+    if not body.question().strip():
+        raise InvalidRequest("there is no question: the last user message is empty", pointer="/messages")
+    given = {name for name in body.model_fields_set if getattr(body, name) is not None}
+    if unfit := sorted(given - RAG_FIELDS):
+        raise InvalidRequest(f"{RAG_MODEL} answers from documents and takes no {unfit[0]}", pointer=f"/{unfit[0]}")
+    if body.n not in (None, 1):
+        raise InvalidRequest(f"{RAG_MODEL} gives one answer", pointer="/n")
+    if any(message.to_message().images for message in body.messages):
+        raise InvalidRequest(
+            f"{RAG_MODEL} reads no pictures; ask a model that does, GET /v1/models lists them",
+            pointer="/messages", code="images_not_supported",
+        )  # fmt: skip
 
 
 async def _collection_of(request: Request, model: str) -> str:
@@ -118,7 +304,7 @@ class UsageCounter:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-async def _chunks(
+async def _answer_chunks(
     stream: AsyncGenerator[str | Answer], head: dict[str, Any], usage: UsageCounter | None
 ) -> AsyncGenerator[bytes]:
     started = time.perf_counter()
@@ -138,7 +324,7 @@ async def _chunks(
             yield chunk({}, "stop", **_beside(item))
             if usage is not None:
                 yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage(item)})
-    yield b"data: [DONE]\n\n"
+    yield DONE
 
 
 @router.post("/embeddings")

@@ -1,0 +1,156 @@
+"""vLLM replicas: Ray's LLM server with our way in, and the router that keeps a conversation on one replica."""
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from ray import serve
+from ray.serve._private.request_router.common import PendingRequest
+from ray.serve._private.request_router.replica_wrapper import RunningReplica
+from ray.serve.config import RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorResponse
+
+from nexus.config import Served
+from nexus.errors import InvalidRequest, NexusError, NotFound, Overloaded, Unavailable
+from nexus.models.vllm import engine_arguments, environment, read_checkpoint
+
+Way = Literal["chat", "completions"]
+
+MERGED_SECONDS = 0.02  # between two sends of one stream, its first piece apart: nobody reads faster
+STARTUP_REPEATS = 3
+EMBEDDING_REQUEST: TypeAdapter[Any] = TypeAdapter(EmbeddingRequest)
+REQUESTS: Mapping[Way, type] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
+
+
+class SessionRouter(ConsistentHashRouter):
+    """Requests of one session go to one replica, whose cache knows its beginning; the others to the freer of two."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is not None and pending_request.metadata.session_id:
+            return await super().choose_replicas(candidate_replicas, pending_request)
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))] if candidate_replicas else []
+
+
+class Replica(LLMServer):
+    """One engine. Requests come as plain dictionaries, so that whoever sends them needs no vLLM."""
+
+    async def generate(self, way: Way, body: Mapping[str, Any]) -> AsyncGenerator[list[str | NexusError]]:
+        """Server-sent events as vLLM writes them, some at a time; an error is the last item.
+
+        The first piece is sent at once, later ones as they are but at most every 20 ms, together.
+        """
+        try:
+            request = REQUESTS[way].model_validate({**body, "model": self._llm_config.model_id, "stream": True})
+        except ValidationError as error:
+            yield [_refusal(error)]
+            return
+        events = await getattr(super(), way)(request)
+        async with aclosing(_merged(events, MERGED_SECONDS)) as batches:
+            async for batch in batches:
+                yield [_to_error(event) if isinstance(event, ErrorResponse) else event for event in batch]
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]] | NexusError:
+        """One row of numbers for each text, or what was wrong with them."""
+        body = {"model": self._llm_config.model_id, "input": list(texts)}
+        async for answer in await super().embeddings(EMBEDDING_REQUEST.validate_python(body)):
+            if isinstance(answer, ErrorResponse):
+                return _to_error(answer)
+            return [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
+        return Unavailable("the engine gave no vectors; try again in a moment")
+
+    async def ready(self) -> bool:
+        """True while the engine works."""
+        await self.check_health()
+        return True
+
+    def _batch_output_stream(self, generator: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
+        return generator  # `generate` merges
+
+
+async def _merged(events: AsyncGenerator[Any], seconds: float) -> AsyncGenerator[list[Any]]:
+    """The first event at once; after each send, what comes within `seconds` in the next one."""
+    waiting: list[Any] = []
+    arrived = asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    waiting.append(event)
+                    arrived.set()
+        finally:
+            arrived.set()
+
+    reading = asyncio.create_task(read())
+    try:
+        while not reading.done() or waiting:
+            await arrived.wait()
+            arrived.clear()
+            if waiting:
+                batch = waiting[:]
+                waiting.clear()
+                yield batch
+            if not reading.done():
+                await asyncio.wait([reading], timeout=seconds)
+        reading.result()
+    finally:
+        reading.cancel()
+        await asyncio.wait([reading])
+
+
+def _to_error(answer: ErrorResponse) -> NexusError:
+    """The engine's refusal as one of ours, without what it says of its inside."""
+    message, status = str(answer.error.message)[:500], int(answer.error.code)
+    if status == 404:
+        return NotFound(message, pointer="/model", code="model_not_found")
+    if status in (429, 503):
+        return Overloaded("the engine is full; try again in a moment")
+    if 400 <= status < 500:
+        return InvalidRequest(message)
+    return Unavailable("the engine failed; try again in a moment")
+
+
+def _refusal(error: ValidationError) -> NexusError:
+    fault = error.errors(include_url=False, include_input=False)[0]
+    pointer = "".join(f"/{part}" for part in fault["loc"])
+    return InvalidRequest(f"{pointer or 'the request'}: {fault['msg']}"[:500], pointer=pointer or None)
+
+
+def deploy(name: str, model: Served) -> serve.Application:
+    """The replicas of one model, each with its engine's processors, or a refusal to start."""
+    checkpoint, engine, replicas = read_checkpoint(model.address), model.engine, model.replicas
+    bundle = {"CPU": 1, "GPU": 1} if engine.device == "gpu" else {"CPU": 0.01}
+    config = LLMConfig(
+        model_loading_config={"model_id": model.called, "model_source": str(checkpoint.folder)},
+        engine_kwargs=engine_arguments(model),
+        accelerator_config={"kind": engine.device},
+        placement_group_config={"bundle_per_worker": bundle, "strategy": "STRICT_PACK"},
+        runtime_env={"env_vars": dict(environment(engine))},
+        experimental_configs={"stream_batching_interval_ms": 0},
+        deployment_config={
+            "max_ongoing_requests": replicas.at_once,
+            "max_queued_requests": replicas.waiting,
+            "autoscaling_config": {
+                "min_replicas": replicas.least,
+                "max_replicas": max(replicas.least, replicas.most),
+                "target_ongoing_requests": replicas.target,
+            },
+            "health_check_period_s": 2,
+            "health_check_timeout_s": 60,
+            "graceful_shutdown_timeout_s": 30,
+            "graceful_shutdown_wait_loop_s": 0.2,
+            "max_constructor_retry_count": STARTUP_REPEATS,
+            "request_router_config": RequestRouterConfig(request_router_class=SessionRouter),
+            "ray_actor_options": {"num_cpus": 0},
+        },
+    )
+    return build_llm_deployment(config, deployment_cls=Replica, override_serve_options={"name": name})
