@@ -1,6 +1,7 @@
 """vLLM replicas: Ray's LLM server with our way in, and the router that keeps a conversation on one replica."""
 
 import asyncio
+import os
 import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -14,6 +15,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorResponse
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from nexus.config import Served
 from nexus.errors import InvalidRequest, NexusError, NotFound, Overloaded, Unavailable
@@ -53,10 +55,15 @@ class Replica(LLMServer):
         except ValidationError as error:
             yield [_refusal(error)]
             return
-        events = await getattr(super(), way)(request)
-        async with aclosing(_merged(events, MERGED_SECONDS)) as batches:
-            async for batch in batches:
-                yield [_to_error(event) if isinstance(event, ErrorResponse) else event for event in batch]
+        try:
+            events = await getattr(super(), way)(request)
+            async with aclosing(_merged(events, MERGED_SECONDS)) as batches:
+                async for batch in batches:
+                    if any(_is_fault(event) for event in batch):
+                        await self.check_health()
+                    yield [_to_error(event) if isinstance(event, ErrorResponse) else event for event in batch]
+        except EngineDeadError:
+            os._exit(1)  # a replica without its engine would fail fastest, and so be chosen first
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]] | NexusError:
         """One row of numbers for each text, or what was wrong with them."""
@@ -67,10 +74,19 @@ class Replica(LLMServer):
             return [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
         return Unavailable("the engine gave no vectors; try again in a moment")
 
+    async def count_requests(self) -> int:
+        """Those that the engine has not finished."""
+        assert self.engine is not None
+        return int(self.engine._engine_client.output_processor.get_num_unfinished_requests())
+
     async def ready(self) -> bool:
         """True while the engine works."""
         await self.check_health()
         return True
+
+    async def _start_engine(self) -> None:
+        assert self.engine is not None
+        await self.engine.start()  # and no actor that would report about it
 
     def _batch_output_stream(self, generator: AsyncGenerator[Any]) -> AsyncGenerator[Any]:
         return generator  # `generate` merges
@@ -105,6 +121,10 @@ async def _merged(events: AsyncGenerator[Any], seconds: float) -> AsyncGenerator
     finally:
         reading.cancel()
         await asyncio.wait([reading])
+
+
+def _is_fault(event: str | ErrorResponse) -> bool:
+    return event.startswith('data: {"error"') if isinstance(event, str) else int(event.error.code) >= 500
 
 
 def _to_error(answer: ErrorResponse) -> NexusError:

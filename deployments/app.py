@@ -3,6 +3,7 @@
 import asyncio
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Gateway:
         documents = open_part("stores", config.stores.documents, home=home)
         retriever: Any = parts["retriever"]
         answers = config.answers
-        balancer = _balance(config, self._generators, retriever)
+        generators = _open_generators(config, self._generators, retriever)
+        balancer = _balance(config, generators)
         return gateway.build(
             gateway.Lent(
                 config=config,
@@ -72,6 +74,7 @@ class Gateway:
                     **{name: part.ready for name, part in parts.items()},
                     "documents": lambda: asyncio.to_thread(documents.check),
                 },
+                engines={one.name: one.load for one in generators if isinstance(one, RemoteEngine)},
             ),
             says_request_id=False,
         )
@@ -120,23 +123,27 @@ def _deploy_generator(place: int, model: Served) -> serve.Application | None:
     return None
 
 
-def _balance(config: Config, handles: dict[int, DeploymentHandle], retriever: Any) -> Balancer:
-    """Every generator behind its name: those in replicas by their handles, the others opened here."""
-    members = []
+def _open_generators(config: Config, handles: dict[int, DeploymentHandle], retriever: Any) -> list[GeneratorPort]:
+    """Every generator, in the order configured: those in replicas by their handles, the others opened here."""
+    opened: list[GeneratorPort] = []
     for place, model in enumerate(config.models.of_task("generate")):
-        generator: GeneratorPort
         if place not in handles:
             generator = open_model(
                 "generate", model.address, name=model.called, api_key=model.api_key or config.models.api_key,
                 timeout_seconds=model.timeout_seconds, images=model.images, embed=retriever.embed,
             )  # fmt: skip
+            opened.append(generator)
         elif model.address.startswith(vllm.SCHEME):
             sees = vllm.read_checkpoint(model.address).sees_images if model.images is None else model.images
-            generator = RemoteEngine(model.called, sees, handles[place])
+            opened.append(RemoteEngine(model.called, sees, handles[place]))
         else:
-            generator = RemoteGenerator(model.called, bool(model.images), handles[place])
-        members.append(Member(generator, model.accuracy))
-    usual = config.balancer
+            opened.append(RemoteGenerator(model.called, bool(model.images), handles[place]))
+    return opened
+
+
+def _balance(config: Config, generators: Sequence[GeneratorPort]) -> Balancer:
+    models, usual = config.models.of_task("generate"), config.balancer
+    members = [Member(generator, model.accuracy) for generator, model in zip(generators, models, strict=True)]
     weights = Weights(usual.latency_weight, usual.throughput_weight, usual.accuracy_weight)
     return Balancer(members, weights, usual.probe_seconds)
 

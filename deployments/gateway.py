@@ -1,7 +1,7 @@
 """The front door: a FastAPI application over whatever it is lent."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments import middleware
-from deployments.routes import answers, documents, health, jobs, openai, sessions, upkeep
+from deployments.routes import answers, documents, health, jobs, openai, report, sessions, upkeep
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.balancer import Balancer
@@ -58,6 +58,7 @@ class Lent:
     count_tokens: Callable[[Sequence[str]], list[int]]
     rag: Tools
     checks: dict[str, Callable[[], Awaitable[object]]]
+    engines: dict[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)  # name -> what each works on
 
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
@@ -70,7 +71,7 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    for routes in (health, documents, jobs, upkeep, answers, sessions, openai):
+    for routes in (health, documents, jobs, upkeep, answers, sessions, openai, report):
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
 

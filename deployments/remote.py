@@ -87,6 +87,7 @@ class RemoteEngine:
     def __init__(self, name: str, sees_images: bool, handle: DeploymentHandle) -> None:
         self.name, self.sees_images = name, sees_images
         self._generate = RemoteStream(handle, "generate")
+        self._handle = handle
         self._part = Remote(handle)
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta]:
@@ -111,6 +112,11 @@ class RemoteEngine:
 
     async def check(self) -> None:
         await self._part.ready()
+
+    async def load(self) -> list[int]:
+        """How many requests each replica works on."""
+        with translated():
+            return list(await self._handle.broadcast("count_requests").results_async())
 
 
 def _read(event: str) -> list[Delta]:

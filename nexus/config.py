@@ -81,6 +81,7 @@ class Engine(Section):
     max_batched_tokens: Positive | None = None
     max_sequences: Positive = 64
     prefix_caching: bool = True
+    compiled: bool = True  # slower to start, faster to answer
     seed: int = 0
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     quantization: str | None = None

@@ -57,6 +57,7 @@ def engine_arguments(model: Served) -> dict[str, object]:
         "pipeline_parallel_size": engine.pipeline_parallel,
         "max_num_seqs": engine.max_sequences,
         "enable_prefix_caching": engine.prefix_caching,
+        "enforce_eager": not engine.compiled,
         "seed": engine.seed,
         "dtype": engine.dtype,
         "trust_remote_code": engine.trust_remote_code,
