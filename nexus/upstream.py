@@ -216,6 +216,8 @@ class Server:
         if not self._secret.isascii() or not self._secret.isprintable() or " " in self._secret:
             raise ConfigError(f"the api_key of the model {name!r} holds characters that no key has")
         self._world = world or World()
+        # Reading the authorities' certificates takes long, and redirects are not followed: http never needs them.
+        self._verify = httpx.create_ssl_context() if address.url.startswith("https:") else False
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
@@ -274,12 +276,15 @@ class Server:
         if status != 200 and status not in also_fine:
             raise Unavailable(f"the server of the model {self.name!r} answers its check with status {status}")
 
-    async def close(self) -> None:
-        """Close the connections of this event loop and those of `post`. The server may be used again."""
-        if client := self._clients.pop(asyncio.get_running_loop(), None):
-            await client.aclose()
+    def close(self) -> None:
+        """Close the connections of `post`. The server may be used again."""
         if client := self.__dict__.pop("_blocking", None):
             client.close()
+
+    async def aclose(self) -> None:
+        """Close this event loop's connections. The server may be used again."""
+        if client := self._clients.pop(asyncio.get_running_loop(), None):
+            await client.aclose()
 
     def explain(self, status: int, body: bytes | Mapping[str, Any], retry_after: str | None = None) -> Refusal:
         """What a refusal with this status means, and who has to act."""
@@ -325,7 +330,7 @@ class Server:
             headers["Authorization"] = f"Bearer {self._secret}"
         limits = httpx.Limits(max_connections=256, max_keepalive_connections=64, keepalive_expiry=30)
         timeout = httpx.Timeout(self.seconds, connect=min(CONNECT_SECONDS, self.seconds))
-        return {"headers": headers, "limits": limits, "timeout": timeout, "follow_redirects": False}
+        return {"headers": headers, "limits": limits, "timeout": timeout, "verify": self._verify}
 
     @cached_property
     def _blocking(self) -> httpx.Client:

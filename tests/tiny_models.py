@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import PIPE, Popen, TimeoutExpired
 
 import gguf
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
-def write_gguf(path: Path, *, layers: int = 2, width: int = 64, heads: int = 4, context: int = 4096) -> Path:
+def write_gguf(path: Path, *, layers: int = 2, width: int = 64, heads: int = 4, context: int = 32768) -> Path:
     """A llama of random weights as a GGUF file of about 0.6 MB, the same bytes each time.
 
     Its vocabulary is the 256 bytes and some letters; its chat template writes "role: content" lines.
@@ -81,7 +81,11 @@ def serving_gguf(path: Path, log: Path, *, embeds: bool = False) -> Iterator[str
             assert url is not None, log.read_text()
             yield url
         finally:
-            child.kill()
+            child.stdin.close()  # it ends by itself then, its log written
+            try:
+                child.wait(20)
+            except TimeoutExpired:
+                child.kill()
 
 
 def serve(path: str, task: str) -> None:
@@ -91,7 +95,7 @@ def serve(path: str, task: str) -> None:
     wanted = xllamacpp.CommonParams()
     wanted.model.path = path
     wanted.model_alias = {"tiny"}
-    wanted.n_ctx = 2048
+    wanted.n_ctx = 32768
     wanted.n_parallel = 1
     wanted.cpuparams.n_threads = 1
     wanted.port = 0

@@ -38,6 +38,10 @@ class NimReranker:
         }  # fmt: skip
         return squash(read_scores(self._server.post("/ranking", body), "rankings", "logit", len(texts), self.name))
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
+
 
 def open(
     address: str,

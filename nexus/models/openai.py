@@ -58,7 +58,7 @@ class RemoteGenerator:
 
     async def close(self) -> None:
         """Close this event loop's connections."""
-        await self._server.close()
+        await self._server.aclose()
 
     async def _soon(self, deltas: AsyncGenerator[Delta]) -> Delta | None:
         try:
@@ -156,6 +156,10 @@ class RemoteEmbedder:
             rows.append(vectors)
         return np.concatenate(rows)
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
+
     def _ask(self, texts: Sequence[str], input_type: InputType) -> Vectors:
         body: dict[str, Any] = {"model": self._model, "input": texts, "encoding_format": "float"}
         if self._asymmetric:
@@ -194,6 +198,10 @@ class RemoteReranker:
         answer = self._server.post("/rerank", body)
         scores = read_scores(answer, "results", "relevance_score", len(texts), self.name)
         return scores if ((scores >= 0) & (scores <= 1)).all() else squash(scores)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._server.close()
 
 
 def read_scores(answer: object, field: str, score: str, count: int, name: str) -> Vector:
