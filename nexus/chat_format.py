@@ -1,4 +1,4 @@
-"""A Prompt in OpenAI's words, and those words as Deltas: for every engine that speaks them, over HTTP or in process."""
+"""A Prompt in OpenAI's words, and OpenAI's words as Deltas, for every engine that speaks them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

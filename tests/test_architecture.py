@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = ("nexus", "cluster", "actors", "deployments")  # each may import those before it
 MAY_IMPORT_RAY = ("actors/", "deployments/", "cluster/bootstrap.py")
-HTTP = {"fastapi", "starlette", "httpx", "uvicorn", "requests", "aiohttp"}
+HTTP_SERVERS = {"fastapi", "starlette", "uvicorn"}
+HTTP_CLIENTS = {"httpx", "requests", "aiohttp"}
+MAY_CALL_HTTP = ("deployments/", "nexus/upstream.py")
 HIDING_NAMES = {"utils", "common", "helpers", "base", "manager"}
 MAY_CATCH_ALL = {"deployments/middleware.py", "nexus/parsing.py", "nexus/guard.py"}
 LONGEST_FUNCTION = 70
@@ -51,9 +53,14 @@ def test_ray_is_imported_only_where_said(source: Path) -> None:
         assert "ray" not in set(imports(source))
 
 
-def test_http_is_spoken_only_in_deployments(source: Path) -> None:
+def test_http_is_served_only_in_deployments(source: Path) -> None:
     if not name_of(source).startswith("deployments/"):
-        assert not HTTP & set(imports(source))
+        assert not HTTP_SERVERS & set(imports(source))
+
+
+def test_http_is_called_only_where_said(source: Path) -> None:
+    if not name_of(source).startswith(MAY_CALL_HTTP):
+        assert not HTTP_CLIENTS & set(imports(source))
 
 
 def test_no_name_hides_what_is_inside(source: Path) -> None:
