@@ -3,7 +3,8 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,21 @@ from starlette.types import ASGIApp
 
 from actors.embedder import Embedder
 from actors.ingestor import Ingestor
+from actors.reranker import Reranker
 from actors.retriever import Retriever
 from actors.vectors import Vectors
 from deployments import gateway
 from nexus.access import KeyRing
-from nexus.config import Config, load_config
+from nexus.config import Config, Served, load_config
 from nexus.errors import NexusError, Overloaded, Unavailable
 from nexus.jobs import Jobs
+from nexus.models import by_embedder
 from nexus.pipelines.rag import Tools
-from nexus.registry import find_module, open_part
+from nexus.registry import Task, find_module, open_model, open_part
 from nexus.sessions import Sessions
 
 APPLICATION = "nexus"
+ELSEWHERE = ("openai:", "nim:")  # models that another server runs
 
 
 class Remote:
@@ -38,8 +42,12 @@ class Remote:
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         async def call(*arguments: Any) -> Any:
+            answer = getattr(self._handle, method).remote(*arguments)
             try:
-                return await getattr(self._handle, method).remote(*arguments)
+                return await answer
+            except asyncio.CancelledError:
+                answer.cancel()  # nobody waits for it any more
+                raise
             except RayTaskError as error:
                 cause = getattr(error, "cause", error)
                 raise (cause if isinstance(cause, NexusError) else error) from None
@@ -51,12 +59,35 @@ class Remote:
         return call
 
 
-class Gateway:
-    """The ingress replica: the HTTP application, with handles to the rest."""
+class Threaded:
+    """A model of this process as deployments are: its methods are awaited, each call in a thread."""
 
-    def __init__(self, config: Config, parts: dict[str, DeploymentHandle]) -> None:
+    def __init__(self, model: object, threads: int) -> None:
+        self._model = model
+        self._threads = ThreadPoolExecutor(threads, "model")
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        async def call(*arguments: Any) -> Any:
+            work = getattr(self._model, method)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+
+        return call
+
+
+class Gateway:
+    """The ingress replica: the HTTP application, with handles to the rest.
+
+    `models` are the further embedders and the rerankers that are deployments, by the names clients ask for.
+    """
+
+    def __init__(
+        self, config: Config, parts: dict[str, DeploymentHandle], models: dict[Task, dict[str, DeploymentHandle]]
+    ) -> None:
         self._config = config
         self._parts = {name: Remote(handle) for name, handle in parts.items()}
+        self._models = {
+            task: {name: Remote(handle) for name, handle in handles.items()} for task, handles in models.items()
+        }
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         config, parts = self._config, self._parts
@@ -64,6 +95,7 @@ class Gateway:
         documents = open_part("stores", config.stores.documents, home=home)
         retriever: Any = parts["retriever"]
         answers = config.answers
+        embedders = _embedders(config, parts["embedder"], self._models["embed"])
         return gateway.build(
             gateway.Lent(
                 config=config,
@@ -73,8 +105,7 @@ class Gateway:
                 sessions=Sessions(documents),
                 retriever=retriever,
                 ingestor=parts["ingestor"],
-                embedder=parts["embedder"],
-                embedder_name=config.models.embedder.partition(":")[2],
+                embedders=embedders,
                 count_tokens=find_module("models", config.models.embedder).open_tokenizer(config.models.embedder),
                 rag=Tools(
                     retrieve=retriever.retrieve,
@@ -87,6 +118,7 @@ class Gateway:
                     **{name: part.ready for name, part in parts.items()},
                     "documents": lambda: asyncio.to_thread(documents.check),
                 },
+                rerankers=_rerankers(config, parts["embedder"], self._models["rerank"]),
             ),
             says_request_id=False,
         )
@@ -99,8 +131,71 @@ class RemotePoolIngestor(Ingestor):
         super().__init__(config, vectors_address, Remote(pool))  # type: ignore[arg-type]
 
 
+class RemoteRerankerRetriever(Retriever):
+    """The retriever, with the reranker one hop away where it has a process of its own."""
+
+    def __init__(self, config: Config, vectors_address: str, reranker: DeploymentHandle | None) -> None:
+        super().__init__(config, vectors_address, None if reranker is None else Remote(reranker))  # type: ignore[arg-type]
+
+
+def _is_ours(model: Served) -> bool:
+    """Whether we load its weights, in a process of its own. The others are opened by whoever asks them."""
+    return not model.address.startswith((*ELSEWHERE, by_embedder.ADDRESS))
+
+
+def _named(models: Sequence[Served]) -> dict[str, Served]:
+    """Models by the name clients ask for; of equal names the first."""
+    named: dict[str, Served] = {}
+    for model in models:
+        named.setdefault(model.called, model)
+    return named
+
+
+def _embedders(config: Config, own: Any, deployed: Mapping[str, Any]) -> dict[str, Any]:
+    """Every embedder by its name, the documents' own first."""
+    first, *further = _named(config.models.of_task("embed")).items()
+    return {first[0]: own, **{name: deployed.get(name) or _open("embed", model) for name, model in further}}
+
+
+def _rerankers(config: Config, embedder: Any, deployed: Mapping[str, Any]) -> dict[str, Any]:
+    """Every configured reranker by its name."""
+
+    def find(name: str, model: Served) -> Any:
+        if model.address == by_embedder.ADDRESS:
+            return gateway.ByEmbedding(embedder)
+        return deployed.get(name) or _open("rerank", model)
+
+    return {name: find(name, model) for name, model in _named(config.models.of_task("rerank")).items()}
+
+
+def _open(task: Task, model: Served) -> Threaded:
+    return Threaded(open_model(task, model.address, **model.offered()), model.replicas.at_once)
+
+
+def _deploy_models(config: Config, threads: int) -> dict[Task, dict[str, Any]]:
+    """A deployment of each further embedder and of each reranker that is ours to run, by its name."""
+    embedders = list(_named(config.models.of_task("embed")).items())[1:]
+    rerankers = list(_named(config.models.of_task("rerank")).items())
+    return {
+        "embed": {
+            name: _deploy(f"embedder-{number}", Embedder, model.replicas.at_once, model.replicas.waiting).bind(
+                model.address, threads
+            )
+            for number, (name, model) in enumerate(embedders, 1)
+            if _is_ours(model)
+        },
+        "rerank": {
+            name: _deploy(
+                f"reranker-{number}" if number else "reranker", Reranker, model.replicas.at_once, model.replicas.waiting
+            ).bind(model.address, threads, model.offered())
+            for number, (name, model) in enumerate(rerankers)
+            if _is_ours(model)
+        },
+    }
+
+
 def build(config: Config, vectors_port: int) -> serve.Application:
-    """The application: gateway over retriever, ingestor, embedder and, where it is ours to run, Milvus Lite.
+    """The application: gateway over retriever, ingestor, embedders, rerankers and, where it is ours, Milvus Lite.
 
     Each replica says how many requests it takes at once and how many may wait; past that, 503.
     """
@@ -110,10 +205,13 @@ def build(config: Config, vectors_port: int) -> serve.Application:
     address = vectors_address(config, vectors_port)
     if config.stores.vectors == "milvus-lite:":
         parts["vectors"] = _deploy("vectors", Vectors, 16, 64).bind(str(config.home), vectors_port)
-    parts["retriever"] = _deploy("retriever", Retriever, 32, 256).bind(config, address)
+    models = _deploy_models(config, threads)
+    reranker = None if config.models.reranker is None else config.models.of_task("rerank")[0].called
+    retriever = _deploy("retriever", RemoteRerankerRetriever, 32, 256)
+    parts["retriever"] = retriever.bind(config, address, models["rerank"].get(reranker) if reranker else None)
     ingestor = _deploy("ingestor", RemotePoolIngestor, 1024, 1024)
     parts["ingestor"] = ingestor.bind(config, address, embedder)
-    return _deploy("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts)
+    return _deploy("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts, models)
 
 
 def vectors_address(config: Config, vectors_port: int) -> str:

@@ -121,8 +121,13 @@ class Served(Section):
     def called(self) -> str:
         """The name clients ask for: as configured, or what follows # in the address, or what it ends in."""
         scheme, _, rest = self.address.partition(":")
-        last = rest.partition("#")[2] or (Path(rest).stem if "/" in rest else rest)
+        last = rest.partition("#")[2] or (Path(rest).name.removesuffix(".gguf") if "/" in rest else rest)
         return self.name or last or scheme
+
+    def offered(self) -> dict[str, Any]:
+        """What the module of its address may want to know; each takes what it has a use for."""
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        return {"name": self.called, "api_key": key, "timeout_seconds": self.timeout_seconds}
 
 
 class Models(Section):
