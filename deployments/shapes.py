@@ -185,7 +185,11 @@ def _at_most(most: int) -> AfterValidator:
     """A text is bounded in the bytes of its UTF-8."""
 
     def check(text: str) -> str:
-        if len(text.encode(errors="surrogatepass")) > most:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair is no text") from None
+        if size > most:
             raise ValueError(f"a text here has at most {most} bytes")
         return text
 
