@@ -5,24 +5,32 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nexus.config import Config
 from nexus.hades import Hades
 from nexus.ports import Embedder, InputType
-from nexus.registry import open_part
+from nexus.registry import open_model, open_part
+from nexus.reranking import Reranking, in_threads
 from nexus.retrieval import RetrievalSettings
 from nexus.retrieval import Retriever as Searching
-from nexus.types import Evidence, Principal, SearchRequest, SearchResult, Vectors
+from nexus.types import Evidence, Principal, SearchRequest, SearchResult, Vector, Vectors
 
 Result = TypeVar("Result")
 THREADS = 8
 
 
-class Retriever:
-    """One hop from the gateway: embed the query here, ask the stores, fuse, ask HADES."""
+class RerankerElsewhere(Protocol):
+    async def rerank(self, query: str, texts: Sequence[str]) -> Vector: ...
 
-    def __init__(self, config: Config, vectors_address: str) -> None:
+
+class Retriever:
+    """One hop from the gateway: embed the query here, ask the stores, fuse, ask HADES, rerank.
+
+    The reranker is opened here, unless one in another process is lent.
+    """
+
+    def __init__(self, config: Config, vectors_address: str, reranker: RerankerElsewhere | None = None) -> None:
         self._embedder: Embedder = open_part("models", config.models.embedder, threads=1)
         home = Path(config.home)
         hades = Hades(
@@ -35,8 +43,29 @@ class Retriever:
         settings = RetrievalSettings(
             retrieval.candidates, retrieval.embedding_weight, retrieval.text_weight, retrieval.fusion
         )
-        self._retriever = Searching(hades, self._embedder, settings)
+        self._reranker = reranker
+        self._retriever = Searching(hades, self._embedder, settings, self._reranking(config))
         self._threads = ThreadPoolExecutor(THREADS, "search")
+
+    def _reranking(self, config: Config) -> Reranking | None:
+        models = config.models
+        if models.reranker is None:
+            return None
+        served = models.of_task("rerank")[0]
+        score = self._rerank_elsewhere
+        if self._reranker is None:
+            opened = open_model("rerank", served.address, embedder=self._embedder, **served.offered())
+            score = in_threads(opened, ThreadPoolExecutor(THREADS, "rerank"))
+        return Reranking(served.called, score, models.rerank_candidates, models.rerank_seconds)
+
+    def _rerank_elsewhere(self, query: str, texts: Sequence[str], seconds: float) -> Vector:
+        """Called in a thread of ours: the reranker is asked on the loop, and waited for here."""
+        assert self._reranker is not None
+        asked = asyncio.run_coroutine_threadsafe(self._reranker.rerank(query, texts), self._loop)
+        try:
+            return asked.result(seconds)
+        finally:
+            asked.cancel()
 
     async def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
         return await self._run(self._retriever.search, request, principal)
@@ -60,4 +89,5 @@ class Retriever:
         return True
 
     async def _run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))
+        self._loop = asyncio.get_running_loop()
+        return await self._loop.run_in_executor(self._threads, partial(work, *arguments))

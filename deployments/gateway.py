@@ -1,6 +1,6 @@
 """The front door: a FastAPI application over whatever it is lent."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments import middleware
-from deployments.routes import answers, documents, health, jobs, openai, report, sessions, upkeep
+from deployments.routes import answers, documents, health, jobs, openai, report, reranking, sessions, upkeep
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.balancer import Balancer
@@ -19,10 +19,11 @@ from nexus.errors import NexusError
 from nexus.hades import Fault, Removed
 from nexus.ingest import Source
 from nexus.jobs import Jobs
+from nexus.models.by_embedder import nearness
 from nexus.pipelines.rag import Tools
-from nexus.ports import DocumentStore
+from nexus.ports import DocumentStore, InputType
 from nexus.sessions import Sessions
-from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vectors
+from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector, Vectors
 
 
 class Searching(Protocol):
@@ -38,12 +39,29 @@ class Ingesting(Protocol):
 
 
 class Embedding(Protocol):
-    async def embed(self, texts: Sequence[str]) -> Vectors: ...
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors: ...
+
+
+class Reranking(Protocol):
+    async def rerank(self, query: str, texts: Sequence[str]) -> Vector: ...
+
+
+@dataclass(frozen=True)
+class ByEmbedding:
+    """A reranker made of an embedder, one hop for the query and one for the texts."""
+
+    embedder: Embedding
+
+    async def rerank(self, query: str, texts: Sequence[str]) -> Vector:
+        return nearness(await self.embedder.embed([query], "query"), await self.embedder.embed(texts, "passage"))
 
 
 @dataclass(frozen=True)
 class Lent:
-    """Everything a handler may use: handles in a cluster, plain objects in a test."""
+    """Everything a handler may use: handles in a cluster, plain objects in a test.
+
+    Embedders and rerankers stand under the names that clients ask for; the documents' own embedder is the first.
+    """
 
     config: Config
     keys: KeyRing
@@ -53,12 +71,18 @@ class Lent:
     retriever: Searching
     ingestor: Ingesting
     balancer: Balancer
-    embedder: Embedding
-    embedder_name: str
+    embedders: Mapping[str, Embedding]
     count_tokens: Callable[[Sequence[str]], list[int]]
     rag: Tools
     checks: dict[str, Callable[[], Awaitable[object]]]
-    engines: dict[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)  # name -> what each works on
+    rerankers: Mapping[str, Reranking] = field(default_factory=dict)
+    engines: Mapping[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)  # what each works on
+
+    def reranker_called(self, name: str) -> Reranking | None:
+        """The one configured under this name, else the embedder of this name as a reranker."""
+        if name in self.rerankers or name not in self.embedders:
+            return self.rerankers.get(name)
+        return ByEmbedding(self.embedders[name])
 
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
@@ -71,7 +95,7 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    for routes in (health, documents, jobs, upkeep, answers, sessions, openai, report):
+    for routes in (health, documents, jobs, upkeep, answers, sessions, openai, reranking, report):
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
 

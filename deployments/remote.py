@@ -1,9 +1,12 @@
 """Deployments as plain objects: what is called has their methods, and raises the errors they raised."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+import numpy as np
 import orjson
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -11,7 +14,8 @@ from ray.serve.handle import DeploymentHandle
 
 from nexus.chat_format import read_chunk, to_body
 from nexus.errors import NexusError, Overloaded, Unavailable, UpstreamInvalid
-from nexus.types import Delta, Prompt, digest
+from nexus.ports import InputType
+from nexus.types import Delta, Prompt, Vectors, digest
 
 DONE = "data: [DONE]"
 
@@ -39,7 +43,27 @@ class Remote:
     def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
         async def call(*arguments: Any) -> Any:
             with translated():
-                return await getattr(self._handle, method).remote(*arguments)
+                answer = getattr(self._handle, method).remote(*arguments)
+                try:
+                    return await answer
+                except asyncio.CancelledError:
+                    answer.cancel()  # nobody waits for it any more
+                    raise
+
+        return call
+
+
+class Threaded:
+    """A model of this process as deployments are: its methods are awaited, each call in a thread."""
+
+    def __init__(self, model: object, threads: int) -> None:
+        self._model = model
+        self._threads = ThreadPoolExecutor(threads, "model")
+
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        async def call(*arguments: Any) -> Any:
+            work = getattr(self._model, method)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
         return call
 
@@ -117,6 +141,24 @@ class RemoteEngine:
         """How many requests each replica works on."""
         with translated():
             return list(await self._handle.broadcast("count_requests").results_async())
+
+
+class RemoteEmbedder:
+    """An embedder in vLLM replicas (actors/vllm.py)."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._part = Remote(handle)
+
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
+        """Unit rows; the engine embeds both types of input alike. Raises UpstreamInvalid for rows that are none."""
+        answer = await self._part.embed(texts)
+        if isinstance(answer, NexusError):
+            raise answer
+        rows = np.asarray(answer, np.float32)
+        lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+        if rows.ndim != 2 or len(rows) != len(texts) or not (np.isfinite(lengths) & (lengths > 0)).all():
+            raise UpstreamInvalid("the embedding engine answered with something else than a vector for each text")
+        return rows / lengths
 
 
 def _read(event: str) -> list[Delta]:

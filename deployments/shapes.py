@@ -85,6 +85,7 @@ class Search(Shape):
     explain: bool = False
     graph: Literal["off", "on", "auto"] = "auto"
     hops: Annotated[int, Field(ge=1, le=3)] = 1
+    rerank: bool | None = None
 
     def to_request(self) -> SearchRequest:
         return SearchRequest(
@@ -99,6 +100,7 @@ class Search(Shape):
             explain=self.explain,
             graph=self.graph,
             hops=self.hops,
+            rerank=self.rerank,
         )
 
 
@@ -127,6 +129,43 @@ class Embeddings(BaseModel):
 
     def texts(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else self.input
+
+
+def _at_most(most: int) -> AfterValidator:
+    """A text is bounded in the bytes of its UTF-8."""
+
+    def check(text: str) -> str:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair is no text") from None
+        if size > most:
+            raise ValueError(f"a text here has at most {most} bytes")
+        return text
+
+    return AfterValidator(check)
+
+
+RerankedText = Annotated[str, _at_most(64 * 1024)]
+
+
+class RerankedDocument(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    text: RerankedText
+
+
+class Rerank(BaseModel):
+    """Cohere's and Jina's request, the fields that mean something here."""
+
+    model_config = ConfigDict(extra="forbid")
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    query: Annotated[str, _at_most(8 * 1024)]
+    documents: Annotated[list[RerankedText | RerankedDocument], Field(min_length=1, max_length=1000)]
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = False
+
+    def texts(self) -> list[str]:
+        return [one if isinstance(one, str) else one.text for one in self.documents]
 
 
 def reply(value: object, status: int = 200) -> Response:

@@ -122,8 +122,13 @@ class Served(Section):
     def called(self) -> str:
         """The name clients ask for: as configured, or what follows # in the address, or what it ends in."""
         scheme, _, rest = self.address.partition(":")
-        last = rest.partition("#")[2] or (Path(rest).stem if "/" in rest else rest)
+        last = rest.partition("#")[2] or (Path(rest).name.removesuffix(".gguf") if "/" in rest else rest)
         return self.name or last or scheme
+
+    def offered(self) -> dict[str, Any]:
+        """What the module of its address may want to know; each takes what it has a use for."""
+        key = None if self.api_key is None else self.api_key.get_secret_value()
+        return {"name": self.called, "api_key": key, "timeout_seconds": self.timeout_seconds}
 
 
 class Models(Section):
@@ -152,6 +157,13 @@ class Models(Section):
         """The name of the generator that answers from the documents, or `auto`."""
         is_address = ":" in self.generator
         return Served(address=self.generator).called if is_address else self.generator
+
+    @field_validator("embedder")
+    @classmethod
+    def _is_no_engine(cls, embedder: str) -> str:
+        if embedder.startswith("vllm:"):
+            raise ValueError("a vLLM model cannot embed the documents; put it into `served`, with `task: embed`")
+        return embedder
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "Models":

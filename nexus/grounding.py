@@ -96,8 +96,10 @@ class Features:
 def assess(query: str, hits: Sequence[Hit]) -> Judgement:
     """How probably the hits answer the query, were every second query answerable.
 
-    Looks at the best 8 hits, in the order given. Which routes were asked is read off them: a hit
-    names the routes that found it, and a cosine other than 0 comes of the dense one.
+    Looks at the best 8 hits, in the order given, which must be that of their fused score: so the weights
+    were fitted, and so a confidence means the same whether a reranker answered, failed or is not there.
+    Which routes were asked is read off the hits: each names the routes that found it, and a cosine other
+    than 0 comes of the dense one.
     """
     if not hits:
         return Judgement(0.0, "nothing was found")

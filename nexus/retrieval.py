@@ -10,6 +10,8 @@ cosine from the stored vector, so that no candidate is judged by half.
 Where the evidence is weak, documents connected to the best ones are asked as well: their chunks become
 candidates by their cosine, and what is connected gains a little, less with every hop.
 
+Where a reranker is lent, it orders the best of what HADES lets be seen (reranking.py), and nothing else.
+
 The sequence number is read before the routes are asked (hades.py says why).
 """
 
@@ -25,6 +27,7 @@ import numpy as np
 from nexus.errors import InvalidRequest
 from nexus.hades import Hades
 from nexus.ports import Collection, Embedder, Scope, Verdict
+from nexus.reranking import Reranked, Reranking
 from nexus.terms import shadow
 from nexus.types import Chunk, Document, Hit, Principal, RouteScore, SearchRequest, SearchResult, Vector
 
@@ -92,11 +95,14 @@ class Retriever:
     hades: Hades
     embedder: Embedder
     settings: RetrievalSettings
+    reranking: Reranking | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "route"))
 
     def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
         """The k best visible chunks. Raises InvalidRequest, NotFound (collection), Unavailable."""
         check_request(request)
+        if request.rerank and self.reranking is None:
+            raise InvalidRequest("no reranker is configured here; set models.reranker", pointer="/rerank")
         clock = Clock()
         while True:
             collection = self.hades.find_collection(request.collection)
@@ -113,7 +119,8 @@ class Retriever:
         scope, allowed = self._scope(request, principal, sequence)
         if scope.document_ids == ():
             nothing = Judged([], {}, [])
-            explain = _explanation(nothing, _decide(request, [], False)) if request.explain else None
+            nothing_found = Reranked([], False, "nothing was found")
+            explain = _explanation(nothing, _decide(request, [], False), nothing_found) if request.explain else None
             return SearchResult((), sequence, clock.seconds, explain)
         wanted = max(self.settings.candidates, request.k)
         # Asked for while the text route runs, and made once however often the routes are widened.
@@ -138,10 +145,10 @@ class Retriever:
             among = set(scope.document_ids) if scope.document_ids is not None else allowed
             with clock.time("graph"):
                 judged, graph = self._widen(request, principal, sequence, judged, graph, among, embedded)
-        with clock.time("authority"):
-            hits = self._load(judged.visible[: request.k])
-        explain = _explanation(judged, graph) if request.explain else None
-        return SearchResult(tuple(hits), sequence, clock.seconds, explain)
+        hits, reranked = self._rank(request, judged.visible, clock)
+        explain = _explanation(judged, graph, reranked) if request.explain else None
+        fused = tuple(hits[: request.k]) if reranked.applied else ()
+        return SearchResult(tuple(reranked.hits[: request.k]), sequence, clock.seconds, explain, fused)
 
     def _scope(self, request: SearchRequest, principal: Principal, sequence: int) -> tuple[Scope, set[str] | None]:
         """Where the routes look; and, for a filter too wide to hand to them, the documents allowed."""
@@ -244,6 +251,18 @@ class Retriever:
         near = {i: reached[document_of[i]][0] for i in may_show if document_of.get(i) in reached}
         candidates = lift([*judged.candidates, *added], near, visible[0].score)
         return Judged(candidates, verdicts, [c for c in candidates if c.chunk_id in may_show]), graph
+
+    def _rank(self, request: SearchRequest, visible: Sequence[Candidate], clock: "Clock") -> tuple[list[Hit], Reranked]:
+        """The best visible hits as they were fused; and as the reranker orders them, where there is one."""
+        reranking = self.reranking if request.rerank is not False else None
+        wanted = request.k if reranking is None else max(request.k, reranking.candidates)
+        with clock.time("authority"):
+            hits = self._load(visible[:wanted])
+        if reranking is None:
+            configured = self.reranking is not None
+            return hits, Reranked(hits, False, "the request does without" if configured else "none is configured")
+        with clock.time("rerank"):
+            return hits, reranking.order(request.query, hits)
 
     def _load(self, candidates: Sequence[Candidate]) -> list[Hit]:
         rows = self.hades.documents.load([c.chunk_id for c in candidates])
@@ -431,8 +450,8 @@ def _widened(hit: Hit, chunks: Sequence[Chunk]) -> Hit:
     )
 
 
-def _explanation(judged: Judged, graph: Expansion) -> dict[str, object]:
-    """Every candidate, its place in each route, and what became of it; and what the graph did."""
+def _explanation(judged: Judged, graph: Expansion, reranked: Reranked) -> dict[str, object]:
+    """Every candidate, its place in each route, and what became of it; and what graph and reranker did."""
     verdicts, visible = judged.verdicts, {c.chunk_id for c in judged.visible}
     return {
         "candidates": [
@@ -454,6 +473,7 @@ def _explanation(judged: Judged, graph: Expansion) -> dict[str, object]:
             "seeds": list(graph.seeds),
             "reached": [{"document_id": i, "hops": away, "edge": edge} for i, (away, edge) in graph.reached.items()],
         },
+        "rerank": {"applied": reranked.applied, "why": reranked.why, "fallback": reranked.fallback},
     }
 
 

@@ -28,6 +28,9 @@ rag_queries = _counter("rag_queries_total", "Searches and questions answered.", 
 rag_response = _histogram("rag_response_duration_seconds", "From request to full answer.", ["query_type"])
 rag_stage = _histogram("rag_stage_duration_seconds", "One stage of a search or an answer.", ["stage"])
 rag_first_token = _histogram("rag_time_to_first_token_seconds", "From request to the first piece of an answer.")
+rerank_fallbacks = _counter(
+    "rag_rerank_fallbacks_total", "Searches that kept their order because the reranker failed or rests.", ["reason"]
+)
 ingest_documents = _counter("ingest_documents_total", "Documents that ended their ingestion.", ["outcome"])
 ingest_chunks = _counter("ingest_chunks_total", "Chunks published.")
 

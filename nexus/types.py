@@ -162,7 +162,7 @@ class SearchRequest:
     """What to look for. Weights are of the fused score; `filters` limits it to some documents.
 
     `graph` says whether documents connected to the best ones, within `hops`, are asked too: always, never,
-    or where the evidence is weak.
+    or where the evidence is weak. `rerank` says whether a reranker orders the best hits; None: as configured.
     """
 
     query: str
@@ -176,16 +176,25 @@ class SearchRequest:
     explain: bool = False
     graph: Literal["off", "on", "auto"] = "auto"
     hops: int = 1
+    rerank: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The hits, best first, the sequence they were read at, and seconds spent per stage."""
+    """The hits, best first, the sequence they were read at, and seconds spent per stage.
+
+    `fused` are the k best by their score alone, where a reranker made another order of them.
+    """
 
     hits: tuple[Hit, ...]
     sequence: int
     seconds: Mapping[str, float] = field(default_factory=dict)
     explain: Mapping[str, object] | None = None
+    fused: tuple[Hit, ...] = ()
+
+    @property
+    def by_score(self) -> tuple[Hit, ...]:
+        return self.fused or self.hits
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from nexus.jobs import Jobs
 from nexus.models import extractive
 from nexus.parsing import Limits, Parsers
 from nexus.pipelines.rag import Tools
-from nexus.ports import DocumentStore, Staged, VectorStore
+from nexus.ports import DocumentStore, InputType, Staged, VectorStore
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
@@ -101,8 +101,8 @@ class LocalRetriever:
         result = self.house.retriever.search(request, principal)
         return Evidence(result, tuple(self.house.retriever.expand(result.hits[:passages], tokens)))
 
-    async def embed(self, texts: Sequence[str]) -> Vectors:
-        return self.house.embedder.embed(texts)
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
+        return self.house.embedder.embed(texts, input_type)
 
 
 class LocalIngestor:
@@ -173,8 +173,7 @@ def door(house: House, tmp_path: Path) -> Iterator[Door]:
         retriever=retriever,
         ingestor=ingestor,
         balancer=balancer,
-        embedder=retriever,
-        embedder_name="word-embedder",
+        embedders={"word-embedder": retriever},
         count_tokens=lambda texts: [len(text.split()) for text in texts],
         rag=Tools(
             retriever.retrieve, balancer.generator("extractive"), passages=5, passage_tokens=500, abstain_below=0.3

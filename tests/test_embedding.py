@@ -21,6 +21,7 @@ from nexus.types import Vectors
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
 ADDRESS = "sentence-transformer:all-MiniLM-L6-v2"
+FINGERPRINT = "all-MiniLM-L6-v2@4566cd508fdfa8c4a907b9800dd458dc"
 LONG = "The pump stops when the tank is full and starts again below the lower mark. " * 200
 TEXTS = [
     "", " ", "a", "?", "Stop.", "Restart the service.", "How do I reset my password?", "42", "3.14159 2.71828 1.41421",
@@ -300,6 +301,70 @@ def test_what_is_no_plain_bert_is_left_to_the_library(
 
 def edit(path: Path, change: dict[str, object]) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+# Prompts
+
+PROMPTS = {"query": "ask: ", "document": "the passage reads: "}
+
+
+def with_prompts(folder: Path, copy: Path, prompts: object) -> Path:
+    shutil.copytree(folder, copy)
+    edit(copy / "config_sentence_transformers.json", {"prompts": prompts})
+    return copy
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_distilbert"])
+def test_prompts_stand_before_texts_of_their_kind_as_in_the_library(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    without_bfloat16(monkeypatch)
+    plain = request.getfixturevalue(model)
+    folder = with_prompts(plain, tmp_path / "prompted", PROMPTS)
+    library = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    embedder = sentence_transformer.open(f"sentence-transformer:{folder}")
+    queries, passages = embedder.embed(TEXTS, "query"), embedder.embed(TEXTS, "passage")
+    for found, encode in ((queries, library.encode_query), (passages, library.encode_document)):
+        assert np.abs(found - encode(TEXTS, normalize_embeddings=True)).max() < 1e-5
+    assert np.abs(queries - passages).max() > 1e-3, "a hundred times what the library may differ by"
+    assert np.array_equal(embedder.embed(TEXTS), passages)
+
+
+def test_a_prompt_takes_its_tokens_from_the_text(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = with_prompts(tiny_bert, tmp_path / "prompted", PROMPTS)
+    counter = sentence_transformer.open_tokenizer(f"sentence-transformer:{folder}")
+    assert counter.max_tokens == 62 - 4
+    assert counter(["hello world"]) == [2]
+    words = ["word"] * counter.max_tokens
+    whole, longer = counter.encode([" ".join(words), " ".join([*words, "word"])])
+    assert len(whole) == 64 and np.array_equal(whole, longer)
+
+
+def test_the_fingerprint_says_that_there_are_prompts_and_which(tiny_bert: Path, tmp_path: Path) -> None:
+    def fingerprint(name: str, prompts: object) -> str:
+        return sentence_transformer._fingerprint("tiny", with_prompts(tiny_bert, tmp_path / name, prompts))
+
+    one, other = fingerprint("one", PROMPTS), fingerprint("other", {**PROMPTS, "query": "seek: "})
+    assert one != other
+    for name, none in {"empty": {"query": "", "document": ""}, "absent": None, "unused": {"sts": "say: "}}.items():
+        folder = tmp_path / f"files-{name}"
+        assert sentence_transformer.read_prompts(with_prompts(tiny_bert, folder, none)) == {}
+        encoded = sentence_transformer.TokenCounter(folder).encode(["hello"], "query")
+        assert np.array_equal(encoded, sentence_transformer.TokenCounter(tiny_bert).encode(["hello"]))
+
+
+def test_the_fingerprint_of_a_model_without_prompts_is_what_it_was(embedder: SentenceTransformerEmbedder) -> None:
+    """Another would mean that every collection made so far must be embedded again."""
+    assert embedder.fingerprint == FINGERPRINT
+
+
+def test_a_model_that_pools_without_its_prompts_is_refused(tiny_bert: Path, tmp_path: Path) -> None:
+    folder = with_prompts(tiny_bert, tmp_path / "prompted", PROMPTS)
+    edit(folder / "1_Pooling/config.json", {"include_prompt": False})
+    with pytest.raises(ConfigError, match="pooling"):
+        sentence_transformer.open(f"sentence-transformer:{folder}")
 
 
 # Batches

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Container, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -20,6 +20,7 @@ from deployments.strict import StrictRoute
 from nexus.balancer import AUTO, Balanced, Weights
 from nexus.errors import InvalidRequest, NotFound
 from nexus.pipelines import rag
+from nexus.ports import InputType
 from nexus.types import Answer, Delta, Principal, SearchRequest, Usage
 
 RAG_MODEL = "nexus-rag"
@@ -43,23 +44,22 @@ async def list_models(request: Request, principal: Principal = permit("infer")) 
 @router.get("/models/{name:path}")
 async def get_model(request: Request, name: str, principal: Principal = permit("infer")) -> Response:
     if name not in await _model_names(request):
-        raise _unknown_model(name)
+        raise unknown_model(name)
     return reply(_model(name))
 
 
 async def _model_names(request: Request) -> list[str]:
     here = lent(request)
     collections = await asyncio.to_thread(here.documents.collections)
-    generators = here.balancer.names()
-    names = [RAG_MODEL, *(f"{RAG_MODEL}/{c.name}" for c in collections), AUTO, *generators, here.embedder_name]
-    return list(dict.fromkeys(names))
+    ours = [RAG_MODEL, *(f"{RAG_MODEL}/{c.name}" for c in collections), AUTO]
+    return list(dict.fromkeys([*ours, *here.balancer.names(), *here.embedders, *here.rerankers]))
 
 
 def _model(name: str) -> dict[str, object]:
     return {"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "nexus"}
 
 
-def _unknown_model(name: str) -> NotFound:
+def unknown_model(name: str) -> NotFound:
     return NotFound(
         f"the model {name[:100]!r} does not exist; GET /v1/models lists them", pointer="/model", code="model_not_found"
     )
@@ -271,15 +271,15 @@ def _refuse_what_documents_cannot(body: ChatCompletion) -> None:
 async def _collection_of(request: Request, model: str) -> str:
     name, slash, collection = model.partition("/")
     if name != RAG_MODEL or (slash and not collection):
-        raise _unknown_model(model)
+        raise unknown_model(model)
     if not slash:
         return "default"
     try:
         COLLECTION.validate_python(collection)
     except ValidationError:
-        raise _unknown_model(model) from None
+        raise unknown_model(model) from None
     if await asyncio.to_thread(lent(request).documents.collection, collection) is None:
-        raise _unknown_model(model)
+        raise unknown_model(model)
     return collection
 
 
@@ -329,13 +329,19 @@ async def _answer_chunks(
 
 @router.post("/embeddings")
 async def embeddings(request: Request, body: Embeddings, principal: Principal = permit("infer")) -> Response:
+    """Of texts that ask or may answer, as `input_type` or the end of the model's name says; by default the latter.
+
+    `usage` counts with the tokenizer of the documents' embedder.
+    """
     here = lent(request)
-    if body.model != here.embedder_name:
-        raise _unknown_model(body.model)
+    name, input_type = _kind_asked(body, here.embedders)
+    embedder = here.embedders.get(name)
+    if embedder is None:
+        raise unknown_model(body.model)
     texts = body.texts()
     if any(not text.strip() for text in texts):
         raise InvalidRequest("an input text is empty", pointer="/input")
-    vectors = await here.embedder.embed(texts)
+    vectors = await embedder.embed(texts, input_type)
     if body.dimensions not in (None, vectors.shape[1]):
         raise InvalidRequest(f"this model has {vectors.shape[1]} dimensions, no other number", pointer="/dimensions")
     data = [
@@ -345,6 +351,18 @@ async def embeddings(request: Request, body: Embeddings, principal: Principal = 
     tokens = sum(await asyncio.to_thread(here.count_tokens, texts))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return reply({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+
+def _kind_asked(body: Embeddings, known: Container[str]) -> tuple[str, InputType]:
+    """The model, and what its texts are: where only OpenAI's fields can be sent, the name ends in it."""
+    kinds: tuple[InputType, ...] = ("query", "passage")
+    for kind in kinds:
+        name = body.model.removesuffix(f"-{kind}")
+        if name != body.model and body.model not in known:
+            if body.input_type not in (None, kind):
+                raise InvalidRequest(f"the model's name says {kind}, but not input_type", pointer="/input_type")
+            return name, kind
+    return body.model, body.input_type or "passage"
 
 
 def _encode(vector: Sequence[float], encoding: str) -> object:

