@@ -1,6 +1,7 @@
 """Models behind a server: a real one over a model of random weights, and one that misbehaves as told."""
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -584,7 +585,7 @@ def test_a_long_message_is_cut() -> None:
     assert len(clean("x y " * 10_000)) == upstream.MOST_TOLD
     assert clean("a\r\n\tb\x1b[31m c") == "a b [31m c"
     assert clean("the field 'max_tokens' and/or 3.5 must be >= 1") == "the field 'max_tokens' and/or 3.5 must be >= 1"
-    assert clean("key=abc", ("abc", "")) == "key=…"
+    assert clean("key=abc on ai said: abcde", ("abc", "", "ai")) == "key=… on … said: abcde"
 
 
 @pytest.mark.parametrize("key", ["with space", "naïve", "line\nend", SecretStr("tab\there")])
@@ -708,6 +709,14 @@ def test_an_answer_that_hangs_is_given_up(double: Double) -> None:
     with pytest.raises(Unavailable, match="1 s"):
         post(served(double, seconds=1))
     assert len(double.asked) == 1
+
+
+def test_an_answer_that_trickles_past_its_deadline_is_given_up(double: Double) -> None:
+    """Each part comes quickly enough for its own; all of them together take too long."""
+    world = replace(Still().world(), clock=itertools.count(0, 15).__next__)
+    double.answer(reply(200, {"data": "x" * 500_000}))
+    with pytest.raises(Unavailable, match="in time"):
+        post(Server(parse_address(f"openai:{double.url}#m"), "mine", None, 20, world))
 
 
 def test_the_dimension_is_asked_for_where_it_is_not_set(double: Double, closing: list[Any]) -> None:
