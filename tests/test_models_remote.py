@@ -193,6 +193,7 @@ def say(text: str, finish: str | None = None, index: int = 0) -> dict[str, objec
     return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": finish}]}
 
 
+STREAMED = b"data: " + json.dumps(say("a", "stop")).encode() + b"\n\ndata: [DONE]\n\n"
 GOOD = stream(say("a"), say("b", "stop"), "data: [DONE]\n\n")
 
 
@@ -422,7 +423,8 @@ def test_a_stream_with_nothing_but_its_end_is_nonsense(double: Double) -> None:
     [
         reply(200, b"<html>sign in</html>", "text/html"),
         reply(200, {"choices": []}),
-        reply(200, b"data: x\n\n", "text/event-stream", content_encoding="gzip"),
+        reply(200, STREAMED, "text/plain"),
+        reply(200, STREAMED, "text/event-stream", content_encoding="gzip"),
         reply(302, location="http://169.254.169.254/"),
         reply(307, location="/elsewhere"),
         reply(204),
@@ -435,6 +437,18 @@ def test_an_answer_that_is_none(double: Double, answer: Reply) -> None:
     with pytest.raises(UpstreamInvalid):
         ask(generator_of(double))
     assert len(double.asked) == 1
+
+
+def test_an_answer_that_is_none_is_left_at_once(double: Double) -> None:
+    async def run() -> None:
+        generator = generator_of(double)
+        with pytest.raises(UpstreamInvalid):
+            await anext(generator.stream(HELLO))
+        assert await asyncio.to_thread(double.left.wait, 10)
+        await generator.close()
+
+    double.answer(Reply(b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 99\r\n\r\n<html>", "hang"))
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_LINE_BYTES"])
@@ -612,6 +626,9 @@ def test_events_by_any_cut() -> None:
 # Vectors
 
 
+VECTORS = {"data": [{"index": 0, "embedding": [1, 0]}, {"index": 1, "embedding": [1, 0]}]}
+
+
 def vectors(*rows: Sequence[float]) -> Reply:
     return reply(200, {"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]})
 
@@ -677,7 +694,8 @@ def test_texts_too_long_are_cut_before_they_are_sent(double: Double, closing: li
         reply(200, []),
         reply(200, b"[" * 100_000),
         reply(200, b"<html>", "text/html"),
-        reply(200, b"{}", "application/json", content_encoding="gzip"),
+        reply(200, VECTORS, "text/plain"),
+        reply(200, VECTORS, content_encoding="gzip"),
         reply(200, b""),
     ],
 )  # fmt: skip
