@@ -132,8 +132,8 @@ def read_retry_after(value: str | None, now: float) -> float | None:
 def clean(text: str, secrets: tuple[str, ...] = ()) -> str:
     """Some other server's words as they may be told: one line, bounded, without keys, addresses and paths."""
     text = text[: 8 * MOST_TOLD]
-    for secret in secrets:
-        text = text.replace(secret, "…") if secret else text
+    for secret in filter(None, secrets):
+        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(secret)}(?![A-Za-z0-9])", "…", text)
     text = _NOT_TOLD.sub("…", " ".join("".join(c if c.isprintable() else " " for c in text).split()))
     return text if len(text) <= MOST_TOLD else f"{text[: MOST_TOLD - 1]}…"
 

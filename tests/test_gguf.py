@@ -189,16 +189,16 @@ def test_two_generations_take_turns(generator: gguf.GgufGenerator, stage: Stage)
 
 
 def test_closing_stops_after_the_token_being_computed(generator: gguf.GgufGenerator, stage: Stage) -> None:
-    stage.gate = threading.Semaphore(1)
+    stage.gate = gate = threading.Semaphore(1)
 
     async def run() -> None:
         deltas = generator.stream(replace(HELLO, max_tokens=None))
         assert await anext(deltas) == Delta("a")
         await deltas.aclose()  # while the second token waits for the gate
+        gate.release(1000)
+        assert await asyncio.to_thread(stage.ended.acquire, timeout=20)
 
     asyncio.run(run())
-    stage.gate.release(1000)
-    assert stage.ended.acquire(timeout=20)
     assert stage.tokens == 2
     assert text_of(ask(generator)) == "abcd"
 

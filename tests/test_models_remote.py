@@ -1,6 +1,7 @@
 """Models behind a server: a real one over a model of random weights, and one that misbehaves as told."""
 
 import asyncio
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -192,6 +193,7 @@ def say(text: str, finish: str | None = None, index: int = 0) -> dict[str, objec
     return {"choices": [{"index": index, "delta": {"content": text}, "finish_reason": finish}]}
 
 
+STREAMED = b"data: " + json.dumps(say("a", "stop")).encode() + b"\n\ndata: [DONE]\n\n"
 GOOD = stream(say("a"), say("b", "stop"), "data: [DONE]\n\n")
 
 
@@ -421,7 +423,8 @@ def test_a_stream_with_nothing_but_its_end_is_nonsense(double: Double) -> None:
     [
         reply(200, b"<html>sign in</html>", "text/html"),
         reply(200, {"choices": []}),
-        reply(200, b"data: x\n\n", "text/event-stream", content_encoding="gzip"),
+        reply(200, STREAMED, "text/plain"),
+        reply(200, STREAMED, "text/event-stream", content_encoding="gzip"),
         reply(302, location="http://169.254.169.254/"),
         reply(307, location="/elsewhere"),
         reply(204),
@@ -434,6 +437,18 @@ def test_an_answer_that_is_none(double: Double, answer: Reply) -> None:
     with pytest.raises(UpstreamInvalid):
         ask(generator_of(double))
     assert len(double.asked) == 1
+
+
+def test_an_answer_that_is_none_is_left_at_once(double: Double) -> None:
+    async def run() -> None:
+        generator = generator_of(double)
+        with pytest.raises(UpstreamInvalid):
+            await anext(generator.stream(HELLO))
+        assert await asyncio.to_thread(double.left.wait, 10)
+        await generator.close()
+
+    double.answer(Reply(b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 99\r\n\r\n<html>", "hang"))
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_LINE_BYTES"])
@@ -584,7 +599,7 @@ def test_a_long_message_is_cut() -> None:
     assert len(clean("x y " * 10_000)) == upstream.MOST_TOLD
     assert clean("a\r\n\tb\x1b[31m c") == "a b [31m c"
     assert clean("the field 'max_tokens' and/or 3.5 must be >= 1") == "the field 'max_tokens' and/or 3.5 must be >= 1"
-    assert clean("key=abc", ("abc", "")) == "key=…"
+    assert clean("key=abc on ai said: abcde", ("abc", "", "ai")) == "key=… on … said: abcde"
 
 
 @pytest.mark.parametrize("key", ["with space", "naïve", "line\nend", SecretStr("tab\there")])
@@ -609,6 +624,9 @@ def test_events_by_any_cut() -> None:
 
 
 # Vectors
+
+
+VECTORS = {"data": [{"index": 0, "embedding": [1, 0]}, {"index": 1, "embedding": [1, 0]}]}
 
 
 def vectors(*rows: Sequence[float]) -> Reply:
@@ -676,7 +694,8 @@ def test_texts_too_long_are_cut_before_they_are_sent(double: Double, closing: li
         reply(200, []),
         reply(200, b"[" * 100_000),
         reply(200, b"<html>", "text/html"),
-        reply(200, b"{}", "application/json", content_encoding="gzip"),
+        reply(200, VECTORS, "text/plain"),
+        reply(200, VECTORS, content_encoding="gzip"),
         reply(200, b""),
     ],
 )  # fmt: skip
@@ -708,6 +727,14 @@ def test_an_answer_that_hangs_is_given_up(double: Double) -> None:
     with pytest.raises(Unavailable, match="1 s"):
         post(served(double, seconds=1))
     assert len(double.asked) == 1
+
+
+def test_an_answer_that_trickles_past_its_deadline_is_given_up(double: Double) -> None:
+    """Each part comes quickly enough for its own; all of them together take too long."""
+    world = replace(Still().world(), clock=itertools.count(0, 15).__next__)
+    double.answer(reply(200, {"data": "x" * 500_000}))
+    with pytest.raises(Unavailable, match="in time"):
+        post(Server(parse_address(f"openai:{double.url}#m"), "mine", None, 20, world))
 
 
 def test_the_dimension_is_asked_for_where_it_is_not_set(double: Double, closing: list[Any]) -> None:
