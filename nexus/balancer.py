@@ -249,25 +249,23 @@ class Balancer:
     def _take_probe(self, backend: "_Backend") -> bool:
         """Whether this ejected member is to be probed now; whoever is told so has to do it."""
         now = self._clock()
-        if backend.ejected_since is None or backend.is_probed or now - backend.attempted < self._probe_seconds:
+        is_due = backend.ejected_since is not None and now - backend.attempted >= self._probe_seconds
+        if self._closed or backend.is_probed or not is_due:
             return False
         backend.attempted = now
+        backend.is_probed = True
         return True
 
     def _start_probe(self, backend: "_Backend") -> None:
-        if not self._closed:
-            probe = asyncio.create_task(self._probe(backend))
-            self._probes.add(probe)
-            probe.add_done_callback(self._probes.discard)
+        probe = asyncio.create_task(self._probe(backend))
+        self._probes.add(probe)
+        probe.add_done_callback(self._probes.discard)
 
     async def _probe(self, backend: "_Backend") -> bool:
         """Whether the member passes its own check, which readmits it."""
-        backend.is_probed = True
         try:
-            async with asyncio.timeout(PROBE_LIMIT_SECONDS):
-                await backend.generator.check()
-        except (NexusError, OSError):  # TimeoutError is one
-            return False
+            if not await backend.passes_check():
+                return False
         finally:
             backend.is_probed = False
         backend.ejected_since = None
@@ -321,8 +319,11 @@ class Balanced:
     async def check(self) -> None:
         """Return if one member passes its check, else raise Unavailable. An ejected one is asked when it is due."""
         for backend in sorted(self._backends, key=lambda backend: backend.ejected_since is not None):
-            is_due = backend.ejected_since is None or self._balancer._take_probe(backend)
-            if is_due and await self._balancer._probe(backend):
+            if backend.ejected_since is None:
+                passes = await backend.passes_check()
+            else:
+                passes = self._balancer._take_probe(backend) and await self._balancer._probe(backend)
+            if passes:
                 return
         raise Unavailable(f"no backend of the model {self.name!r} answers; see /report, and try again")
 
@@ -371,6 +372,14 @@ class _Backend:
         if self.ejected_since is None:
             self.ejected_since = now
         self.attempted = now
+
+    async def passes_check(self) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_LIMIT_SECONDS):
+                await self.generator.check()
+        except (NexusError, OSError):  # TimeoutError is one
+            return False
+        return True
 
     def fading(self, now: float) -> float:
         """What is left, in (0, 1], of the difference between this member and a perfect one."""
