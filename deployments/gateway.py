@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments import middleware
-from deployments.routes import answers, documents, health, jobs, openai, sessions, upkeep
+from deployments.routes import answers, documents, health, jobs, openai, pipelines, sessions, upkeep
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.config import Config
@@ -68,7 +68,7 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    for routes in (health, documents, jobs, upkeep, answers, sessions, openai):
+    for routes in (health, documents, jobs, upkeep, answers, sessions, pipelines, openai):
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
 
