@@ -82,7 +82,7 @@ class Gateway:
                     passages=answers.passages,
                     passage_tokens=answers.passage_tokens,
                     abstain_below=answers.abstain_below,
-                    rewrite=rewrites(config),
+                    rewrite=config.rewrites,
                 ),
                 checks={
                     **{name: part.ready for name, part in parts.items()},
@@ -91,13 +91,6 @@ class Gateway:
             ),
             says_request_id=False,
         )
-
-
-def rewrites(config: Config) -> bool:
-    """Whether the model makes whole questions of follow-ups: one that only quotes has no words of its own."""
-    models = config.models.of_task("generate")
-    asked = models if config.models.generator == "auto" else models[:1]
-    return config.pipelines.rewrite_queries and not any(model.address.startswith("extractive:") for model in asked)
 
 
 class RemotePoolIngestor(Ingestor):

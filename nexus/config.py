@@ -319,6 +319,13 @@ class Config(BaseSettings):
         ]  # fmt: skip
 
     @property
+    def rewrites(self) -> bool:
+        """Whether a model makes whole questions of follow-ups: one that only quotes has no words of its own."""
+        models = self.models.of_task("generate")
+        asked = models if self.models.generator == "auto" else models[:1]
+        return self.pipelines.rewrite_queries and not any(model.address.startswith("extractive:") for model in asked)
+
+    @property
     def url(self) -> str:
         host = f"[{self.http.host}]" if ":" in self.http.host else self.http.host
         return f"http://{host}:{self.http.port}"

@@ -348,8 +348,9 @@ def test_it_quotes_the_message_that_asks() -> None:
     [
         [], [("user", "")], [("user", "hello")], [("user", "What pressure does the pump run at?")],
         [("system", PUMP), ("user", "What pressure does the pump run at?")],
-        [("user", "What pressure does the pump run at?"), ("assistant", extractive.NOTHING_TO_QUOTE),
-         ("user", "What pressure does the pump run at?")],
+        [("user", "hello"), ("assistant", extractive.NOTHING_TO_QUOTE),
+         ("user", "What do documents and this conversation say?")],
+        [("user", "What pressure does the pump run at?"), ("user", "What pressure does the pump run at now?")],
     ],
 )  # fmt: skip
 def test_where_nothing_answers_it_says_what_it_is(turns: list) -> None:
@@ -357,8 +358,8 @@ def test_where_nothing_answers_it_says_what_it_is(turns: list) -> None:
 
 
 def test_a_conversation_quotes_code_without_an_empty_end() -> None:
-    said = quote(("user", "To build the package, run:\n\ncolcon build --symlink\n\nHow do I build the package?"))
-    assert "colcon build --symlink" in said and "[1]" not in said and said == said.strip()
+    said = quote(("user", "```\ncolcon build --symlink\n```\n\nHow is symlink given to colcon build?"))
+    assert said == "```\ncolcon build --symlink\n```"
 
 
 # ── steps ───────────────────────────────────────────────────────────────────────────────────────
@@ -485,3 +486,21 @@ def test_configured_templates_and_pipelines_must_exist(tmp_path: Path) -> None:
         file.write_text(f"pipelines: {{{setting}}}")
         with pytest.raises(ConfigError, match=words):
             load_config(file, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "rewrites"),
+    [
+        ("{}", False),
+        ("models: {generator: 'openai:http://127.0.0.1:1/v1#m'}", True),
+        ("{models: {generator: 'openai:http://127.0.0.1:1/v1#m'}, pipelines: {rewrite_queries: false}}", False),
+        ("models: {generator: m, served: [{address: 'extractive:'}, {address: 'vllm:/w#m'}]}", True),
+        ("models: {generator: extractive, served: [{address: 'extractive:'}, {address: 'vllm:/w#m'}]}", False),
+        ("models: {generator: auto, served: [{address: 'vllm:/w#m'}, {address: 'extractive:'}]}", False),
+        ("models: {generator: auto, served: [{address: 'vllm:/w#m'}, {address: 'vllm:/w#n'}]}", True),
+    ],
+)
+def test_only_models_that_write_rewrite(tmp_path: Path, settings: str, rewrites: bool) -> None:
+    file = tmp_path / "nexus.yaml"
+    file.write_text(settings)
+    assert load_config(file, {}).rewrites is rewrites

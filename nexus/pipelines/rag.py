@@ -81,18 +81,17 @@ async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
         generation.add(Delta(NO_EVIDENCE))
         yield NO_EVIDENCE
     seconds["generate"] = time.perf_counter() - started - spent_before
-    checked = "" if reason else generation.text
     yield Answer(
         query=request.search.query,
         response=generation.text,
-        sources=cite(evidence.passages, checked),
+        sources=cite(evidence.passages, generation.text),
         confidence=judgement.confidence,
         abstained=reason is not None,
         reason=reason,
         sequence=evidence.result.sequence,
         searched_for=searched_for,
         seconds=seconds,
-        unsupported_citations=find_unsupported(evidence.passages, checked),
+        unsupported_citations=find_unsupported(evidence.passages, generation.text),
         finish_reason=generation.finish_reason,
         usage=usage + generation.usage if usage and generation.usage else usage or generation.usage,
     )
