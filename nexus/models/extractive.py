@@ -167,7 +167,7 @@ def read_conversation(prompt: Prompt) -> tuple[str, list[Statement]]:
     questions = [said.text for said in read_statements(1, asked) if said.text.endswith("?")]
     texts = [turn.text for index, turn in enumerate(turns) if index != asking] + ([asked] if questions else [])
     statements = read_statements(1, "\n\n".join(texts)[-READ_CHARACTERS:])
-    stated = [said for said in statements if not said.text.endswith("?") and said.text != NOTHING_TO_QUOTE]
+    stated = [said for said in statements if not said.text.endswith("?")]
     return questions[-1] if questions else asked, stated
 
 
