@@ -18,6 +18,7 @@ from actors.vectors import Vectors
 from deployments import gateway, models
 from deployments.remote import Remote, RemoteEngine
 from nexus.access import KeyRing
+from nexus.cache import ResponseCache, cached
 from nexus.config import Config, load_config
 from nexus.jobs import Jobs
 from nexus.pipelines.rag import Tools
@@ -43,6 +44,8 @@ class Gateway:
         answers = config.answers
         opened = models.open_models(config, self._handles, parts["embedder"], retriever)
         balancer = opened.balance(config)
+        kept = config.cache
+        cache = ResponseCache(kept.entries, kept.seconds, kept.max_bytes) if kept.entries else None
         return gateway.build(
             gateway.Lent(
                 config=config,
@@ -53,15 +56,17 @@ class Gateway:
                 retriever=retriever,
                 ingestor=parts["ingestor"],
                 balancer=balancer,
+                cache=cache,
                 embedders=opened.embedders,
                 rerankers=opened.rerankers,
                 count_tokens=find_module("models", config.models.embedder).open_tokenizer(config.models.embedder),
                 rag=Tools(
                     retrieve=retriever.retrieve,
-                    generator=balancer.generator(config.models.answering),
+                    generator=cached(balancer.generator(config.models.answering), cache),
                     passages=answers.passages,
                     passage_tokens=answers.passage_tokens,
                     abstain_below=answers.abstain_below,
+                    rewrite=config.rewrites,
                 ),
                 checks={
                     **{name: part.ready for name, part in parts.items()},

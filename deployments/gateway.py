@@ -10,10 +10,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments import middleware
-from deployments.routes import answers, documents, health, jobs, openai, report, reranking, sessions, upkeep
+from deployments.routes import answers, documents, health, jobs, openai, pipelines, report, reranking, sessions, upkeep
 from nexus import __version__
 from nexus.access import KeyRing
-from nexus.balancer import Balancer
+from nexus.balancer import Balancer, Weights
+from nexus.cache import CompletingGenerator, ResponseCache, cached
 from nexus.config import Config
 from nexus.errors import NexusError
 from nexus.hades import Fault, Removed
@@ -78,6 +79,12 @@ class Lent:
     rerankers: Mapping[str, Reranking] = field(default_factory=dict)
     engines: Mapping[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)  # what each works on
 
+    cache: ResponseCache | None = None
+
+    def generator(self, model: str, weights: Weights | None = None) -> CompletingGenerator:
+        """The generator of this name, or for `auto` the one that is chosen by these weights. Raises NotFound."""
+        return cached(self.balancer.generator(model, weights), self.cache, repr(weights))
+
     def reranker_called(self, name: str) -> Reranking | None:
         """The one configured under this name, else the embedder of this name as a reranker."""
         if name in self.rerankers or name not in self.embedders:
@@ -95,7 +102,8 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    for routes in (health, documents, jobs, upkeep, answers, sessions, openai, reranking, report):
+    everything = (health, documents, jobs, upkeep, answers, sessions, pipelines, openai, reranking, report)
+    for routes in everything:
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
 

@@ -12,33 +12,40 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from nexus.filters import parse_filter
 from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
+from nexus.pipelines.execute import StepResult
 from nexus.ports import Deletion
 from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchResult
 
 MAX_METADATA_BYTES = 16 * 1024
+MAX_INITIAL_BYTES = 64 * 1024
 MAX_NUMBER = 2**53  # what JSON carries exactly, and a database holds
 STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
 CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0, le=1)]
 
 
-def _is_small(metadata: dict[str, Any]) -> dict[str, Any]:
-    try:
-        orjson.dumps(metadata)  # as every answer about the document will
-        size = len(json.dumps(metadata, allow_nan=False))
-    except (TypeError, ValueError):
-        raise ValueError("metadata holds a number that JSON cannot carry, or is nested too deeply") from None
-    if size > MAX_METADATA_BYTES:
-        raise ValueError(f"metadata has at most {MAX_METADATA_BYTES} bytes")
-    return metadata
+def _at_most(bytes_: int, name: str) -> AfterValidator:
+    """An object that JSON can carry, in no more than so many bytes."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            orjson.dumps(value)  # as every answer about it will
+            size = len(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} holds a number that JSON cannot carry, or is nested too deeply") from None
+        if size > bytes_:
+            raise ValueError(f"{name} has at most {bytes_} bytes")
+        return value
+
+    return AfterValidator(check)
 
 
-Metadata = Annotated[dict[str, Any], AfterValidator(_is_small)]
+Metadata = Annotated[dict[str, Any], _at_most(MAX_METADATA_BYTES, "metadata")]
 
 
 class Shape(BaseModel):
@@ -116,6 +123,22 @@ class Context(Shape):
 class SessionQuery(Shape):
     input: Annotated[str, Field(max_length=8192)]
     collection: CollectionName = "default"
+
+
+class Execute(Shape):
+    """The steps of a template, or these protocols, over any JSON object of at most 64 KiB."""
+
+    template_name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    protocol_names: tuple[Annotated[str, Field(min_length=1, max_length=128)], ...] | None = None
+    initial_data: Annotated[dict[str, Any], Field(min_length=1), _at_most(MAX_INITIAL_BYTES, "initial_data")]
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # the one that answers from documents
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_NUMBER)] | None = None
+
+    @model_validator(mode="after")
+    def _names_one(self) -> Execute:
+        if (self.template_name is None) == (self.protocol_names is None):
+            raise ValueError("either template_name or protocol_names is needed, and not both")
+        return self
 
 
 class Embeddings(BaseModel):
@@ -319,11 +342,23 @@ def show_sources(answer: Answer) -> list[dict[str, Any]]:
 def show_answer(answer: Answer, trace_id: str) -> dict[str, Any]:
     return {
         "query": answer.query,
+        "rewritten_query": show_rewritten(answer),
         "response": answer.response,
         "sources": show_sources(answer),
         "confidence": answer.confidence,
         "abstained": answer.abstained,
         "reason": answer.reason,
+        "invalid_citations": list(answer.unsupported_citations),
+        "finish_reason": answer.finish_reason,
         "sequence": answer.sequence,
         "trace_id": trace_id,
     }
+
+
+def show_rewritten(answer: Answer) -> str | None:
+    """What was searched for, where that was not the question as it was asked."""
+    return None if answer.searched_for == answer.query else answer.searched_for
+
+
+def show_step(step: StepResult) -> dict[str, Any]:
+    return {"step": step.step, "result": step.result, "finish_reason": step.finish_reason, "seconds": step.seconds}

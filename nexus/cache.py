@@ -50,6 +50,15 @@ class Completer(Protocol):
     async def complete(self, prompt: Prompt) -> list[Delta]: ...
 
 
+class CompletingGenerator(Generator, Completer, Protocol):
+    """A Generator with its own way to a whole generation."""
+
+
+def cached(generator: CompletingGenerator, cache: ResponseCache | None, variant: str = "") -> CompletingGenerator:
+    """The generator behind the cache, if there is one."""
+    return generator if cache is None else CachedGenerator(generator, cache, variant)
+
+
 class CachedGenerator:
     """A Generator that asks another one only for what it was not asked before."""
 

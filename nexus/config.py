@@ -8,6 +8,7 @@ working as aliases (`ALIASES`). All state lives under `home`.
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -15,9 +16,11 @@ from platformdirs import user_data_path
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from nexus.errors import ConfigError
+from nexus import pipelines
+from nexus.errors import CallerError, ConfigError
 from nexus.failpoints import parse_failpoints
 from nexus.filters import KEY
+from nexus.pipelines import execute
 from nexus.registry import Task
 
 PREFIX = "NEXUS_"
@@ -206,6 +209,22 @@ class Pipelines(Section):
     templates: dict[str, tuple[str, ...]] = {}
     rewrite_queries: bool = True  # of a conversation, where the generator can
 
+    @field_validator("enabled")
+    @classmethod
+    def _are_there(cls, enabled: tuple[str, ...]) -> tuple[str, ...]:
+        known = sorted(module.name for module in iter_modules(pipelines.__path__) if not module.ispkg)
+        if unknown := [name for name in enabled if name not in known]:
+            raise ValueError(f"there is no pipeline {unknown[0]!r}; there are {', '.join(known)}")
+        return enabled
+
+    @field_validator("templates")
+    @classmethod
+    def _have_steps(cls, templates: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        try:
+            return {name: execute.steps_of_protocols(names) for name, names in templates.items()}
+        except CallerError as error:
+            raise ValueError(error.message) from None
+
 
 class Chunking(Section):
     """Sizes in tokens of the embedder; a chunk never exceeds what the embedder reads."""
@@ -317,6 +336,13 @@ class Config(BaseSettings):
             ("stores", stores.vectors), ("stores", stores.documents),
             *(("models", model.address) for task in tasks for model in models.of_task(task)),
         ]  # fmt: skip
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a model makes whole questions of follow-ups: one that only quotes has no words of its own."""
+        models = self.models.of_task("generate")
+        asked = models if self.models.generator == "auto" else models[:1]
+        return self.pipelines.rewrite_queries and not any(model.address.startswith("extractive:") for model in asked)
 
     @property
     def url(self) -> str:

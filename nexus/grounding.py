@@ -243,3 +243,8 @@ def cite(passages: Sequence[Hit], response: str) -> tuple[Source, ...]:
     """Each passage as a source, numbered from 1; cited when the response refers to its number."""
     cited = cited_numbers(response)
     return tuple(Source(number, hit, number in cited) for number, hit in enumerate(passages, 1))
+
+
+def find_unsupported(passages: Sequence[Hit], response: str) -> tuple[int, ...]:
+    """The numbers, ascending, that a response cites although no passage has them."""
+    return tuple(sorted(number for number in cited_numbers(response) if not 0 < number <= len(passages)))

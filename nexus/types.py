@@ -268,6 +268,9 @@ class Usage:
     completion: int
     cached: int = 0
 
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
@@ -295,7 +298,12 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with its evidence. `confidence` is a calibrated probability (grounding.py)."""
+    """An answer with its evidence. `confidence` is a calibrated probability (grounding.py).
+
+    `searched_for` is the query as it was searched: the question itself, or what a model made of it and the
+    conversation. `unsupported_citations` are numbers that the response cites and no source has.
+    `finish_reason` is why the generation ended, in OpenAI's words; `usage` sums what it and the rewriting told.
+    """
 
     query: str
     response: str
@@ -304,7 +312,11 @@ class Answer:
     abstained: bool
     reason: str | None
     sequence: int
+    searched_for: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    unsupported_citations: tuple[int, ...] = ()
+    finish_reason: str = "stop"
+    usage: Usage | None = None
 
 
 @dataclass(frozen=True, slots=True)

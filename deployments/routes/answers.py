@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
-from deployments.routes.caller import lent, permit
+from deployments.routes.caller import lent, permit, through
 from deployments.shapes import Query, Search, reply, show_answer, show_result
 from deployments.streaming import DONE, event, events, while_listening
 from nexus import telemetry
@@ -26,14 +26,14 @@ async def search(request: Request, body: Search, principal: Principal = permit("
     return reply(show_result(result))
 
 
-@router.post("/query", response_model=None)
+@router.post("/query", response_model=None, dependencies=[through("rag")])
 async def query(request: Request, body: Query, principal: Principal = permit("documents:read")) -> Response:
     """An answer with its sources; with `stream`, server-sent events whose last is the whole answer."""
     here = lent(request)
     context = ""
     if body.session_id is not None:
         context = await asyncio.to_thread(here.sessions.context, principal, body.session_id)
-    ask = rag.Ask(body.to_request(), principal, context)
+    ask = rag.Ask(body.to_request(), principal, context, session=body.session_id or "")
     trace_id = request.state.request_id
     stream = rag.run(ask, here.rag)
     if body.stream:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Depends, Request
 
-from nexus.errors import Forbidden, InvalidRequest
+from nexus.errors import Forbidden, InvalidRequest, NotFound
 from nexus.types import Principal
 
 if TYPE_CHECKING:
@@ -46,3 +46,20 @@ def permit(permission: str) -> Principal:
         return found
 
     return cast(Principal, Depends(cast(Callable[..., Principal], principal)))
+
+
+def through(pipeline: str) -> Any:
+    """A dependency of a route: this pipeline is among those that answer here."""
+
+    def check(request: Request) -> None:
+        require(request, pipeline)
+
+    return Depends(check)
+
+
+def require(request: Request, pipeline: str) -> None:
+    """Raises NotFound, which lists the others, when this pipeline does not answer here."""
+    enabled = lent(request).config.pipelines.enabled
+    if pipeline not in enabled:
+        there = f"there are {', '.join(enabled)}" if enabled else "there is none"
+        raise NotFound(f"the pipeline {pipeline!r} is not enabled here; {there}", code="pipeline_not_found")

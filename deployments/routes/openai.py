@@ -13,11 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from deployments.chat_shapes import ChatCompletion, Completion, Sampling
 from deployments.routes.answers import note, timed
-from deployments.routes.caller import lent, permit
-from deployments.shapes import CollectionName, Embeddings, reply, show_sources
+from deployments.routes.caller import lent, permit, require, through
+from deployments.shapes import CollectionName, Embeddings, reply, show_rewritten, show_sources
 from deployments.streaming import DONE, event, events, while_listening
 from deployments.strict import StrictRoute
-from nexus.balancer import AUTO, Balanced, Weights
+from nexus.balancer import AUTO, Weights
+from nexus.cache import CompletingGenerator
 from nexus.errors import InvalidRequest, NotFound
 from nexus.pipelines import rag
 from nexus.ports import InputType
@@ -69,7 +70,9 @@ def unknown_model(name: str) -> NotFound:
 async def chat(request: Request, body: ChatCompletion, principal: Principal = permit("infer")) -> Response:
     """`nexus-rag` and `nexus-rag/COLLECTION` answer from the documents, with `sources`; others are asked themselves."""
     if body.model.partition("/")[0] == RAG_MODEL:
+        require(request, "rag")
         return await _chat_with_documents(request, body, principal)
+    require(request, "chat")
     head = _head(request, body, "chatcmpl")
     prompt = body.to_prompt(principal.tenant)
     generator = _generator(request, body)
@@ -80,7 +83,7 @@ async def chat(request: Request, body: ChatCompletion, principal: Principal = pe
     return reply({**head, "object": "chat.completion", "choices": choices, "usage": _usage(deltas)})
 
 
-@router.post("/completions", response_model=None)
+@router.post("/completions", response_model=None, dependencies=[through("chat")])
 async def complete(request: Request, body: Completion, principal: Principal = permit("infer")) -> Response:
     """The older way: a model goes on from a bare text."""
     head = _head(request, body, "cmpl")
@@ -104,17 +107,17 @@ def _wants_usage(body: Sampling) -> bool:
     return body.stream_options is not None and body.stream_options.include_usage
 
 
-def _generator(request: Request, body: Sampling) -> Balanced:
+def _generator(request: Request, body: Sampling) -> CompletingGenerator:
     """The generator for a request; raises NotFound, and InvalidRequest where weights mean nothing."""
     here = lent(request)
     given = {name: getattr(body, f"{name}_weight") for name in ("latency", "throughput", "accuracy")}
     if all(value is None for value in given.values()):
-        return here.balancer.generator(body.model)
+        return here.generator(body.model)
     if body.model != AUTO:
         raise InvalidRequest("weights choose among models: they go with model 'auto'", pointer="/model")
     usual = here.balancer.default_weights
     weights = {name: getattr(usual, name) if value is None else value for name, value in given.items()}
-    return here.balancer.generator(AUTO, Weights(**weights))
+    return here.generator(AUTO, Weights(**weights))
 
 
 # One generation as a whole
@@ -246,7 +249,7 @@ async def _chat_with_documents(request: Request, body: ChatCompletion, principal
         {
             **head,
             "object": "chat.completion",
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}],
             "usage": counter(answer),
             **_beside(answer),
         }
@@ -287,18 +290,21 @@ def _beside(answer: Answer) -> dict[str, Any]:
     """What Nexus says beyond OpenAI's fields; the same in the stream's last chunk and in the whole."""
     return {
         "sources": show_sources(answer), "confidence": answer.confidence, "abstained": answer.abstained,
-        "reason": answer.reason, "sequence": answer.sequence,
+        "reason": answer.reason, "sequence": answer.sequence, "invalid_citations": answer.unsupported_citations,
+        "rewritten_query": show_rewritten(answer),
     }  # fmt: skip
 
 
 class UsageCounter:
-    """Tokens of the prompt and of the answer, counted with the embedder's tokenizer."""
+    """What an answer cost: as the generator counted, else the tokens of question and answer as the embedder's."""
 
     def __init__(self, request: Request, body: ChatCompletion) -> None:
         self._count = lent(request).count_tokens
         self._prompt = [message.text() for message in body.messages]
 
-    def __call__(self, answer: Answer) -> dict[str, int]:
+    def __call__(self, answer: Answer) -> dict[str, Any]:
+        if answer.usage is not None:
+            return show_usage(answer.usage)
         counts = self._count([*self._prompt, answer.response])
         prompt, completion = sum(counts[:-1]), counts[-1]
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
@@ -321,7 +327,7 @@ async def _answer_chunks(
                 role = {}
                 continue
             note("query", item.seconds, started)
-            yield chunk({}, "stop", **_beside(item))
+            yield chunk({}, item.finish_reason, **_beside(item))
             if usage is not None:
                 yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage(item)})
     yield DONE

@@ -5,8 +5,8 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from deployments.routes.answers import timed
-from deployments.routes.caller import lent, permit
-from deployments.shapes import Context, SessionQuery, reply, show_hit, show_sources
+from deployments.routes.caller import lent, permit, through
+from deployments.shapes import Context, SessionQuery, reply, show_hit, show_rewritten, show_sources
 from nexus.pipelines import rag
 from nexus.types import Principal, SearchRequest
 
@@ -34,14 +34,14 @@ async def clear_context(request: Request, session_id: str, principal: Principal 
     return reply({"message": f"Context cleared for session {session_id}."})
 
 
-@router.post("/query")
+@router.post("/query", dependencies=[through("rag")])
 async def query(
     request: Request, session_id: str, body: SessionQuery, principal: Principal = permit("documents:read")
 ) -> Response:
     """An answer that knows what the session was told."""
     here = lent(request)
     context = await asyncio.to_thread(here.sessions.context, principal, session_id)
-    ask = rag.Ask(SearchRequest(body.input, collection=body.collection), principal, context)
+    ask = rag.Ask(SearchRequest(body.input, collection=body.collection), principal, context, session=session_id)
     answer = await timed(rag.run(ask, here.rag))
     return reply(
         {
@@ -51,5 +51,7 @@ async def query(
             "sources": show_sources(answer),
             "confidence": answer.confidence,
             "abstained": answer.abstained,
+            "rewritten_query": show_rewritten(answer),
+            "invalid_citations": list(answer.unsupported_citations),
         }
     )

@@ -4,6 +4,8 @@ A passage is read as statements: sentences, list items, table rows (each with th
 and blocks of code. Each is weighed by its cosine to the question, by the terms of the question that it
 and what stands around it mention, and by the rank of its passage. Up to three that say different things
 are given in reading order, each with its citation; one that introduces steps or code brings them along.
+
+A conversation without passages is its own passage: what was said in it is quoted, without citations.
 """
 
 import math
@@ -35,6 +37,10 @@ CARRIED_CODE_LINES = 30
 SAME_TERMS = 0.45  # two statements say the same when they share this much of the shorter one's terms
 HEADING_WORDS = 8
 CELLS_FOLLOW = " — "  # after the first cell of a row, which is what the row is about
+READ_CHARACTERS = 32_000  # of a conversation, its end
+NOTHING_TO_QUOTE = (
+    "I only quote, word for word, what documents and this conversation say, and nothing said here answers this."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +120,55 @@ class Extractive:
         """It needs nothing that could be away."""
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta]:
-        """The answer quote by quote; nothing where no statement answers the question."""
-        passages = prompt.passages
-        read = [read_statements(number, hit.text) for number, hit in enumerate(passages, 1)]
-        statements = [statement for statements in read for statement in statements]
-        candidates = find_candidates(prompt.question, passages, statements)
+        """The answer quote by quote; where no statement answers: nothing, or one sentence in a conversation."""
+        if prompt.question or prompt.passages:
+            read = [read_statements(number, hit.text) for number, hit in enumerate(prompt.passages, 1)]
+            statements = [statement for statements in read for statement in statements]
+            quotes = await self._find_quotes(prompt.question, prompt.passages, statements)
+            pieces = compose(quotes, prompt.max_tokens, prompt.stop)
+        else:
+            question, statements = read_conversation(prompt)
+            quotes = await self._find_quotes(question, (_CONVERSATION,), statements)
+            pieces = compose(quotes, prompt.max_tokens, prompt.stop, cites=False)
+            pieces = pieces if quotes else _stopped([NOTHING_TO_QUOTE], prompt.stop)
+        for piece in pieces:
+            yield Delta(piece)
+        yield Delta(finish_reason="stop")
+
+    async def _find_quotes(
+        self, question: str, passages: Sequence[Hit], statements: Sequence[Statement]
+    ) -> list["Quote"]:
+        candidates = find_candidates(question, passages, statements)
         scale = BY_WORDS
         ranked = _rank(candidates, statements, scale, [0.0] * len(candidates))
         if self._embed is not None and ranked:
             scale, ranked = BY_MEANING, ranked[:COMPARED_STATEMENTS]
             texts = [statements[candidate.index].text[:COMPARED_CHARACTERS] for candidate in ranked]
-            vectors = await self._embed([prompt.question, *texts])
+            vectors = await self._embed([question, *texts])
             ranked = _rank(ranked, statements, scale, (vectors[1:] @ vectors[0]).tolist())
         chosen = choose(ranked, statements, scale)
-        quotes = gather(chosen, statements, frozenset(wanted_terms(prompt.question)))
-        for piece in compose(quotes, prompt.max_tokens, prompt.stop):
-            yield Delta(piece)
-        yield Delta(finish_reason="stop")
+        return gather(chosen, statements, frozenset(wanted_terms(question)))
+
+
+# Reading a conversation
+
+_CONVERSATION = Hit("", "", "", 0, 0.0, 0.0, "", "", "", (), None, None, None, {})
+
+
+def read_conversation(prompt: Prompt) -> tuple[str, list[Statement]]:
+    """What is asked, and the statements that were made apart from it, as of one passage.
+
+    Asked is the last question in the last message of the user, or all of that message where it has none.
+    What the system was told is not quoted, and no question answers another.
+    """
+    turns = [message for message in prompt.messages if message.role != "system"]
+    asking = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=None)
+    asked = ((prompt.text or "") if asking is None else turns[asking].text)[-READ_CHARACTERS:]
+    questions = [said.text for said in read_statements(1, asked) if said.text.endswith("?")]
+    texts = [turn.text for index, turn in enumerate(turns) if index != asking] + ([asked] if questions else [])
+    statements = read_statements(1, "\n\n".join(texts)[-READ_CHARACTERS:])
+    stated = [said for said in statements if not said.text.endswith("?")]
+    return questions[-1] if questions else asked, stated
 
 
 # Reading passages
@@ -496,12 +534,12 @@ def _excerpt(statement: Statement, wanted: frozenset[str]) -> Statement:
     return replace(statement, text=before + " ".join(stretches[best]) + after)
 
 
-def compose(quotes: Sequence[Quote], max_tokens: int | None, stop: Sequence[str]) -> list[str]:
+def compose(quotes: Sequence[Quote], max_tokens: int | None, stop: Sequence[str], cites: bool = True) -> list[str]:
     """The pieces of the answer, in reading order. Where there is not room for all, the best stay."""
     room = DEFAULT_WORDS if max_tokens is None else max(1, int(max_tokens * WORDS_PER_TOKEN))
     kept: list[tuple[Quote, str]] = []
     for quote in quotes:
-        text = _render(quote, room)
+        text = _render(quote, room, f" [{quote.passage}]" if cites else "")
         room -= len(text.split())
         if room < 0 and kept:
             break
@@ -514,23 +552,22 @@ def compose(quotes: Sequence[Quote], max_tokens: int | None, stop: Sequence[str]
     return _stopped(pieces, stop)
 
 
-def _render(quote: Quote, room: int) -> str:
+def _render(quote: Quote, room: int, citation: str) -> str:
     """A quote with its citation; what it carries is shortened to fit, and so is the quote itself."""
-    citation = f"[{quote.passage}]"
     if quote.statements[-1].kind == "code":
-        return f"{_fenced(quote.statements)}\n\n{citation}"
+        return f"{_fenced(quote.statements)}\n\n{citation.lstrip()}".rstrip()
     *first, last = [_REFERENCE.sub("", statement.text) for statement in quote.statements]
     if quote.carried:
-        head = " ".join([*first, f"{last.rstrip(':.')} {citation}:"])
+        head = " ".join([*first, f"{last.rstrip(':.')}{citation}:"])
         carried = list(quote.carried)
         while len(carried) > 1 and len(f"{head} {_listed(carried)}".split()) > room:
             carried.pop()
         return f"{head}\n\n{_listed(carried)}"
     words = " ".join([*first, last]).split(" ")
     if len(words) > room:
-        return f"{' '.join(words[:room])} … {citation}"
+        return f"{' '.join(words[:room])} …{citation}"
     text = " ".join(words)
-    return f"{text} {citation}" if text[-1:] in "!?…" else f"{text.rstrip('.;,')} {citation}."
+    return f"{text}{citation}" if text[-1:] in "!?…" else f"{text.rstrip('.;,')}{citation}."
 
 
 def _listed(carried: Sequence[Statement]) -> str:
