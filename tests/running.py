@@ -102,12 +102,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_nexus(**extra: str) -> Iterator[Running]:
-    """`nexus up` in a temporary home, `nexus down` at the end, whatever happens between."""
+def running_nexus(seconds: int = 240, **extra: str) -> Iterator[Running]:
+    """`nexus up` in a temporary home within some seconds, `nexus down` at the end, whatever happens between."""
     with tempfile.TemporaryDirectory(prefix="nx", ignore_cleanup_errors=True) as folder:
         running = Running(Path(folder) / "home", free_port(), extra)
         try:
-            running.must("up")
+            running.must("up", "--wait", str(seconds), timeout=seconds + 30)
             yield running
         finally:
             running.must("down")

@@ -64,6 +64,7 @@ def engine_arguments(model: Served) -> dict[str, object]:
         "allowed_media_domains": [],
         "disable_log_stats": False,
         "enable_log_requests": False,
+        "enable_prompt_tokens_details": True,
     }
     if engine.device == "gpu":
         arguments["gpu_memory_utilization"] = engine.memory_utilization
