@@ -20,9 +20,10 @@ from actors.retriever import Retriever
 from actors.vectors import Vectors
 from deployments import gateway
 from nexus.access import KeyRing
-from nexus.config import Config, load_config
+from nexus.config import Config, Triton, load_config
 from nexus.errors import NexusError, Overloaded, Unavailable
 from nexus.jobs import Jobs
+from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
 from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
@@ -87,9 +88,17 @@ class Gateway:
                     **{name: part.ready for name, part in parts.items()},
                     "documents": lambda: asyncio.to_thread(documents.check),
                 },
+                triton=open_triton(config.triton),
             ),
             says_request_id=False,
         )
+
+
+def open_triton(triton: Triton) -> TritonPool | None:
+    """The Triton servers of the configuration as one pool; None where there are none."""
+    if not triton.servers:
+        return None
+    return TritonPool(triton.servers, triton.probe_seconds, triton.timeout_seconds)
 
 
 class RemotePoolIngestor(Ingestor):

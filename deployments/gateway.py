@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments import middleware
-from deployments.routes import answers, documents, health, jobs, openai, sessions, upkeep
+from deployments.routes import answers, documents, health, jobs, kserve, openai, sessions, upkeep
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.config import Config
@@ -18,6 +18,7 @@ from nexus.errors import NexusError
 from nexus.hades import Fault, Removed
 from nexus.ingest import Source
 from nexus.jobs import Jobs
+from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore
 from nexus.sessions import Sessions
@@ -56,6 +57,7 @@ class Lent:
     count_tokens: Callable[[Sequence[str]], list[int]]
     rag: Tools
     checks: dict[str, Callable[[], Awaitable[object]]]
+    triton: TritonPool | None = None
 
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
@@ -68,7 +70,7 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    for routes in (health, documents, jobs, upkeep, answers, sessions, openai):
+    for routes in (health, documents, jobs, upkeep, answers, sessions, openai, kserve):
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
 
