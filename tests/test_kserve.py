@@ -219,6 +219,7 @@ def test_bytes_that_fit_are_read() -> None:
         (8, [2], "FP32", bytes(7), ""),
         (8, [2], "FP32", bytes(9), ""),
         (4, [2], "FP32", bytes(4), ""),
+        (7, [2], "FP32", bytes(7), ""),
         (-1, [1], "FP32", bytes(4), ""),
         (True, [1], "UINT8", bytes(1), ""),
         (4.0, [1], "FP32", bytes(4), ""),
