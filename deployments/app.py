@@ -19,8 +19,9 @@ from deployments import gateway, models
 from deployments.remote import Remote, RemoteEngine
 from nexus.access import KeyRing
 from nexus.cache import ResponseCache, cached
-from nexus.config import Config, load_config
+from nexus.config import Config, Triton, load_config
 from nexus.jobs import Jobs
+from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
 from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
@@ -73,9 +74,17 @@ class Gateway:
                     "documents": lambda: asyncio.to_thread(documents.check),
                 },
                 engines={one.name: one.load for one in opened.generators if isinstance(one, RemoteEngine)},
+                triton=open_triton(config.triton),
             ),
             says_request_id=False,
         )
+
+
+def open_triton(triton: Triton) -> TritonPool | None:
+    """The Triton servers of the configuration as one pool; None where there are none."""
+    if not triton.servers:
+        return None
+    return TritonPool(triton.servers, triton.probe_seconds, triton.timeout_seconds)
 
 
 class RemotePoolIngestor(Ingestor):

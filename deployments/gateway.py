@@ -10,7 +10,19 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from deployments import middleware
-from deployments.routes import answers, documents, health, jobs, openai, pipelines, report, reranking, sessions, upkeep
+from deployments.routes import (
+    answers,
+    documents,
+    health,
+    jobs,
+    kserve,
+    openai,
+    pipelines,
+    report,
+    reranking,
+    sessions,
+    upkeep,
+)
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.balancer import Balancer, Weights
@@ -21,6 +33,7 @@ from nexus.hades import Fault, Removed
 from nexus.ingest import Source
 from nexus.jobs import Jobs
 from nexus.models.by_embedder import nearness
+from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore, InputType
 from nexus.sessions import Sessions
@@ -78,8 +91,8 @@ class Lent:
     checks: dict[str, Callable[[], Awaitable[object]]]
     rerankers: Mapping[str, Reranking] = field(default_factory=dict)
     engines: Mapping[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)  # what each works on
-
     cache: ResponseCache | None = None
+    triton: TritonPool | None = None
 
     def generator(self, model: str, weights: Weights | None = None) -> CompletingGenerator:
         """The generator of this name, or for `auto` the one that is chosen by these weights. Raises NotFound."""
@@ -102,7 +115,7 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    everything = (health, documents, jobs, upkeep, answers, sessions, pipelines, openai, reranking, report)
+    everything = (health, documents, jobs, upkeep, answers, sessions, pipelines, openai, kserve, reranking, report)
     for routes in everything:
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)

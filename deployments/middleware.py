@@ -30,6 +30,7 @@ from nexus.errors import (
     Unauthenticated,
     Unprocessable,
     UnsupportedMedia,
+    UpstreamInvalid,
 )  # fmt: skip
 
 log = logging.getLogger("nexus.gateway")
@@ -42,15 +43,16 @@ FAULT = "something went wrong here; the request id finds it in the log"
 STATUS: dict[type[NexusError], int] = {
     InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, NotFound: 404, Conflict: 409, TooLarge: 413,
     UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503, TryAgain: 503,
+    UpstreamInvalid: 502,
 }  # fmt: skip
 TITLES = {
     400: "Bad request", 401: "Not authenticated", 403: "Not allowed", 404: "Not found", 405: "Method not allowed",
     409: "Conflict", 413: "Too large", 415: "Unsupported media type", 422: "Cannot be processed",
-    500: "Internal error", 503: "Not available now", 507: "Storage full",
+    500: "Internal error", 502: "A part answered nonsense", 503: "Not available now", 507: "Storage full",
 }  # fmt: skip
 OPENAI_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 503: "service_unavailable_error", 507: "server_error",
+    500: "server_error", 502: "server_error", 503: "service_unavailable_error", 507: "server_error",
 }  # fmt: skip
 
 
