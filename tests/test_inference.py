@@ -20,7 +20,7 @@ from tests.tiny_llama import WORDS, write_llama
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 HELLO = [{"role": "user", "content": "Say something about the wheel nuts."}]
-ENGINE = {"device": "cpu", "dtype": "float32", "max_model_len": 1024, "compiled": False}
+ENGINE = {"device": "cpu", "dtype": "float32", "max_model_len": 2048, "compiled": False}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,8 @@ def nexus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         {"address": f"vllm:{folder}#tiny", "engine": ENGINE, "replicas": {"least": 2}},
         {"address": f"vllm:{folder}#tiny-embedder", "task": "embed", "engine": ENGINE},
     ]
-    settings = {"NEXUS_MODELS__SERVED": json.dumps(served), "NEXUS_MODELS__GENERATOR": "tiny"}
+    few = {"NEXUS_ANSWERS__PASSAGES": "2", "NEXUS_ANSWERS__PASSAGE_TOKENS": "100"}  # a token is a letter here
+    settings = {"NEXUS_MODELS__SERVED": json.dumps(served), "NEXUS_MODELS__GENERATOR": "tiny", **few}
     with running_nexus(seconds=600, **settings) as running:
         running.must("add", str(ROOT / "deployments" / "manuals" / "wd8-specification.md"))
         yield running
@@ -109,7 +110,7 @@ def test_an_answer_takes_the_form_that_was_asked_for(client: openai.OpenAI) -> N
 def test_what_the_engine_refuses_is_the_callers_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as too_long:
         say(client, messages=[{"role": "user", "content": "word " * 3000}])
-    assert "1024" in str(too_long.value)
+    assert "2048" in str(too_long.value)
     with pytest.raises(openai.NotFoundError) as unknown:
         say(client, model="tiny-embedder")
     assert unknown.value.code == "model_not_found" and "tiny" in str(unknown.value)
