@@ -61,7 +61,7 @@ class Replica(LLMServer):
                 async for batch in batches:
                     if any(_is_fault(event) for event in batch):
                         await self.check_health()
-                    yield [_to_error(event) if isinstance(event, ErrorResponse) else event for event in batch]
+                    yield [event if isinstance(event, str) else _to_error(event) for event in batch]
         except EngineDeadError:
             os._exit(1)  # a replica without its engine would fail fastest, and so be chosen first
 
@@ -69,7 +69,7 @@ class Replica(LLMServer):
         """One row of numbers for each text, or what was wrong with them."""
         body = {"model": self._llm_config.model_id, "input": list(texts)}
         async for answer in await super().embeddings(EMBEDDING_REQUEST.validate_python(body)):
-            if isinstance(answer, ErrorResponse):
+            if hasattr(answer, "error"):  # of another class than the one that ray.serve.llm exports
                 return _to_error(answer)
             return [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
         return Unavailable("the engine gave no vectors; try again in a moment")

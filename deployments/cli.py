@@ -23,10 +23,11 @@ from deployments.listing import label
 from deployments.running import bring_up, is_ready
 from nexus import __version__
 from nexus.access import PERMISSIONS, KeyRing
-from nexus.config import default_home, load_config
+from nexus.config import Config, default_home, load_config
 from nexus.errors import NexusError, NotFound
-from nexus.registry import require_part
+from nexus.registry import check_part
 
+START_SECONDS, ENGINE_START_SECONDS = 120.0, 1800.0
 HEXADECIMAL = frozenset("0123456789abcdef")
 
 app = typer.Typer(
@@ -64,14 +65,16 @@ def guarded(command: Callable[[], object]) -> NoReturn:
 @app.command()
 def up(
     config: Annotated[Path | None, typer.Option(help="A nexus.yaml; default: the one in the home, if any.")] = None,
-    wait: Annotated[float, typer.Option(help="Seconds to wait until it is ready.")] = 120.0,
+    wait: Annotated[
+        float | None, typer.Option(help="Seconds to wait until it is ready; by default 120, with vLLM engines 1800.")
+    ] = None,
 ) -> None:
     """Start Nexus on this machine and wait until it is ready."""
     started = time.monotonic()
     settings = load_config(config)
     home = Path(settings.home)
     for kind, address in settings.parts():
-        require_part(kind, address)
+        check_part(kind, address)
     bootstrap.prepare_home(home)
     with bootstrap.lock_home(home):
         instance = bootstrap.find_instance(home)
@@ -79,7 +82,7 @@ def up(
             typer.echo(f"Nexus already runs at {instance.url}")
             return
         typer.echo(f"Starting Nexus {__version__} in {home} …", err=True)
-        instance = bring_up(settings, config, wait)
+        instance = bring_up(settings, config, _patience(settings) if wait is None else wait)
         new_key = _ensure_admin_key(home)
     typer.echo(f"Nexus is ready at {instance.url}  ({time.monotonic() - started:.0f} s)")
     typer.echo(f"  Ray dashboard  {instance.dashboard}  (token: {home / 'ray-token'})")
@@ -88,6 +91,11 @@ def up(
         typer.echo(f"  admin key      {new_key}")
         typer.echo(f"                 shown this once; the command line finds it in {home / 'admin-key'}")
     typer.echo("  stop it with   nexus down")
+
+
+def _patience(settings: Config) -> float:
+    has_engines = any(address.startswith("vllm:") for _, address in settings.parts())
+    return ENGINE_START_SECONDS if has_engines else START_SECONDS
 
 
 def _ensure_admin_key(home: Path) -> str | None:

@@ -13,7 +13,7 @@ import psutil
 from cluster import bootstrap
 from nexus.config import Config, load_config
 from nexus.errors import NexusError
-from nexus.registry import find_module
+from nexus.registry import check_part, find_module
 
 FREE_DISK_BYTES = 2 * 2**30
 FREE_MEMORY_BYTES = 3 * 2**30
@@ -99,6 +99,8 @@ def _memory(config: Config) -> str:
 
 
 def _models(config: Config) -> str:
-    find_module("models", config.models.generator)
+    addresses = [address for kind, address in config.parts() if kind == "models"]
+    for address in addresses:
+        check_part("models", address)
     find_module("models", config.models.embedder).open_tokenizer(config.models.embedder)
-    return f"{config.models.embedder} and {config.models.generator} are there"
+    return f"{', '.join(addresses)}"

@@ -34,6 +34,13 @@ def open_model(task: Task, address: str, **offered: Any) -> Any:
     return module.open(address, **{name: value for name, value in {"task": task, **offered}.items() if name in taken})
 
 
+def check_part(kind: Kind, address: str) -> None:
+    """Return if the part could be opened as far as can be told without loading it, else raise ConfigError."""
+    check = getattr(find_module(kind, address), "check", None)
+    if check is not None:
+        check(address)
+
+
 def find_module(kind: Kind, address: str) -> ModuleType:
     """The module that opens this address, imported; its heavy libraries may load with it."""
     name = require_part(kind, address)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ _TAKEN_BY_CHAT = _TAKEN | {"messages", "tools", "tool_choice", "response_format"
 _TAKEN_BY_COMPLETION = _TAKEN | {"prompt", "suffix", "echo"}
 
 Put = Callable[[Delta], None]
+
+MISSING = (
+    "GGUF models need llama-cpp-python, which is not installed or cannot be loaded: "
+    "pip install nexus[gguf], or run llama.cpp's own server and give openai:http://host:8080/v1#model"
+)
 
 
 class GgufGenerator:
@@ -120,15 +126,19 @@ def open(address: str, *, name: str | None = None, context_length: int = 8192) -
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError):  # the last two where its compiled part cannot be loaded
-        raise ConfigError(
-            "GGUF models need llama-cpp-python, which is not installed or cannot be loaded: "
-            "pip install nexus[gguf], or run llama.cpp's own server and give openai:http://host:8080/v1#model"
-        ) from None
+        raise ConfigError(MISSING) from None
     try:
         model = _counting(llama_cpp.Llama)(model_path=str(path), n_ctx=context_length, n_gpu_layers=-1, verbose=False)
     except (ValueError, AssertionError):
         raise ConfigError(f"llama.cpp cannot load {path.name!r}: the file is damaged, or newer than it") from None
     return GgufGenerator(model, name or path.stem)
+
+
+def check(address: str) -> None:
+    """Return if the file is there and llama-cpp-python installed, else raise ConfigError. Loads neither."""
+    find_file(address)
+    if util.find_spec("llama_cpp") is None:
+        raise ConfigError(MISSING)
 
 
 def find_file(address: str) -> Path:

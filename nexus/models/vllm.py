@@ -7,6 +7,7 @@ arguments its engine starts with. The replicas are actors (actors/vllm.py), whic
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 
 from nexus.config import Engine, Served
@@ -28,6 +29,16 @@ class Checkpoint:
 def open(address: str) -> object:
     """Raises ConfigError: an engine has a process of its own, which only the cluster gives it."""
     raise ConfigError(f"{address!r} answers only in a running Nexus: `nexus up` makes its replicas")
+
+
+def check(address: str) -> None:
+    """Return if the folder holds a model and vLLM is installed here, else raise ConfigError. Loads neither."""
+    read_checkpoint(address)
+    if util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"{address!r} needs vLLM, which is not installed: `make install-vllm`, or with GPUs `pip install vllm`"
+            " of the version that requirements-vllm.lock names"
+        )
 
 
 def read_checkpoint(address: str) -> Checkpoint:
