@@ -15,6 +15,7 @@ import pytest
 
 from tests.poison import poisons
 from tests.running import ROOT, Running, running_nexus, until
+from tests.tiny_encoders import write_cross_encoder
 from tests.tiny_llama import WORDS, write_llama
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
@@ -31,8 +32,10 @@ def nexus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         {"address": f"vllm:{folder}#tiny", "engine": ENGINE, "replicas": {"least": 2}},
         {"address": f"vllm:{folder}#tiny-embedder", "task": "embed", "engine": ENGINE},
     ]
+    reranker = write_cross_encoder(tmp_path_factory.mktemp("models") / "reranker")
     few = {"NEXUS_ANSWERS__PASSAGES": "2", "NEXUS_ANSWERS__PASSAGE_TOKENS": "100"}  # a token is a letter here
     settings = {"NEXUS_MODELS__SERVED": json.dumps(served), "NEXUS_MODELS__GENERATOR": "tiny", **few}
+    settings |= {"NEXUS_MODELS__RERANKER": f"cross-encoder:{reranker}", "NEXUS_MODELS__RERANK_SECONDS": "20"}
     with running_nexus(seconds=600, **settings) as running:
         running.must("add", str(ROOT / "deployments" / "manuals" / "wd8-specification.md"))
         yield running
@@ -140,6 +143,19 @@ def test_an_answer_from_the_documents_is_generated_and_has_its_sources(http: htt
     assert lines[-1] == "data: [DONE]" and len(lines) > 3
 
 
+def test_a_reranker_has_a_process_of_its_own_and_the_last_word(nexus: Running, http: httpx.Client) -> None:
+    assert len(nexus.processes("ServeReplica:nexus:reranker")) == 1
+    texts = ["the wheel nuts", "a charging station", "the emergency stop"]
+    asked = {"model": "reranker", "query": "Which nuts?", "documents": texts}
+    ranked = http.post("/v1/rerank", json=asked).raise_for_status().json()["results"]
+    assert sorted(result["index"] for result in ranked) == [0, 1, 2]
+    scores = [result["relevance_score"] for result in ranked]
+    assert scores == sorted(scores, reverse=True) and all(0 <= score <= 1 for score in scores)
+    found = http.post("/rag/search", json={"query": "payload", "explain": True}).raise_for_status().json()
+    assert found["explain"]["rerank"]["applied"] and not found["explain"]["rerank"]["fallback"]
+    assert [hit["routes"]["rerank"]["rank"] for hit in found["hits"]] == list(range(1, len(found["hits"]) + 1))
+
+
 # ── what engines share, and with whom ───────────────────────────────────────────────────────────
 
 
@@ -186,7 +202,7 @@ def test_a_stream_that_is_left_frees_its_place(client: openai.OpenAI, http: http
 
 
 def test_a_whole_answer_whose_asker_leaves_is_not_generated(nexus: Running, http: httpx.Client) -> None:
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": 900}
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1500, "temperature": 0}
     with nexus.http() as leaving, pytest.raises(httpx.ReadTimeout):
         leaving.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=0.5))
     until(10, lambda: loads(http) == [0, 0])

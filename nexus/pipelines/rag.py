@@ -18,6 +18,7 @@ NO_EVIDENCE = "The documents do not answer this question."  # as answer.md asks 
 REWRITING_TOKENS = 96
 MOST_QUESTION_CHARACTERS = 400  # of a question worth rewriting, and of what comes of it
 REMEMBERED_CHARACTERS = 8_000  # of the conversation, its end, for rewriting
+ANSWER_TEMPERATURE = 0.0  # what the passages say needs no invention
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def _prompt(request: Ask, evidence: Evidence) -> Prompt:
         question=request.search.query,
         passages=tuple(evidence.passages),
         max_tokens=request.max_tokens,
-        temperature=request.temperature,
+        temperature=ANSWER_TEMPERATURE if request.temperature is None else request.temperature,
         seed=request.seed,
         stop=request.stop,
         tenant=request.principal.tenant,
