@@ -8,6 +8,8 @@ documents adds to the time to the first token, against the very same prompt with
 a client has left an engine still works for it.
 """
 
+from tests.bench import harness  # isort: skip  # noqa: F401  (first: it pins the threads)
+
 import argparse
 import asyncio
 import json
