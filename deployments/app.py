@@ -20,6 +20,7 @@ from deployments.remote import Remote, RemoteEngine
 from nexus.access import KeyRing
 from nexus.cache import ResponseCache, cached
 from nexus.config import Config, Triton, load_config
+from nexus.image_hosts import ImageHosts
 from nexus.jobs import Jobs
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
@@ -75,6 +76,7 @@ class Gateway:
                 },
                 engines={one.name: one.load for one in opened.generators if isinstance(one, RemoteEngine)},
                 triton=open_triton(config.triton),
+                fetch_picture=ImageHosts(config.models.image_hosts).fetch,
             ),
             says_request_id=False,
         )

@@ -30,6 +30,8 @@ from nexus.cache import CompletingGenerator, ResponseCache, cached
 from nexus.config import Config
 from nexus.errors import NexusError
 from nexus.hades import Fault, Removed
+from nexus.image_hosts import ImageHosts
+from nexus.images import Fetch
 from nexus.ingest import Source
 from nexus.jobs import Jobs
 from nexus.models.by_embedder import nearness
@@ -93,6 +95,7 @@ class Lent:
     engines: Mapping[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)  # what each works on
     cache: ResponseCache | None = None
     triton: TritonPool | None = None
+    fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
 
     def generator(self, model: str, weights: Weights | None = None) -> CompletingGenerator:
         """The generator of this name, or for `auto` the one that is chosen by these weights. Raises NotFound."""

@@ -35,6 +35,7 @@ NEURAL_ENGINES = {"extractive": "extractive:", "openai": "openai:https://api.ope
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
+HostName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}(:[1-9][0-9]{0,4})?$")]  # for port 443, or its own
 FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
 
 
@@ -143,7 +144,7 @@ class Models(Section):
     rerank_seconds: Annotated[float, Field(gt=0)] = 0.5  # then the order stays as it was fused
     rerank_candidates: Annotated[int, Field(ge=1, le=200)] = 30
     served: tuple[Served, ...] = ()
-    image_hosts: tuple[str, ...] = ()  # whose pictures may be fetched; of no others, and by default of none
+    image_hosts: tuple[HostName, ...] = ()  # whose pictures may be fetched; of no others, and by default of none
     embedder_threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
     api_key: SecretStr | None = None
 

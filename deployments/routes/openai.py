@@ -20,9 +20,10 @@ from deployments.strict import StrictRoute
 from nexus.balancer import AUTO, Weights
 from nexus.cache import CompletingGenerator
 from nexus.errors import InvalidRequest, NotFound
+from nexus.images import check_pictures
 from nexus.pipelines import rag
 from nexus.ports import InputType
-from nexus.types import Answer, Delta, Principal, SearchRequest, Usage
+from nexus.types import Answer, Delta, Principal, Prompt, SearchRequest, Usage
 
 RAG_MODEL = "nexus-rag"
 COLLECTION = TypeAdapter[str](CollectionName)
@@ -74,8 +75,8 @@ async def chat(request: Request, body: ChatCompletion, principal: Principal = pe
         return await _chat_with_documents(request, body, principal)
     require(request, "chat")
     head = _head(request, body, "chatcmpl")
-    prompt = body.to_prompt(principal.tenant)
     generator = _generator(request, body)
+    prompt = await _check_pictures(request, body.to_prompt(principal.tenant), generator)
     if body.stream:
         return await events(_chat_chunks(generator.stream(prompt), head, _wants_usage(body)))
     deltas = await while_listening(request, generator.complete(prompt))
@@ -118,6 +119,13 @@ def _generator(request: Request, body: Sampling) -> CompletingGenerator:
     usual = here.balancer.default_weights
     weights = {name: getattr(usual, name) if value is None else value for name, value in given.items()}
     return here.generator(AUTO, Weights(**weights))
+
+
+async def _check_pictures(request: Request, prompt: Prompt, generator: CompletingGenerator) -> Prompt:
+    """The prompt with verified pictures. A generator that sees none refuses them itself: they are not looked at."""
+    if not generator.sees_images or not any(message.images for message in prompt.messages):
+        return prompt
+    return await while_listening(request, check_pictures(prompt, lent(request).fetch_picture))
 
 
 # One generation as a whole
