@@ -133,7 +133,9 @@ async def serving(door: Door, http: str = "httptools", **scripted: object) -> As
         try:
             yield served
         finally:
-            server.should_exit = True
+            server.should_exit = server.force_exit = True
+            for left_over in asyncio.all_tasks() - served.before - {asyncio.current_task()}:
+                left_over.cancel()  # there are none, but where a test fails
             await task
             await balancer.close()
 
