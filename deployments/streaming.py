@@ -2,9 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import orjson
 from fastapi import Request
@@ -36,45 +36,43 @@ def error_event(error: NexusError) -> bytes:
 class EventStream(StreamingResponse):
     """Server-sent events; the generator behind them is closed the moment the reader leaves."""
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
-        self._events = events
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
+        self._rest = rest
+        self._events = self._all(first)
+        super().__init__(self._events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    async def _all(self, first: bytes) -> AsyncGenerator[bytes]:
+        yield first
+        try:
+            async for item in self._rest:
+                yield item
+        except NexusError as error:
+            log.warning("a stream was ended by an error: %s", error.code)
+            yield error_event(error)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        async with aclosing(self._rest), aclosing(self._events):
             await _unless_left(self.stream_response(send), receive)
 
 
-async def events(stream: AsyncGenerator[bytes]) -> EventStream:
+async def events(request: Request, stream: AsyncGenerator[bytes]) -> EventStream:
     """A stream whose first event is made before the answer's head is sent, so that errors have a status.
 
-    An error that comes later is the last event.
+    An error that comes later is the last event. Who leaves before the first event is noticed, too.
     """
     try:
-        first = await anext(stream)
+        return EventStream(await while_listening(request, anext(stream)), stream)
     except BaseException:
         await stream.aclose()
         raise
 
-    async def all_of_it() -> AsyncGenerator[bytes]:
-        async with aclosing(stream):
-            yield first
-            try:
-                async for item in stream:
-                    yield item
-            except NexusError as error:
-                log.warning("a stream was ended by an error: %s", error.code)
-                yield error_event(error)
 
-    return EventStream(all_of_it())
-
-
-async def while_listening(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def while_listening(request: Request, work: Awaitable[Result]) -> Result:
     """Do the work unless its asker leaves meanwhile, which cancels it and raises ClientDisconnect."""
     return await _unless_left(work, request.receive)
 
 
-async def _unless_left(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
+async def _unless_left(work: Awaitable[Result], receive: Receive) -> Result:
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(receive))
     try:

@@ -848,3 +848,53 @@ async def act(verb: str, stream: AsyncGenerator[Delta], open_streams: list[Async
             raise StopAsyncIteration
     except (NexusError, StopAsyncIteration):
         open_streams.remove(stream)
+
+
+def test_what_a_member_awaits_may_fail_and_be_borne_by_it() -> None:
+    class Bearing(Player):
+        async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta]:
+            failing = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(failing.set_exception, ConnectionError("gone"))
+            try:
+                await failing
+            except ConnectionError:
+                yield Delta("borne", finish_reason="stop")
+
+    async def go() -> None:
+        clock = Clock()
+        balancer = Balancer([Member(Bearing("a", clock), 0.5)], EVEN, PROBE_SECONDS, clock)
+        assert await take(balancer.generator("a")) == [Delta("borne", finish_reason="stop")]
+        assert balancer.report().choices[0].outcome == "finished"
+
+    asyncio.run(go())
+
+
+def test_a_cancelled_members_place_is_free_before_it_has_stopped() -> None:
+    class Slow(Player):
+        async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta]:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+                yield Delta("never")
+            finally:
+                closing.set()
+                await may_close.wait()
+
+    begun, closing, may_close = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def go() -> None:
+        clock = Clock()
+        balancer = Balancer([Member(Slow("a", clock), 0.5)], EVEN, PROBE_SECONDS, clock)
+        asked = asyncio.create_task(take(balancer.generator("a")))
+        await begun.wait()
+        assert balancer.report().members[0].in_flight == 1
+        asked.cancel()
+        await closing.wait()
+        assert balancer.report().members[0].in_flight == 0
+        may_close.set()
+        await asyncio.wait({asked})
+        assert asked.cancelled()
+        report = balancer.report()
+        assert (report.members[0].in_flight, report.choices[0].outcome) == (0, "left")
+
+    asyncio.run(go())

@@ -37,7 +37,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
     trace_id = request.state.request_id
     stream = rag.run(ask, here.rag)
     if body.stream:
-        return await events(_deltas(stream, trace_id))
+        return await events(request, _deltas(stream, trace_id))
     return reply(show_answer(await while_listening(request, timed(stream)), trace_id))
 
 

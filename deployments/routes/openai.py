@@ -78,7 +78,7 @@ async def chat(request: Request, body: ChatCompletion, principal: Principal = pe
     generator = _generator(request, body)
     prompt = await _check_pictures(request, body.to_prompt(principal.tenant), generator)
     if body.stream:
-        return await events(_chat_chunks(generator.stream(prompt), head, _wants_usage(body)))
+        return await events(request, _chat_chunks(generator.stream(prompt), head, _wants_usage(body)))
     deltas = await while_listening(request, generator.complete(prompt))
     choices = [_chat_choice(index, of_it) for index, of_it in _by_choice(deltas)]
     return reply({**head, "object": "chat.completion", "choices": choices, "usage": _usage(deltas)})
@@ -91,7 +91,7 @@ async def complete(request: Request, body: Completion, principal: Principal = pe
     prompt = body.to_prompt(principal.tenant)
     generator = _generator(request, body)
     if body.stream:
-        return await events(_text_chunks(generator.stream(prompt), head, _wants_usage(body)))
+        return await events(request, _text_chunks(generator.stream(prompt), head, _wants_usage(body)))
     deltas = await while_listening(request, generator.complete(prompt))
     choices = [
         {"index": index, "text": _text(of_it), "logprobs": _logprobs(of_it), "finish_reason": _end(of_it)}
@@ -250,7 +250,7 @@ async def _chat_with_documents(request: Request, body: ChatCompletion, principal
     stream = rag.run(ask, here.rag)
     counter = UsageCounter(request, body)
     if body.stream:
-        return await events(_answer_chunks(stream, head, counter if _wants_usage(body) else None))
+        return await events(request, _answer_chunks(stream, head, counter if _wants_usage(body) else None))
     answer = await while_listening(request, timed(stream))
     message = {"role": "assistant", "content": answer.response, "refusal": None}
     return reply(
