@@ -15,12 +15,11 @@ import asyncio
 import time
 from asyncio import CancelledError
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from collections.abc import Generator as Steps
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from math import exp2
-from typing import Any, Literal
+from typing import Literal
 
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable, UpstreamInvalid
 from nexus.ports import Generator
@@ -208,9 +207,9 @@ class Balancer:
         backend = attempt.backend
         meter = _Meter(self._clock())
         async with aclosing(backend.generator.stream(prompt)) as deltas:
-            attempt.begin()
+            backend.begin()
             try:
-                while (delta := await _Watched(anext(deltas, None), attempt.end)) is not None:
+                async for delta in deltas:
                     if meter.note(delta, self._clock()):
                         backend.answer(meter.last - meter.started, meter.last)
                     yield delta
@@ -239,7 +238,7 @@ class Balancer:
                 backend.fail(self._clock())
                 raise
             finally:
-                attempt.end()
+                backend.in_flight -= 1
 
     def _eject(self, attempt: "_Attempt") -> None:
         attempt.outcome = "failed"
@@ -348,6 +347,10 @@ class _Backend:
         self.attempted = 0.0  # when it was last tried since it is ejected
         self.is_probed = False
 
+    def begin(self) -> None:
+        self.requests += 1
+        self.in_flight += 1
+
     def answer(self, seconds: float, now: float) -> None:
         """A first token came after so many seconds, which is as good as a probe."""
         self.first_token_seconds = _smooth(self.first_token_seconds, seconds)
@@ -400,41 +403,12 @@ class _Attempt:
     backend: _Backend
     retried: bool
     outcome: Outcome = field(default="running")
-    has_place: bool = False
-
-    def begin(self) -> None:
-        self.has_place = True
-        self.backend.requests += 1
-        self.backend.in_flight += 1
-
-    def end(self) -> None:
-        self.backend.in_flight -= self.has_place
-        self.has_place = False
 
     def report(self) -> Choice:
         return Choice(
             self.at, self.asked, self.weights, self.candidates, self.backend.name, self.backend.place,
             self.retried, self.outcome,
         )  # fmt: skip
-
-
-class _Watched(Steps[Any, Any, Any]):
-    """An await that tells of its cancellation before what is awaited begins to end, which may take its time."""
-
-    def __init__(self, awaited: Awaitable[Any], on_cancel: Callable[[], None]) -> None:
-        self._steps = awaited.__await__()
-        self._on_cancel = on_cancel
-
-    def __await__(self) -> Steps[Any, Any, Any]:
-        return self
-
-    def send(self, value: Any) -> Any:
-        return self._steps.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        if isinstance(error[0], CancelledError):
-            self._on_cancel()
-        return self._steps.throw(*error)
 
 
 @dataclass(slots=True)
