@@ -329,7 +329,8 @@ def test_llama_cpp_itself(file: Path) -> None:
     generator = gguf.open(f"gguf:{file}", context_length=512)
     first, again = (ask(generator, replace(HELLO, seed=7)) for _ in range(2))
     assert first == again
-    assert first[-1].usage is not None and first[-1].usage.completion == 4
+    usage = first[-1].usage  # a letter of several bytes is not cut in two, so it may be some tokens more than asked
+    assert usage is not None and 4 <= usage.completion <= 7
     with pytest.raises(InvalidRequest, match="too long"):
         ask(generator, Prompt((Message("user", "x" * 600),)))
     generator.close()
