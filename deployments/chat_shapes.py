@@ -266,7 +266,7 @@ class ChatCompletion(Sampling):
             "parallel_tool_calls", "response_format", "logprobs", "top_logprobs", "reasoning_effort",
         )  # fmt: skip
         return Prompt(
-            tuple(message.to_message() for message in self.messages), self.question(), (),
+            tuple(message.to_message() for message in self.messages), "", (),
             self.max_completion_tokens or self.max_tokens, self.temperature, self.seed, self.stops(),
             options, None, self.session_id or "", tenant,
         )  # fmt: skip
@@ -286,6 +286,6 @@ class Completion(Sampling):
         text = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
         options = self.given("top_p", "n", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs")
         return Prompt(
-            (), text, (), self.max_tokens, self.temperature, self.seed, self.stops(), options, text,
+            (), "", (), self.max_tokens, self.temperature, self.seed, self.stops(), options, text,
             self.session_id or "", tenant,
         )  # fmt: skip

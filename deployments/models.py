@@ -87,7 +87,10 @@ class Models:
 
     def balance(self, config: Config) -> Balancer:
         models, usual = config.models.of_task("generate"), config.balancer
-        members = [Member(generator, model.accuracy) for generator, model in zip(self.generators, models, strict=True)]
+        members = [
+            Member(generator, model.accuracy, in_auto=not model.address.startswith("extractive:"))
+            for generator, model in zip(self.generators, models, strict=True)
+        ]
         weights = Weights(usual.latency_weight, usual.throughput_weight, usual.accuracy_weight)
         return Balancer(members, weights, usual.probe_seconds)
 

@@ -42,10 +42,14 @@ Outcome = Literal["running", "finished", "failed", "overloaded", "refused", "lef
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One backend of the model `generator.name`; `accuracy`, in [0, 1], is what an evaluation said of it."""
+    """One backend of the model `generator.name`; `accuracy`, in [0, 1], is what an evaluation said of it.
+
+    One that is not `in_auto` answers by its name, and for "auto" only where there is no other.
+    """
 
     generator: Generator
     accuracy: float
+    in_auto: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +144,13 @@ class Balancer:
         return tuple(dict.fromkeys(backend.name for backend in self._backends))
 
     def generator(self, model: str, weights: Weights | None = None) -> "Balanced":
-        """A generator that chooses for each request: of this name's members, or of all of them for "auto".
+        """A generator that chooses for each request: of this name's members, or for "auto" of all that are in it.
 
         Raises NotFound for any other name.
         """
-        backends = tuple(backend for backend in self._backends if model in (AUTO, backend.name))
+        backends = tuple(one for one in self._backends if one.name == model)
+        if model == AUTO:
+            backends = tuple(one for one in self._backends if one.in_auto) or self._backends
         if not backends:
             names = self.names()
             more = f" and {len(names) - NAMES_LISTED} more" if len(names) > NAMES_LISTED else ""
@@ -336,6 +342,7 @@ class _Backend:
         self.generator = member.generator
         self.name = member.generator.name
         self.accuracy = member.accuracy
+        self.in_auto = member.in_auto
         self.in_flight = 0
         self.requests = 0
         self.failures = 0

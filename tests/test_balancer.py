@@ -158,6 +158,21 @@ def test_a_name_is_answered_by_its_members_and_auto_by_all() -> None:
     run(go())
 
 
+def test_who_is_not_in_auto_answers_by_name_and_for_auto_only_alone() -> None:
+    async def go() -> None:
+        clock = Clock()
+        a, b = Player("a", clock), Player("b", clock)
+        balancer = Balancer([Member(a, 0.9, in_auto=False), Member(b, 0.1)], EVEN, PROBE_SECONDS, clock)
+        for asked, chosen in (("auto", "b"), ("a", "a"), ("auto", "b")):
+            await take(balancer.generator(asked))
+            assert balancer.report().choices[-1].chosen == chosen
+        alone = Balancer([Member(a, 0.9, in_auto=False)], EVEN, PROBE_SECONDS, clock)
+        await take(alone.generator("auto"))
+        assert alone.report().choices[-1].chosen == "a"
+
+    run(go())
+
+
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), 1e300])
 def test_a_weight_that_means_nothing_is_refused(bad: float) -> None:
     with pytest.raises(InvalidRequest, match="throughput"):

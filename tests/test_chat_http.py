@@ -135,11 +135,25 @@ def test_a_stream_tells_its_cost_last_and_only_where_that_is_asked(
     assert all(len(chunk["choices"]) == 1 for chunk in chunks if not chunk.get("usage"))
 
 
-def test_a_model_that_does_not_count_costs_nothing_that_is_told(door: Door) -> None:
-    client = stock(door, Parrot([Delta("x"), END]))
-    assert client.chat.completions.create(**ASK).usage is None
+def test_for_a_model_that_does_not_count_the_tokens_are_counted_here(door: Door) -> None:
+    client = stock(door, Parrot([Delta("one two three"), END]))
+    whole = client.chat.completions.create(**ASK).usage
+    words = sum(len(str(message["content"]).split()) for message in ASK["messages"])
+    assert (whole.prompt_tokens, whole.completion_tokens) == (words, 3)
     chunks = list(client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}))
-    assert [len(chunk.choices) for chunk in chunks] == [1, 1]
+    assert [len(chunk.choices) for chunk in chunks] == [1, 1, 0] and chunks[-1].usage == whole
+
+
+def test_without_a_language_model_a_chat_quotes_what_was_said(door: Door) -> None:
+    key = door.headers()["authorization"].removeprefix("Bearer ")
+    client = openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=door.client, max_retries=0)
+    said = "The pump lost pressure at noon because the valve was open."
+    messages = [{"role": "user", "content": said}, {"role": "assistant", "content": "I see."},
+                {"role": "user", "content": "When did the pump lose pressure?"}]  # fmt: skip
+    answer = client.chat.completions.create(model="extractive", messages=messages)
+    assert "noon" in answer.choices[0].message.content
+    nothing = client.chat.completions.create(model="auto", messages=[{"role": "user", "content": "hi"}])
+    assert "only quote" in nothing.choices[0].message.content
 
 
 def test_choices_come_interleaved_and_each_says_its_role_once(door: Door) -> None:

@@ -3,8 +3,9 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, Container, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Container, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ RAG_FIELDS = frozenset(
         "stop", "user", "session_id", "metadata", "store", "n", "top_p",
     }
 )  # fmt: skip
+
+Count = Callable[[Sequence[Delta]], dict[str, Any]]
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 
@@ -78,10 +81,10 @@ async def chat(request: Request, body: ChatCompletion, principal: Principal = pe
     generator = _generator(request, body)
     prompt = await _check_pictures(request, body.to_prompt(principal.tenant), generator)
     if body.stream:
-        return await events(request, _chat_chunks(generator.stream(prompt), head, _wants_usage(body)))
+        return await events(request, _chat_chunks(generator.stream(prompt), head, _counter(request, body, prompt)))
     deltas = await while_listening(request, generator.complete(prompt))
     choices = [_chat_choice(index, of_it) for index, of_it in _by_choice(deltas)]
-    return reply({**head, "object": "chat.completion", "choices": choices, "usage": _usage(deltas)})
+    return reply({**head, "object": "chat.completion", "choices": choices, "usage": _usage(request, prompt, deltas)})
 
 
 @router.post("/completions", response_model=None, dependencies=[through("chat")])
@@ -91,13 +94,13 @@ async def complete(request: Request, body: Completion, principal: Principal = pe
     prompt = body.to_prompt(principal.tenant)
     generator = _generator(request, body)
     if body.stream:
-        return await events(request, _text_chunks(generator.stream(prompt), head, _wants_usage(body)))
+        return await events(request, _text_chunks(generator.stream(prompt), head, _counter(request, body, prompt)))
     deltas = await while_listening(request, generator.complete(prompt))
     choices = [
         {"index": index, "text": _text(of_it), "logprobs": _logprobs(of_it), "finish_reason": _end(of_it)}
         for index, of_it in _by_choice(deltas)
     ]
-    return reply({**head, "object": "text_completion", "choices": choices, "usage": _usage(deltas)})
+    return reply({**head, "object": "text_completion", "choices": choices, "usage": _usage(request, prompt, deltas)})
 
 
 def _head(request: Request, body: Sampling, kind: str) -> dict[str, Any]:
@@ -178,9 +181,21 @@ def _logprobs(deltas: Sequence[Delta]) -> dict[str, Any] | None:
     return joined or None
 
 
-def _usage(deltas: Sequence[Delta]) -> dict[str, Any] | None:
+def _usage(request: Request, prompt: Prompt, deltas: Sequence[Delta]) -> dict[str, Any]:
+    """As the generator counted; the tokens that the embedder's tokenizer finds where it did not count."""
     usage = next((delta.usage for delta in reversed(deltas) if delta.usage is not None), None)
-    return None if usage is None else show_usage(usage)
+    return show_usage(usage or _estimate(request, prompt, _text(deltas)))
+
+
+def _counter(request: Request, body: Sampling, prompt: Prompt) -> Count | None:
+    """What a stream says of its usage at the end, where the client wants to know."""
+    return partial(_usage, request, prompt) if _wants_usage(body) else None
+
+
+def _estimate(request: Request, prompt: Prompt, text: str) -> Usage:
+    asked = [prompt.text] if prompt.text is not None else [message.text for message in prompt.messages]
+    *counts, said = lent(request).count_tokens([*asked, text])
+    return Usage(sum(counts), said)
 
 
 def show_usage(usage: Usage) -> dict[str, Any]:
@@ -195,13 +210,16 @@ def show_usage(usage: Usage) -> dict[str, Any]:
 # One generation as it comes
 
 
-async def _chat_chunks(stream: AsyncGenerator[Delta], head: dict[str, Any], wants_usage: bool) -> AsyncGenerator[bytes]:
+async def _chat_chunks(
+    stream: AsyncGenerator[Delta], head: dict[str, Any], count: Count | None
+) -> AsyncGenerator[bytes]:
     head = {**head, "object": "chat.completion.chunk"}
     begun: set[int] = set()
-    usage = None
+    seen: list[Delta] = []
     async with aclosing(stream) as deltas:
         async for delta in deltas:
-            usage = delta.usage or usage
+            if count is not None:
+                seen.append(delta)
             if delta.usage is not None:
                 continue
             said: dict[str, Any] = {name: value for name, value in delta.beside.items() if name != "logprobs"}
@@ -211,21 +229,24 @@ async def _chat_chunks(stream: AsyncGenerator[Delta], head: dict[str, Any], want
             if delta.text:
                 said["content"] = delta.text
             yield event({**head, "choices": [_choice(delta, "delta", said)]})
-    if wants_usage and usage is not None:
-        yield event({**head, "choices": [], "usage": show_usage(usage)})
+    if count is not None:
+        yield event({**head, "choices": [], "usage": count(seen)})
     yield DONE
 
 
-async def _text_chunks(stream: AsyncGenerator[Delta], head: dict[str, Any], wants_usage: bool) -> AsyncGenerator[bytes]:
+async def _text_chunks(
+    stream: AsyncGenerator[Delta], head: dict[str, Any], count: Count | None
+) -> AsyncGenerator[bytes]:
     head = {**head, "object": "text_completion"}
-    usage = None
+    seen: list[Delta] = []
     async with aclosing(stream) as deltas:
         async for delta in deltas:
-            usage = delta.usage or usage
+            if count is not None:
+                seen.append(delta)
             if delta.usage is None:
                 yield event({**head, "choices": [_choice(delta, "text", delta.text)]})
-    if wants_usage and usage is not None:
-        yield event({**head, "choices": [], "usage": show_usage(usage)})
+    if count is not None:
+        yield event({**head, "choices": [], "usage": count(seen)})
     yield DONE
 
 
