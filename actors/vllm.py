@@ -93,8 +93,10 @@ class Replica(LLMServer):
 
 
 async def _merged(events: AsyncGenerator[Any], seconds: float) -> AsyncGenerator[list[Any]]:
-    """The first event at once; after each send, what comes within `seconds` in the next one."""
+    """The first event at once, later ones too unless something was sent less than `seconds` ago: then together."""
     waiting: list[Any] = []
+    clock = asyncio.get_running_loop().time
+    free_at = 0.0
     arrived = asyncio.Event()
 
     async def read() -> None:
@@ -111,12 +113,13 @@ async def _merged(events: AsyncGenerator[Any], seconds: float) -> AsyncGenerator
         while not reading.done() or waiting:
             await arrived.wait()
             arrived.clear()
+            if (pause := free_at - clock()) > 0 and not reading.done():
+                await asyncio.wait([reading], timeout=pause)
             if waiting:
                 batch = waiting[:]
                 waiting.clear()
+                free_at = clock() + seconds
                 yield batch
-            if not reading.done():
-                await asyncio.wait([reading], timeout=seconds)
         reading.result()
     finally:
         reading.cancel()
