@@ -4,10 +4,11 @@ import asyncio
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from nexus.ports import Embedder as EmbedderPort
 from nexus.ports import InputType
-from nexus.registry import open_part
+from nexus.registry import open_model
 from nexus.types import Vectors
 
 NICENESS = 10  # documents give way to questions, which are embedded in the retriever
@@ -20,9 +21,9 @@ class Embedder:
     when something else wants a core: they never wait for each other.
     """
 
-    def __init__(self, address: str, threads: int) -> None:
+    def __init__(self, address: str, threads: int, offered: dict[str, Any] | None = None) -> None:
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
-        self._model: EmbedderPort = open_part("models", address, threads=1)
+        self._model: EmbedderPort = open_model("embed", address, **{**(offered or {}), "threads": 1})
         self._threads = ThreadPoolExecutor(threads, "embed")
 
     async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:

@@ -31,7 +31,8 @@ class Retriever:
     """
 
     def __init__(self, config: Config, vectors_address: str, reranker: RerankerElsewhere | None = None) -> None:
-        self._embedder: Embedder = open_part("models", config.models.embedder, threads=1)
+        offered = config.models.of_task("embed")[0].offered()
+        self._embedder: Embedder = open_model("embed", config.models.embedder, **offered, threads=1)
         home = Path(config.home)
         hades = Hades(
             open_part("stores", config.stores.documents, home=home),

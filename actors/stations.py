@@ -25,7 +25,7 @@ from nexus.ingest import Ingestor, Prepared, attach, open_steps
 from nexus.jobs import MAX_ATTEMPTS, FileState, Jobs, Outcome, worn_out
 from nexus.parsing import ENDED
 from nexus.ports import DocumentStore, Embedder, Staged
-from nexus.registry import open_part
+from nexus.registry import open_model, open_part
 from nexus.types import Principal, Receipt, Upload, Vectors
 
 Result = TypeVar("Result")
@@ -104,7 +104,9 @@ class Embed:
 
     def __init__(self, run: Run) -> None:
         give_way()
-        self._model: Embedder = open_part("models", run.config.models.embedder, threads=1)
+        self._model: Embedder = open_model(
+            "embed", run.config.models.embedder, **run.config.models.of_task("embed")[0].offered(), threads=1
+        )
         self._dimension = run.dimension
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
+import orjson
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.serve._private.request_router.common import PendingRequest
@@ -18,11 +19,12 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from nexus.config import Served
-from nexus.errors import InvalidRequest, NexusError, NotFound, Overloaded, Unavailable
+from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable
 from nexus.models.vllm import engine_arguments, environment, read_checkpoint
 
 Way = Literal["chat", "completions"]
 
+FAILED = 'data: {"error"'
 MERGED_SECONDS = 0.02  # between two sends of one stream, its first piece apart: nobody reads faster
 STARTUP_REPEATS = 3
 EMBEDDING_REQUEST: TypeAdapter[Any] = TypeAdapter(EmbeddingRequest)
@@ -61,16 +63,17 @@ class Replica(LLMServer):
                 async for batch in batches:
                     if any(_is_fault(event) for event in batch):
                         await self.check_health()
-                    yield [event if isinstance(event, str) else _to_error(event) for event in batch]
+                    yield [_read(event) for event in batch]
         except EngineDeadError:
             os._exit(1)  # a replica without its engine would fail fastest, and so be chosen first
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]] | NexusError:
         """One row of numbers for each text, or what was wrong with them."""
         body = {"model": self._llm_config.model_id, "input": list(texts)}
+        await self.check_health()
         async for answer in await super().embeddings(EMBEDDING_REQUEST.validate_python(body)):
             if hasattr(answer, "error"):  # of another class than the one that ray.serve.llm exports
-                return _to_error(answer)
+                return _to_error(str(answer.error.message), int(answer.error.code))
             return [row.embedding for row in sorted(answer.data, key=lambda row: row.index)]
         return Unavailable("the engine gave no vectors; try again in a moment")
 
@@ -127,12 +130,23 @@ async def _merged(events: AsyncGenerator[Any], seconds: float) -> AsyncGenerator
 
 
 def _is_fault(event: str | ErrorResponse) -> bool:
-    return event.startswith('data: {"error"') if isinstance(event, str) else int(event.error.code) >= 500
+    read = _read(event)
+    return isinstance(read, NexusError) and not isinstance(read, CallerError | Overloaded)
 
 
-def _to_error(answer: ErrorResponse) -> NexusError:
+def _read(event: str | ErrorResponse) -> str | NexusError:
+    """An event to pass on, or what is wrong: an object before the first event, an event of its own after it."""
+    if not isinstance(event, str):
+        return _to_error(str(event.error.message), int(event.error.code))
+    if not event.startswith(FAILED):
+        return event
+    error = orjson.loads(event.removeprefix("data: "))["error"]
+    return _to_error(str(error.get("message")), int(error.get("code") or 500))
+
+
+def _to_error(message: str, status: int) -> NexusError:
     """The engine's refusal as one of ours, without what it says of its inside."""
-    message, status = str(answer.error.message)[:500], int(answer.error.code)
+    message = message[:500]
     if status == 404:
         return NotFound(message, pointer="/model", code="model_not_found")
     if status in (429, 503):

@@ -109,7 +109,9 @@ def build(config: Config, vectors_port: int) -> serve.Application:
     Each replica says how many requests it takes at once and how many may wait; past that, 503.
     """
     threads = config.models.embedder_threads or os.cpu_count() or 1
-    embedder = models.deployment("embedder", Embedder, 16, 256).bind(config.models.embedder, threads)
+    embedder = models.deployment("embedder", Embedder, 16, 256).bind(
+        config.models.embedder, threads, config.models.of_task("embed")[0].offered()
+    )
     parts: dict[str, Any] = {"embedder": embedder}
     address = vectors_address(config, vectors_port)
     if config.stores.vectors == "milvus-lite:":

@@ -51,6 +51,8 @@ def _is_schema(schema: dict[str, JsonValue]) -> dict[str, JsonValue]:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"this is no JSON schema: {error.message[:200]}") from None
+    except (OverflowError, RecursionError):
+        raise ValueError("this JSON schema asks for more than can be checked") from None
     return schema
 
 
@@ -62,16 +64,23 @@ def _walk(value: object) -> Iterator[object]:
 
 
 def _check_node(node: Mapping[str, object]) -> None:
-    reference, pattern = node.get("$ref", "#"), node.get("pattern", "")
-    if isinstance(reference, str) and not reference.startswith("#"):
-        raise ValueError("a schema refers only to parts of itself, with '#'")
-    if isinstance(pattern, str):
-        if len(pattern) > MAX_PATTERN:
-            raise ValueError(f"a pattern has at most {MAX_PATTERN} signs")
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError) as error:
-            raise ValueError(f"the pattern {pattern[:50]!r} cannot be read: {error}") from None
+    for name in ("$ref", "$dynamicRef", "$recursiveRef"):
+        reference = node.get(name, "#")
+        if isinstance(reference, str) and not reference.startswith("#"):
+            raise ValueError("a schema refers only to parts of itself, with '#'")
+    keyed = node.get("patternProperties")
+    for pattern in (node.get("pattern"), *(keyed if isinstance(keyed, Mapping) else ())):
+        if isinstance(pattern, str):
+            _check_pattern(pattern)
+
+
+def _check_pattern(pattern: str) -> None:
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"a pattern has at most {MAX_PATTERN} signs")
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"the pattern {pattern[:50]!r} cannot be read: {error}") from None
 
 
 Schema = Annotated[dict[str, JsonValue], AfterValidator(_is_schema)]
@@ -218,7 +227,7 @@ class Sampling(Strict):
 
     def given(self, *names: str) -> dict[str, Any]:
         """The named fields that the client has set, as it wrote them."""
-        return {name: value for name in names if (value := self.model_dump(by_alias=True)[name]) is not None}
+        return self.model_dump(by_alias=True, include=set(names), exclude_none=True)
 
     @model_validator(mode="after")
     def _options_belong(self) -> Self:

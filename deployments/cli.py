@@ -73,8 +73,8 @@ def up(
     started = time.monotonic()
     settings = load_config(config)
     home = Path(settings.home)
-    for kind, address in settings.parts():
-        check_part(kind, address)
+    for kind, address, task in settings.parts():
+        check_part(kind, address, task)
     bootstrap.prepare_home(home)
     with bootstrap.lock_home(home):
         instance = bootstrap.find_instance(home)
@@ -94,7 +94,7 @@ def up(
 
 
 def _patience(settings: Config) -> float:
-    has_engines = any(address.startswith("vllm:") for _, address in settings.parts())
+    has_engines = any(address.startswith("vllm:") for _, address, _ in settings.parts())
     return ENGINE_START_SECONDS if has_engines else START_SECONDS
 
 

@@ -99,8 +99,8 @@ def _memory(config: Config) -> str:
 
 
 def _models(config: Config) -> str:
-    addresses = [address for kind, address in config.parts() if kind == "models"]
-    for address in addresses:
-        check_part("models", address)
+    for kind, address, task in config.parts():
+        check_part(kind, address, task)
+    addresses = [address for kind, address, _ in config.parts() if kind == "models"]
     find_module("models", config.models.embedder).open_tokenizer(config.models.embedder)
     return f"{', '.join(addresses)}"

@@ -73,7 +73,7 @@ def _deploy(task: Task, place: int, model: Served, threads: int) -> serve.Applic
     if model.address.startswith(ELSEWHERE):
         return None
     if task == "embed":
-        return deployment(name, Embedder, *size).bind(model.address, threads)
+        return deployment(name, Embedder, *size).bind(model.address, threads, model.offered())
     return deployment(name, Reranker, *size).bind(model.address, threads, model.offered())
 
 
@@ -99,7 +99,7 @@ def open_models(config: Config, handles: Handles, embedder: Any, retriever: Any)
     """All models as objects to ask. `embedder` is the documents' own, `retriever` embeds a few texts at once."""
     of_task = config.models.of_task
     generators = [
-        _open_generator(config, model, handles["generate"].get(place), retriever)
+        _open_generator(model, handles["generate"].get(place), retriever)
         for place, model in enumerate(of_task("generate"))
     ]
     embedders: dict[str, Any] = {}
@@ -113,11 +113,9 @@ def open_models(config: Config, handles: Handles, embedder: Any, retriever: Any)
     return Models(generators, embedders, rerankers)
 
 
-def _open_generator(config: Config, model: Served, handle: DeploymentHandle | None, retriever: Any) -> GeneratorPort:
+def _open_generator(model: Served, handle: DeploymentHandle | None, retriever: Any) -> GeneratorPort:
     if handle is None:
-        usual = config.models.api_key
-        key = {} if usual is None or model.api_key is not None else {"api_key": usual.get_secret_value()}
-        offered = {**model.offered(), **key, "images": model.images, "embed": retriever.embed}
+        offered = {**model.offered(), "images": model.images, "embed": retriever.embed}
         opened: GeneratorPort = open_model("generate", model.address, **offered)
         return opened
     if model.address.startswith(vllm.SCHEME):

@@ -49,6 +49,9 @@ class EventStream(StreamingResponse):
         except NexusError as error:
             log.warning("a stream was ended by an error: %s", error.code)
             yield error_event(error)
+        except Exception:  # a bug: the middleware logs it, and the reader is told that this is no end
+            yield error_event(NexusError(middleware.FAULT))
+            raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest), aclosing(self._events):

@@ -86,10 +86,31 @@ def _read_choice(choice: Mapping[str, Any]) -> Delta:
     if said.get("reasoning") and "reasoning_content" not in beside:  # vLLM's newer name of it
         beside["reasoning_content"] = said["reasoning"]
     if "tool_calls" in beside:
-        beside["tool_calls"] = _items(beside["tool_calls"], "tool_calls")
+        beside["tool_calls"] = [_check_call(call) for call in _items(beside["tool_calls"], "tool_calls")]
     if choice.get("logprobs"):
-        beside["logprobs"] = choice["logprobs"]
+        beside["logprobs"] = _check_logprobs(choice["logprobs"])
     return Delta(text or "", index, _read_end(choice.get("finish_reason")), beside)
+
+
+def _check_call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function, index = call.get("function") or {}, call.get("index", 0)
+    if not isinstance(function, Mapping) or isinstance(index, bool) or not isinstance(index, int):
+        raise _strange("tool_calls")
+    if not all(
+        isinstance(one, str | None) for one in (call.get("id"), function.get("name"), function.get("arguments"))
+    ):
+        raise _strange("tool_calls")
+    return call
+
+
+def _check_logprobs(logprobs: object) -> dict[str, Any]:
+    """Those of its fields that say something, each of which is a list."""
+    if not isinstance(logprobs, Mapping):
+        raise _strange("logprobs")
+    said = {name: value for name, value in logprobs.items() if value is not None}
+    if not all(isinstance(value, list) for value in said.values()):
+        raise _strange("logprobs")
+    return said
 
 
 def _read_end(reason: object) -> str | None:

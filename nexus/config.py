@@ -117,6 +117,7 @@ class Served(Section):
     images: bool | None = None
     api_key: SecretStr | None = None
     timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    dimension: Positive | None = None
     max_tokens: Positive = 512
     context_length: Positive = 8192  # of a GGUF model
     engine: Engine = Engine()
@@ -132,7 +133,10 @@ class Served(Section):
     def offered(self) -> dict[str, Any]:
         """What the module of its address may want to know; each takes what it has a use for."""
         key = None if self.api_key is None else self.api_key.get_secret_value()
-        return {"name": self.called, "api_key": key, "timeout_seconds": self.timeout_seconds}
+        return {
+            "name": self.called, "api_key": key, "timeout_seconds": self.timeout_seconds,
+            "dimension": self.dimension, "max_tokens": self.max_tokens,
+        }  # fmt: skip
 
 
 class Models(Section):
@@ -152,14 +156,16 @@ class Models(Section):
         """Every model of a task, the one that Nexus itself uses first."""
         of_its_own = {"generate": self.generator, "embed": self.embedder, "rerank": self.reranker}[task]
         listed = [model for model in self.served if model.task == task]
-        if of_its_own is None or ":" not in of_its_own:
+        is_named = of_its_own in [model.called for model in listed]
+        if of_its_own is None or is_named or ":" not in of_its_own:
             return tuple(sorted(listed, key=lambda model: model.called != of_its_own))
         return (Served(address=of_its_own, task=task, api_key=self.api_key), *listed)
 
     @property
     def answering(self) -> str:
         """The name of the generator that answers from the documents, or `auto`."""
-        is_address = ":" in self.generator
+        names = [model.called for model in self.served if model.task == "generate"]
+        is_address = ":" in self.generator and self.generator not in names
         return Served(address=self.generator).called if is_address else self.generator
 
     @field_validator("embedder")
@@ -173,6 +179,8 @@ class Models(Section):
     def _names_are_known(self) -> "Models":
         for task, name in (("generate", self.generator), ("rerank", self.reranker)):
             known = [model.called for model in self.served if model.task == task]
+            if reserved := [one for one in known if one == "auto" or one.startswith("nexus-rag")]:
+                raise ValueError(f"no model can be called {reserved[0]!r}, which means something else already")
             if name is not None and ":" not in name and name not in known and not (name == "auto" and known):
                 raise ValueError(f"{name!r} is neither an address nor one of the {task} models served: {known}")
         return self
@@ -329,13 +337,13 @@ class Config(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
         return (env_settings, init_settings)
 
-    def parts(self) -> list[tuple[Literal["stores", "models"], str]]:
-        """The address of every exchangeable part, with the kind of part it names."""
+    def parts(self) -> list[tuple[Literal["stores", "models"], str, Task | None]]:
+        """The address of every exchangeable part, with the kind of part it names and a model's task."""
         stores, models = self.stores, self.models
         tasks: tuple[Task, ...] = ("generate", "embed", "rerank")
         return [
-            ("stores", stores.vectors), ("stores", stores.documents),
-            *(("models", model.address) for task in tasks for model in models.of_task(task)),
+            ("stores", stores.vectors, None), ("stores", stores.documents, None),
+            *(("models", model.address, task) for task in tasks for model in models.of_task(task)),
         ]  # fmt: skip
 
     @property

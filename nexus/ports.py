@@ -17,8 +17,14 @@ InputType = Literal["query", "passage"]
 class Embedder(Protocol):
     """Texts to unit vectors."""
 
-    fingerprint: str  # equal for two embedders only if their vectors may be compared
-    dimension: int
+    @property
+    def fingerprint(self) -> str:
+        """Equal for two embedders only if their vectors may be compared."""
+        ...
+
+    @property
+    def dimension(self) -> int: ...
+
     max_tokens: int  # of the text, special tokens not counted; what is longer is cut off
 
     def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:

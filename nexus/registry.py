@@ -34,9 +34,12 @@ def open_model(task: Task, address: str, **offered: Any) -> Any:
     return module.open(address, **{name: value for name, value in {"task": task, **offered}.items() if name in taken})
 
 
-def check_part(kind: Kind, address: str) -> None:
+def check_part(kind: Kind, address: str, task: Task | None = None) -> None:
     """Return if the part could be opened as far as can be told without loading it, else raise ConfigError."""
-    check = getattr(find_module(kind, address), "check", None)
+    module = find_module(kind, address)
+    if task is not None and task not in module.TASKS:
+        raise ConfigError(f"{address!r} can {' and '.join(module.TASKS)}, but not {task}")
+    check = getattr(module, "check", None)
     if check is not None:
         check(address)
 

@@ -28,7 +28,8 @@ from nexus.errors import ConfigError, InvalidRequest, NexusError, Overloaded, Un
 CONNECT_SECONDS = 5.0
 ATTEMPTS = 3
 FIRST_PAUSE = 0.5  # the longest pause after the first attempt; each further one is twice as long
-MOST_BYTES = 32 * 2**20  # of an answer, or of all of a stream
+MOST_BYTES = 32 * 2**20  # of an answer
+MOST_STREAM_BYTES = 2**30  # of all of a stream: a token with its log probabilities may be 2 kB
 MOST_LINE_BYTES = 2**20  # of a stream
 MOST_REFUSAL_BYTES = 2**16
 MOST_TOLD = 500  # characters of what a server said
@@ -177,7 +178,7 @@ class EventReader:
         """The events that these bytes complete."""
         self._seen += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if self._seen > MOST_BYTES or any(len(line) > MOST_LINE_BYTES for line in (*lines, self._rest)):
+        if self._seen > MOST_STREAM_BYTES or any(len(line) > MOST_LINE_BYTES for line in (*lines, self._rest)):
             raise UpstreamInvalid("a model server streamed more than an answer can be")
         return [event for line in lines if (event := self._take(line)) is not None]
 

@@ -135,6 +135,13 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "a schema whose pattern explodes": _format(
         json_schema={"name": "a", "schema": {"type": "string", "pattern": "(a{1000}){1000}" * 100}}
     ),
+    "a key pattern that overflows": _format(
+        json_schema={"name": "a", "schema": {"patternProperties": {"a{99999999999999999999}": {}}}}
+    ),
+    "a key pattern without end": _format(json_schema={"name": "a", "schema": {"patternProperties": {"(" * 3000: {}}}}),
+    "a reference to elsewhere by another name": _format(
+        json_schema={"name": "a", "schema": {"$dynamicRef": "http://127.0.0.1:9/schema.json"}}
+    ),
     "a schema of ten thousand values": _format(
         json_schema={
             "name": "a",
@@ -191,6 +198,9 @@ def _raw(model: str) -> dict[str, bytes]:
         "a depth of 100,000": start + b', "metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
         "lists 100,000 deep": b"[" * 100_000,
         "a key twice": start + b', "max_tokens": 2}',
+        "fifty thousand keys, the last one twice": (
+            b"{" + b",".join(b'"k%d":0' % number for number in range(50_000)) + b',"k49999":1}'
+        ),
         "no JSON": b"hello",
         "nothing": b"",
         "not UTF-8": start + b', "user": "\xff"}',

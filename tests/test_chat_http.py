@@ -144,6 +144,15 @@ def test_for_a_model_that_does_not_count_the_tokens_are_counted_here(door: Door)
     assert [len(chunk.choices) for chunk in chunks] == [1, 1, 0] and chunks[-1].usage == whole
 
 
+def test_an_answer_from_the_documents_that_broke_in_the_middle_is_begun_again(door: Door) -> None:
+    add(door, headers=door.headers())
+    question = [{"role": "user", "content": "What torque does the gripper close with?"}]
+    broken, whole = Parrot([Delta("half"), Unavailable("gone")]), Parrot([Delta("all of it [1]"), END])
+    client = stock(door, broken, whole)
+    answer = client.chat.completions.create(model="nexus-rag", messages=question)
+    assert (answer.choices[0].message.content, len(broken.asked), len(whole.asked)) == ("all of it [1]", 1, 1)
+
+
 def test_without_a_language_model_a_chat_quotes_what_was_said(door: Door) -> None:
     key = door.headers()["authorization"].removeprefix("Bearer ")
     client = openai.OpenAI(api_key=key, base_url="http://testserver/v1", http_client=door.client, max_retries=0)

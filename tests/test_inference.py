@@ -114,6 +114,8 @@ def test_what_the_engine_refuses_is_the_callers_error(client: openai.OpenAI) -> 
     with pytest.raises(openai.BadRequestError) as too_long:
         say(client, messages=[{"role": "user", "content": "word " * 3000}])
     assert "2048" in str(too_long.value)
+    with pytest.raises(openai.BadRequestError, match="999999999"):
+        say(client, logit_bias={"999999999": 1})  # which vLLM says only within its stream
     with pytest.raises(openai.NotFoundError) as unknown:
         say(client, model="tiny-embedder")
     assert unknown.value.code == "model_not_found" and "tiny" in str(unknown.value)

@@ -150,7 +150,7 @@ def test_what_is_just_small_enough_is_reranked(models: Models) -> None:
 @pytest.mark.parametrize("nonsense", [[0.5], [0.5] * 5, [float("nan")] * 4, [2.0] * 4])
 def test_nonsense_of_a_reranker_is_not_passed_on(models: Models, nonsense: list[float]) -> None:
     models.reranker.answer = nonsense
-    check_openai_error(models.rerank(), 500, "server_error")
+    check_openai_error(models.rerank(), 502, "server_error")
 
 
 def test_a_reranker_without_a_free_place_says_when_to_come_back(models: Models) -> None:

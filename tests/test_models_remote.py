@@ -451,10 +451,10 @@ def test_an_answer_that_is_none_is_left_at_once(double: Double) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("limit", ["MOST_BYTES", "MOST_LINE_BYTES"])
+@pytest.mark.parametrize("limit", ["MOST_STREAM_BYTES", "MOST_LINE_BYTES"])
 def test_a_stream_over_its_limit(double: Double, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(upstream, limit, 10_000)
-    double.answer(stream(*([say("x" * 500)] * 40 if limit == "MOST_BYTES" else ["data: " + "x" * 20_000])))
+    double.answer(stream(*([say("x" * 500)] * 40 if limit == "MOST_STREAM_BYTES" else ["data: " + "x" * 20_000])))
     with pytest.raises(UpstreamInvalid, match="more than"):
         ask(generator_of(double))
 

@@ -19,7 +19,7 @@ from nexus.config import Config, Served
 from nexus.errors import ConfigError, InvalidRequest, Overloaded, Unavailable, UpstreamInvalid
 from nexus.grounding import assess
 from nexus.models import by_embedder, cross_encoder
-from nexus.registry import open_model
+from nexus.registry import Task, open_model
 from nexus.reranking import MOST_FAILURES, REST_SECONDS, Reranking, best_first, check_scores, in_threads
 from nexus.retrieval import RetrievalSettings
 from nexus.types import SearchRequest, Vector
@@ -485,7 +485,11 @@ def actor_over(config: Config, elsewhere: object, house: House, monkeypatch: pyt
         stores = {"memory:": house.hades.vectors, "sqlite:": house.hades.documents}
         return stores.get(address, house.embedder)
 
+    def opened_model(task: Task, address: str, **offered: object) -> object:
+        return house.embedder if task == "embed" else open_model(task, address, **offered)
+
     monkeypatch.setattr("actors.retriever.open_part", opened)
+    monkeypatch.setattr("actors.retriever.open_model", opened_model)
     return RetrieverActor(config, config.stores.vectors, elsewhere)
 
 

@@ -33,7 +33,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
     context = ""
     if body.session_id is not None:
         context = await asyncio.to_thread(here.sessions.context, principal, body.session_id)
-    ask = rag.Ask(body.to_request(), principal, context, session=body.session_id or "")
+    ask = rag.Ask(body.to_request(), principal, context, session=body.session_id or "", whole=not body.stream)
     trace_id = request.state.request_id
     stream = rag.run(ask, here.rag)
     if body.stream:

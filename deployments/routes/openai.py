@@ -84,7 +84,8 @@ async def chat(request: Request, body: ChatCompletion, principal: Principal = pe
         return await events(request, _chat_chunks(generator.stream(prompt), head, _counter(request, body, prompt)))
     deltas = await while_listening(request, generator.complete(prompt))
     choices = [_chat_choice(index, of_it) for index, of_it in _by_choice(deltas)]
-    return reply({**head, "object": "chat.completion", "choices": choices, "usage": _usage(request, prompt, deltas)})
+    usage = await asyncio.to_thread(_usage, request, prompt, deltas)
+    return reply({**head, "object": "chat.completion", "choices": choices, "usage": usage})
 
 
 @router.post("/completions", response_model=None, dependencies=[through("chat")])
@@ -100,7 +101,8 @@ async def complete(request: Request, body: Completion, principal: Principal = pe
         {"index": index, "text": _text(of_it), "logprobs": _logprobs(of_it), "finish_reason": _end(of_it)}
         for index, of_it in _by_choice(deltas)
     ]
-    return reply({**head, "object": "text_completion", "choices": choices, "usage": _usage(request, prompt, deltas)})
+    usage = await asyncio.to_thread(_usage, request, prompt, deltas)
+    return reply({**head, "object": "text_completion", "choices": choices, "usage": usage})
 
 
 def _head(request: Request, body: Sampling, kind: str) -> dict[str, Any]:
@@ -230,7 +232,7 @@ async def _chat_chunks(
                 said["content"] = delta.text
             yield event({**head, "choices": [_choice(delta, "delta", said)]})
     if count is not None:
-        yield event({**head, "choices": [], "usage": count(seen)})
+        yield event({**head, "choices": [], "usage": await asyncio.to_thread(count, seen)})
     yield DONE
 
 
@@ -246,7 +248,7 @@ async def _text_chunks(
             if delta.usage is None:
                 yield event({**head, "choices": [_choice(delta, "text", delta.text)]})
     if count is not None:
-        yield event({**head, "choices": [], "usage": count(seen)})
+        yield event({**head, "choices": [], "usage": await asyncio.to_thread(count, seen)})
     yield DONE
 
 
@@ -265,7 +267,7 @@ async def _chat_with_documents(request: Request, body: ChatCompletion, principal
     ask = rag.Ask(
         SearchRequest(body.question(), collection=collection), principal, body.context(),
         body.max_completion_tokens or body.max_tokens, body.temperature, body.seed, body.stops(),
-        body.session_id or "",
+        body.session_id or "", not body.stream,
     )  # fmt: skip
     head = _head(request, body, "chatcmpl")
     stream = rag.run(ask, here.rag)

@@ -35,7 +35,7 @@ async def execute(request: Request, body: Execute, principal: Principal = permit
     else:
         names = steps.steps_of_protocols(body.protocol_names or ())
     generator = here.rag.generator if body.model is None else here.generator(body.model)
-    asked = steps.Execution(names, body.initial_data, principal, body.max_tokens, session=trace_id)
+    asked = steps.Execution(names, body.initial_data, principal, body.max_tokens)
     done = await while_listening(request, _all_of(steps.run(asked, chat.Tools(generator))))
     return reply(
         {

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from deployments.routes.answers import timed
 from deployments.routes.caller import lent, permit, through
 from deployments.shapes import Context, SessionQuery, reply, show_hit, show_rewritten, show_sources
+from deployments.streaming import while_listening
 from nexus.pipelines import rag
 from nexus.types import Principal, SearchRequest
 
@@ -41,8 +42,10 @@ async def query(
     """An answer that knows what the session was told."""
     here = lent(request)
     context = await asyncio.to_thread(here.sessions.context, principal, session_id)
-    ask = rag.Ask(SearchRequest(body.input, collection=body.collection), principal, context, session=session_id)
-    answer = await timed(rag.run(ask, here.rag))
+    ask = rag.Ask(
+        SearchRequest(body.input, collection=body.collection), principal, context, session=session_id, whole=True
+    )
+    answer = await while_listening(request, timed(rag.run(ask, here.rag)))
     return reply(
         {
             "session_context": context,

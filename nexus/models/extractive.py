@@ -102,18 +102,18 @@ class Candidate:
     score: float = 0.0
 
 
-def open(address: str, *, embed: Embed | None = None) -> "Extractive":
+def open(address: str, *, embed: Embed | None = None, name: str | None = None) -> "Extractive":
     """`extractive:` needs nothing. With `embed`, statements are compared with the question by meaning too."""
-    return Extractive(embed)
+    return Extractive(embed, name or "extractive")
 
 
 class Extractive:
     """A Generator that quotes. The same prompt always has the same answer."""
 
-    name = "extractive"
     sees_images = False
 
-    def __init__(self, embed: Embed | None = None) -> None:
+    def __init__(self, embed: Embed | None = None, name: str = "extractive") -> None:
+        self.name = name
         self._embed = embed
 
     async def check(self) -> None:

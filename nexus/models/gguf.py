@@ -13,6 +13,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from nexus.chat_format import read_chunk, to_body
 from nexus.errors import ConfigError, InvalidRequest, Unavailable
 from nexus.registry import Task
@@ -86,6 +88,8 @@ class GgufGenerator:
         taken = _TAKEN_BY_CHAT if prompt.text is None else _TAKEN_BY_COMPLETION
         if unknown := sorted(body.keys() - taken - _UNHEEDED):
             raise InvalidRequest(f"the model {self.name!r} does not take {unknown[0]!r}", pointer=f"/{unknown[0]}")
+        if "messages" in body:  # chat templates expect text, also where an assistant only called tools
+            body["messages"] = [{**message, "content": message["content"] or ""} for message in body["messages"]]
         wanted = body.get("response_format")
         if wanted and wanted.get("type") == "json_schema":  # llama.cpp's binding has an older way to say it
             body["response_format"] = {"type": "json_object", "schema": wanted["json_schema"]["schema"]}
@@ -106,6 +110,10 @@ class GgufGenerator:
                         put(delta)
         except ValueError as error:
             raise self._refusal(error) from None
+        except (TypeError, KeyError, AttributeError, TemplateError):
+            raise InvalidRequest(
+                f"the chat template of {self.name!r} cannot render this conversation", pointer="/messages"
+            ) from None
         except RuntimeError:  # llama.cpp could not decode: no memory, or a slot that is gone
             raise Unavailable(f"the model {self.name!r} failed in the middle of its work; try again") from None
         put(Delta(usage=Usage(self._model.prompt_tokens, self._model.completion_tokens)))

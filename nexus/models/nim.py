@@ -43,6 +43,11 @@ class NimReranker:
         self._server.close()
 
 
+def check(address: str) -> None:
+    """Return if the address names a server and a model, else raise ConfigError. Asks nobody."""
+    parse_address(address)
+
+
 def open(
     address: str,
     *,

@@ -128,7 +128,7 @@ def _status_of(error: object) -> int:
 
 
 class RemoteEmbedder:
-    """A model that makes vectors, somewhere else. Without a `dimension` it is asked for one vector at once.
+    """A model that makes vectors, somewhere else. Without a `dimension` it is asked for a vector when that is needed.
 
     A text that might be longer than `max_tokens` by `estimate_tokens` is cut here: servers refuse what they would
     have to cut. `asymmetric` says whether the server is told which texts are questions.
@@ -139,8 +139,18 @@ class RemoteEmbedder:
     ) -> None:
         self.max_tokens = max_tokens
         self._server, self._model, self._asymmetric = server, model, asymmetric
-        self.dimension = dimension or self._ask(["dimension"], "passage").shape[1]
-        self.fingerprint = f"{'nim' if asymmetric else 'openai'}:{model}@{self.dimension}"
+        self._dimension = dimension
+
+    @property
+    def dimension(self) -> int:
+        """As configured, else as the server answers when it is first asked for."""
+        if self._dimension is None:
+            self._dimension = int(self._ask(["dimension"], "passage").shape[1])
+        return self._dimension
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{'nim' if self._asymmetric else 'openai'}:{self._model}@{self.dimension}"
 
     def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         """Shape (len(texts), dimension), float32, rows of unit length, in the order given.
@@ -276,6 +286,11 @@ def _weigh(text: str) -> Iterator[tuple[int, int]]:
 
 
 # Opening
+
+
+def check(address: str) -> None:
+    """Return if the address names a server and a model, else raise ConfigError. Asks nobody."""
+    parse_address(address)
 
 
 def open(

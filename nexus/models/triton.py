@@ -357,7 +357,7 @@ def _require_tensor(value: Any) -> Tensor:
 def _read_entry(entry: Mapping[str, Any]) -> IndexEntry:
     return IndexEntry(
         str(entry["name"]), str(entry.get("version", "")), str(entry.get("state", "")),
-        str(entry.get("reason", ""))[:MAX_MESSAGE_CHARACTERS],
+        PATH.sub("…", str(entry.get("reason", "")).partition("\n")[0])[:MAX_MESSAGE_CHARACTERS],
     )  # fmt: skip
 
 

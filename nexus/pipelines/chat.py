@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from nexus.cache import Completer
 from nexus.ports import Generator
 from nexus.types import Delta, Prompt, Usage
 
@@ -40,7 +41,14 @@ async def run(prompt: Prompt, tools: Tools) -> AsyncGenerator[Delta]:
 async def collect(prompt: Prompt, tools: Tools) -> Generation:
     """A whole generation, for whoever does not want the pieces."""
     generation = Generation()
-    async with aclosing(run(prompt, tools)) as deltas:
-        async for delta in deltas:
-            generation.add(delta)
+    for delta in await take(prompt, tools):
+        generation.add(delta)
     return generation
+
+
+async def take(prompt: Prompt, tools: Tools) -> list[Delta]:
+    """All of a generation at once; one that breaks off is begun again where the generator knows how."""
+    if isinstance(tools.generator, Completer):
+        return await tools.generator.complete(prompt)
+    async with aclosing(run(prompt, tools)) as deltas:
+        return [delta async for delta in deltas]

@@ -17,7 +17,7 @@ REWRITE = prompts.read("rewrite")
 NO_EVIDENCE = "The documents do not answer this question."  # as answer.md asks for it
 REWRITING_TOKENS = 96
 MOST_QUESTION_CHARACTERS = 400  # of a question worth rewriting, and of what comes of it
-REMEMBERED_CHARACTERS = 8_000  # of the conversation, its end, for rewriting
+REMEMBERED_CHARACTERS = 8_000  # of the conversation, its end
 ANSWER_TEMPERATURE = 0.0  # what the passages say needs no invention
 
 
@@ -33,6 +33,7 @@ class Ask:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     session: str = ""
+    whole: bool = False  # nobody sees the pieces: an answer that breaks off may be begun again elsewhere
 
 
 class Retrieve(Protocol):
@@ -71,7 +72,7 @@ async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
     if judgement.confidence < tools.abstain_below:
         reason = judgement.reason or "the evidence is weaker than this installation asks for"
     else:
-        async with aclosing(chat.run(_prompt(request, evidence), chat.Tools(tools.generator))) as deltas:
+        async with aclosing(_generate(request, evidence, tools)) as deltas:
             async for delta in deltas:
                 generation.add(delta)
                 if delta.text:
@@ -106,6 +107,17 @@ async def collect(stream: AsyncIterator[str | Answer]) -> Answer:
             answer = item
     assert answer is not None, "run() always ends with an Answer"
     return answer
+
+
+async def _generate(request: Ask, evidence: Evidence, tools: Tools) -> AsyncGenerator[Delta]:
+    lent, prompt = chat.Tools(tools.generator), _prompt(request, evidence)
+    if request.whole:
+        for delta in await chat.take(prompt, lent):
+            yield delta
+        return
+    async with aclosing(chat.run(prompt, lent)) as deltas:
+        async for delta in deltas:
+            yield delta
 
 
 def _find_refusal(generation: chat.Generation) -> str | None:
@@ -143,7 +155,7 @@ def render(request: Ask, passages: Sequence[Hit]) -> tuple[Message, ...]:
         f"{prompts.fence(hit.text, 'passage')}\n</passage>"
         for number, hit in enumerate(passages, 1)
     )
-    told = prompts.fence(request.context, "passage")
+    told = prompts.fence(request.context[-REMEMBERED_CHARACTERS:], "passage")
     context = f"The conversation so far:\n{told}\n\n" if told else ""
     return (Message("system", INSTRUCTIONS), Message("user", f"{fenced}\n\n{context}Question: {request.search.query}"))
 
