@@ -1,8 +1,7 @@
-"""vLLM replicas: Ray's LLM server with our way in, and the router that keeps a conversation on one replica."""
+"""vLLM replicas: Ray's LLM server with our way in."""
 
 import asyncio
 import os
-import random
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
@@ -10,14 +9,12 @@ from typing import Any, Literal
 import orjson
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
-from ray.serve._private.request_router.common import PendingRequest
-from ray.serve._private.request_router.replica_wrapper import RunningReplica
 from ray.serve.config import RequestRouterConfig
-from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from actors.session_router import SessionRouter
 from nexus.config import Served
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable
 from nexus.models.vllm import engine_arguments, environment, read_checkpoint
@@ -29,19 +26,6 @@ MERGED_SECONDS = 0.02  # between two sends of one stream, its first piece apart:
 STARTUP_REPEATS = 3
 EMBEDDING_REQUEST: TypeAdapter[Any] = TypeAdapter(EmbeddingRequest)
 REQUESTS: Mapping[Way, type] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
-
-
-class SessionRouter(ConsistentHashRouter):
-    """Requests of one session go to one replica, whose cache knows its beginning; the others to the freer of two."""
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        if pending_request is not None and pending_request.metadata.session_id:
-            return await super().choose_replicas(candidate_replicas, pending_request)
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True
-        return [random.sample(candidate_replicas, min(2, len(candidate_replicas)))] if candidate_replicas else []
 
 
 class Replica(LLMServer):

@@ -144,6 +144,13 @@ def test_for_a_model_that_does_not_count_the_tokens_are_counted_here(door: Door)
     assert [len(chunk.choices) for chunk in chunks] == [1, 1, 0] and chunks[-1].usage == whole
 
 
+def test_what_clients_send_without_meaning_it_hinders_no_answer_from_the_documents(door: Door) -> None:
+    asked = {"model": "nexus-rag", "messages": [{"role": "user", "content": "What is a heron?"}], "logprobs": False,
+             "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tool_choice": "none",
+             "response_format": {"type": "text"}}  # fmt: skip
+    assert door.client.post(CHAT, json=asked, headers=door.headers()).status_code == 200
+
+
 def test_an_answer_from_the_documents_that_broke_in_the_middle_is_begun_again(door: Door) -> None:
     add(door, headers=door.headers())
     question = [{"role": "user", "content": "What torque does the gripper close with?"}]

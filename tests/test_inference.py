@@ -122,6 +122,12 @@ def test_what_the_engine_refuses_is_the_callers_error(client: openai.OpenAI) -> 
     assert say(client).choices[0].finish_reason == "length"
 
 
+def test_whoever_asks_an_engine_loads_none(nexus: Running, client: openai.OpenAI) -> None:
+    say(client, max_tokens=1)
+    (gateway,) = nexus.processes("ServeReplica:nexus:gateway")
+    assert not [mapped.path for mapped in gateway.memory_maps() if "libtorch" in mapped.path]
+
+
 def test_models_are_listed_by_their_names(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert {"nexus-rag", "auto", "tiny", "tiny-embedder", "all-MiniLM-L6-v2"} <= set(names)

@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
-from deployments.chat_shapes import ChatCompletion, Completion, Sampling
+from deployments.chat_shapes import ChatCompletion, Completion, PlainFormat, Sampling
 from deployments.routes.answers import note, timed
 from deployments.routes.caller import lent, permit, require, through
 from deployments.shapes import CollectionName, Embeddings, reply, show_rewritten, show_sources
@@ -35,6 +35,8 @@ RAG_FIELDS = frozenset(
         "stop", "user", "session_id", "metadata", "store", "n", "top_p",
     }
 )  # fmt: skip
+
+NEUTRAL = ("none", "auto", PlainFormat(type="text"))  # said by clients who mean nothing by it
 
 Count = Callable[[Sequence[Delta]], dict[str, Any]]
 
@@ -290,8 +292,9 @@ async def _chat_with_documents(request: Request, body: ChatCompletion, principal
 def _refuse_what_documents_cannot(body: ChatCompletion) -> None:
     if not body.question().strip():
         raise InvalidRequest("there is no question: the last user message is empty", pointer="/messages")
-    given = {name for name in body.model_fields_set if getattr(body, name) is not None}
-    if unfit := sorted(given - RAG_FIELDS):
+    asked = {name: getattr(body, name) for name in body.model_fields_set - RAG_FIELDS}
+    given = {name for name, value in asked.items() if value and value not in NEUTRAL}
+    if unfit := sorted(given):
         raise InvalidRequest(f"{RAG_MODEL} answers from documents and takes no {unfit[0]}", pointer=f"/{unfit[0]}")
     if body.n not in (None, 1):
         raise InvalidRequest(f"{RAG_MODEL} gives one answer", pointer="/n")
