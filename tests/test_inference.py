@@ -209,13 +209,6 @@ def test_a_stream_that_is_left_frees_its_place(client: openai.OpenAI, http: http
     assert member["in_flight"] == 0
 
 
-def test_a_whole_answer_whose_asker_leaves_is_not_generated(nexus: Running, http: httpx.Client) -> None:
-    body = {"model": "tiny", "messages": HELLO, "max_tokens": 1500, "temperature": 0}
-    with nexus.http() as leaving, pytest.raises(httpx.ReadTimeout):
-        leaving.post("/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=0.5))
-    until(10, lambda: loads(http) == [0, 0])
-
-
 def test_poison_is_refused_and_nobody_else_notices(nexus: Running, client: openai.OpenAI, http: httpx.Client) -> None:
     before = {process.pid for process in engines(nexus)}
     ended, over = Counter[str](), threading.Event()
