@@ -19,6 +19,7 @@ TASKS: tuple[Task, ...] = ("generate", "embed", "rerank")
 HEALTH = "/health/ready"  # its status counts, not its body, which differs by product; `live` is true too early
 
 open_tokenizer = openai.open_tokenizer
+check = openai.check
 
 
 class NimReranker:
@@ -41,11 +42,6 @@ class NimReranker:
     def close(self) -> None:
         """Close the connections."""
         self._server.close()
-
-
-def check(address: str) -> None:
-    """Return if the address names a server and a model, else raise ConfigError. Asks nobody."""
-    parse_address(address)
 
 
 def open(

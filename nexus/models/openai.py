@@ -304,7 +304,7 @@ def open(
     dimension: int | None = None,
     max_tokens: int = 512,
 ) -> Generator | Embedder | Reranker:
-    """The model at `openai:URL#model`, for one task. Only an embedder without a `dimension` asks the server now.
+    """The model at `openai:URL#model`, for one task. Nobody is asked yet.
 
     `max_tokens` is what an embedder reads of a text. `images` says whether a generator takes pictures; where
     nothing is said, it does not. Raises ConfigError for an address that cannot be one.
