@@ -33,8 +33,12 @@ class Database:
             connection = sqlite3.connect(
                 self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
-            for pragma in self._pragmas:
-                connection.execute(f"PRAGMA {pragma}")
+            try:
+                for pragma in self._pragmas:
+                    connection.execute(f"PRAGMA {pragma}")
+            except BaseException:
+                connection.close()
+                raise
             self._local.connection = connection
             with self._lock:
                 self._only = connection if self._memory else None

@@ -8,11 +8,13 @@ ends, X7 the state of a run without faults, X8 little is embedded twice, X9 dele
 import json
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -45,7 +47,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         yield port
-        process.kill()
 
 
 @dataclass
@@ -85,12 +86,37 @@ def place(server: int, tmp_path: Path) -> Place:
     return Place(tmp_path, server)
 
 
-def start(home: Path, port: int, command: str, failpoint: str = "") -> "subprocess.Popen[bytes]":
+@contextmanager
+def start(home: Path, port: int, command: str, failpoint: str = "") -> Iterator["subprocess.Popen[bytes]"]:
+    """A process of `tests.ingesting`, which does not outlive the block."""
     testing = {"NEXUS_TESTING": "1", "NEXUS_FAILPOINT": failpoint} if failpoint else {}
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "tests.ingesting", str(home), str(port), command], cwd=ROOT,
         env={**os.environ, **testing}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def freeze(process: "subprocess.Popen[bytes]", home: Path) -> None:
+    """Stop it where it holds no database: frozen inside a transaction, it would hold up whoever takes over."""
+    while True:
+        process.send_signal(SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        if all(map(is_free, home.glob("*.db"))):
+            return
+        process.send_signal(SIGCONT)
+
+
+def is_free(database: Path) -> bool:
+    with closing(sqlite3.connect(database, timeout=0)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+    return True
 
 
 def document(name: str, version: int, parts: int) -> str:
@@ -201,10 +227,10 @@ def test_a_worker_that_was_thought_dead_and_wakes_up_changes_nothing(
         zombie.stdin.write(json.dumps(order).encode())
         zombie.stdin.close()
         until(60, lambda: embedded(place) > reached)
-        os.kill(zombie.pid, SIGSTOP)  # in the middle, with documents in its hands
+        freeze(zombie, place.home)  # in the middle, with documents in its hands
         with Reader(place):
             assert place.run("work", order) == 0  # another takes over when the lease is out
-            os.kill(zombie.pid, SIGCONT)
+            zombie.send_signal(SIGCONT)
             assert zombie.wait(60) == 0
     hades, jobs = place.open(), Jobs(place.home)
     assert place.texts(hades) == faultless[0]
