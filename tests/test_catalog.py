@@ -250,12 +250,14 @@ def test_a_client_that_never_says_what_it_awaits_is_remembered_so_far_back_and_n
 
 
 def test_a_session_lives_while_it_is_used_and_is_refused_afterwards(log: Log) -> None:
-    log.pass_time(*[LONGEST_STEP_MS] * 1, SESSION_MS - 1)
+    log.pass_time(LONGEST_STEP_MS, SESSION_MS - 1)
     assert log.do(Put("a", b"1")) == 1
     log.pass_time(0, SESSION_MS - 1)
     assert decode_response(log.raw(encode(Put("a", b"1"), log.client, 1, 1))) == 1  # a duplicate is a use, too
+    log.pass_time(0, SESSION_MS - 1)
+    assert log.do(Delete("b")) is False
     log.pass_time(0, SESSION_MS)
-    for sequence in (1, 2):
+    for sequence in (1, 2, 3):
         with pytest.raises(SessionExpired, match="session"):
             decode_response(log.raw(encode(Put("a", b"2"), log.client, sequence, 1)))
     assert log.catalog.get("a") == (b"1", 1)
