@@ -72,6 +72,7 @@ class RaftNode:
         self._term, self._vote = saved.hard_state.term, saved.hard_state.vote
         self._role, self._leader = Role.FOLLOWER, NOBODY
         self._votes: dict[NodeId, bool] = {}
+        self._is_asked_to_stand = False
         self._elapsed = 0  # ticks since the leader was heard, or a vote given; a leader hears itself
         self._heartbeat_elapsed = 0
         self._draw_timeout()
@@ -233,6 +234,7 @@ class RaftNode:
         if self._role is Role.LEADER:
             self._acknowledge_own_log()
             self._commit_what_a_quorum_holds()
+        self._stand_if_asked()
 
     def status(self) -> Status:
         views: Mapping[NodeId, Progress] = {id: one.view() for id, one in self._tracker.followers.items()}
@@ -273,6 +275,7 @@ class RaftNode:
         self._role, self._leader = role, leader
         self._restart_timer()
         self._votes = {}
+        self._is_asked_to_stand = False
         self._tracker.followers = {}
         self._transfer_to = NOBODY
         self._reads, self._early_reads = [], []
@@ -332,9 +335,11 @@ class RaftNode:
 
     def _may_campaign(self) -> bool:
         """A voter, by all that it knows to be committed."""
+        return self._id in self._tracker.members.voters and self._is_settled()
+
+    def _is_settled(self) -> bool:
         log = self._log
-        is_settled = not log.unsaved_snapshot and not log.has_change(log.commit)
-        return self._id in self._tracker.members.voters and is_settled
+        return not log.unsaved_snapshot and not log.has_change(log.commit)
 
     def _ask_for_votes(self, kind: MessageType, term: int, context: bytes = b"") -> None:
         for id in sorted(self._tracker.members.voters - {self._id}):
@@ -378,8 +383,15 @@ class RaftNode:
 
     def _handle_timeout_now(self, message: Message) -> None:
         """The leader asks this one to stand, and would vote for it (thesis 3.10)."""
-        if self._role is Role.FOLLOWER and self._may_campaign():
-            self._become_candidate(TRANSFER)
+        self._is_asked_to_stand = self._role is Role.FOLLOWER
+        self._stand_if_asked()
+
+    def _stand_if_asked(self) -> None:
+        """At once, or when what is committed was applied: a leader that left wrote its own removal just before."""
+        if self._is_asked_to_stand and self._is_settled():
+            self._is_asked_to_stand = False
+            if self._may_campaign():
+                self._become_candidate(TRANSFER)
 
     # Followers: replication (5.3), snapshots (7)
 
