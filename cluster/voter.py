@@ -84,7 +84,7 @@ class Voter:
             machine.restore(saved.snapshot.data)
         self._snapshot_index, self._applied_term = saved.snapshot.index, saved.snapshot.term
         self._is_compacting = False
-        self._compacted: asyncio.Future[int] | None = None  # who asked for a snapshot
+        self._compacted: asyncio.Future[Snapshot] | None = None  # who asked for a snapshot
         self._state: HardState | None = None  # not on the disk yet
         self._thread = ThreadPoolExecutor(1, "save")
         self._work = asyncio.Event()
@@ -140,8 +140,8 @@ class Voter:
         async with self._applied:
             await self._applied.wait_for(is_enough)
 
-    async def snapshot(self) -> int:
-        """Write down what is applied, and forget the log up to there: its index."""
+    async def snapshot(self) -> Snapshot:
+        """Write down what is applied, and forget the log up to there."""
         if self._compacted is None:
             self._compacted = asyncio.get_running_loop().create_future()
             self._work.set()
@@ -201,7 +201,7 @@ class Voter:
         self._is_compacting = False
         done, self._compacted = self._compacted, None
         if done and not done.done():
-            done.set_result(self._snapshot_index)
+            done.set_result(snapshot)
 
     async def _do(self, ready: Ready) -> None:
         self._state = ready.hard_state or self._state
@@ -249,6 +249,7 @@ class Voter:
 
     def _wait_for(self, index: int) -> "asyncio.Future[bytes]":
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody has to look
         self._proposals[index] = (self._node.status().term, future)
         self._work.set()
         return future
