@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from cluster.raft import (
     Status,
 )
 from cluster.raft.storage import IdentityMismatch, Storage, StorageCorrupt
-from cluster.voter import Pace, Unanswered, Voter, found
-from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
+from cluster.voter import PACE, Pace, Unanswered, Voter, found
+from nexus.errors import ConfigError, Conflict, NotFound, OperatorError, Unavailable
 
 __all__ = ["Client", "Compacted", "Coordinator", "Placement", "connect", "start"]
 
@@ -65,7 +66,7 @@ class Coordinator:
     and its status says why: to vote from an empty memory under an old number would be to vote twice.
     """
 
-    def __init__(self, id: NodeId, folder: str, identity: str, pace: Pace = Pace()) -> None:
+    def __init__(self, id: NodeId, folder: str, identity: str, pace: Pace = PACE) -> None:
         self._id, self._pace = id, pace
         self._catalog = Catalog()
         self._peers = Peers()
@@ -95,7 +96,7 @@ class Coordinator:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(voter.run())
                 tasks.create_task(self._keep_time(voter))
-        except* OSError as errors:
+        except* OperatorError as errors:
             log.critical("voter %d ends: %s", self._id, errors.exceptions)
             os._exit(1)
 
@@ -153,13 +154,16 @@ class Coordinator:
         try:
             async with asyncio.timeout(wait_seconds if from_revision > 0 else 0):
                 while not found:
-                    await self._voter.wait_applied(lambda: self._catalog.revision > seen)
+                    await self._voter.wait_applied(partial(self._is_past, seen))
                     found, seen = self._catalog.events_since(prefix, seen + 1), self._catalog.revision
         except Compacted as error:
             return error
         except TimeoutError:
             pass  # nothing came
         return found, seen
+
+    def _is_past(self, revision: int) -> bool:
+        return self._catalog.revision > revision
 
     async def status(self) -> Status | str:
         """In words, where it takes no part."""
@@ -249,7 +253,7 @@ class Peers:
 # Starting, and finding them
 
 
-async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: Pace = Pace()) -> None:
+async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: Pace = PACE) -> None:
     """See to it that these voters live, on their machines, each with a folder of its own under `data_dir`.
 
     The first time they are founded together. Later they go on from their disks; a new one has to be added. A file
@@ -279,7 +283,7 @@ async def connect() -> Client:
     return Client(voters)
 
 
-async def add(client: Client, id: NodeId, placement: Placement, data_dir: str | Path, pace: Pace = Pace()) -> None:
+async def add(client: Client, id: NodeId, placement: Placement, data_dir: str | Path, pace: Pace = PACE) -> None:
     """A new voter: it learns until it is level, then votes. Its number must never have been used before."""
     record = _Record(Path(data_dir) / RECORD)
     known = record.read()

@@ -14,8 +14,8 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 
 from cluster.catalog import (
     Command,
-    CompareAndSet,
     Compacted,
+    CompareAndSet,
     Delete,
     Event,
     Grant,
@@ -110,10 +110,12 @@ class Client:
 
         Go on after a break from the revision after the last one seen. Raises Compacted when that is too old.
         """
+
+        async def attempt(id: NodeId) -> object:
+            return await self._voters.call(id, "events", prefix, from_revision, WATCH_SECONDS)
+
         while True:
-            seen = await self._insist(
-                lambda id: self._voters.call(id, "events", prefix, from_revision, WATCH_SECONDS), 2 * WATCH_SECONDS
-            )
+            seen = await self._insist(attempt, 2 * WATCH_SECONDS)
             if isinstance(seen, Compacted):
                 raise seen
             events, revision = seen
@@ -197,7 +199,7 @@ class Client:
 
     # How it is asked
 
-    async def _execute(self, commands: Sequence[Command]) -> list[int | None | NexusError | Refused]:
+    async def _execute(self, commands: Sequence[Command]) -> list[int | NexusError | Refused | None]:
         session, tries = await self._open_session(), 0
         sequences = [next(self._sequences) for _ in commands]
         self._unanswered.update(dict.fromkeys(sequences))
@@ -279,7 +281,7 @@ def summary(voters: Sequence[Status | str]) -> str:
     return f"voter {max(leaders, key=lambda one: one.term).id} leads {counted}"
 
 
-def _decoded(answer: bytes) -> int | None | NexusError | Refused:
+def _decoded(answer: bytes) -> int | NexusError | Refused | None:
     try:
         return decode_response(answer)
     except Refused as refusal:

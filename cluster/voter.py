@@ -66,12 +66,15 @@ class Pace:
     snapshot_entries: int = 10_000
 
 
+PACE = Pace()
+
+
 class Voter:
     """A node, alive. All methods belong to the event loop that runs `run`."""
 
     def __init__(
         self, id: NodeId, disk: Disk, machine: Machine, send: Callable[[Sequence[Message]], None],
-        rng: random.Random, pace: Pace = Pace(),
+        rng: random.Random, pace: Pace = PACE,
     ) -> None:  # fmt: skip
         """Goes on from what is on the disk. Raises what the disk raises, and LookupError for one never founded."""
         saved = disk.load()
