@@ -343,6 +343,12 @@ class Catalog:
         found.reverse()
         return found
 
+    def awaits_clock(self, elapsed_ms: int) -> bool:
+        """Whether a clock entry with this much time would change anything: begin a lease's time, or end one."""
+        ends = [lease.expires_ms for lease in self._leases.values()]
+        ends += [session.expires_ms for session in self._sessions.values()]
+        return any(end is None or end <= self._time_ms + elapsed_ms for end in ends)
+
     def apply(self, index: int, command: bytes) -> bytes:
         """Carry out the entry at `index`, and answer it for `decode_response`; an empty one is answered by b"".
 

@@ -26,6 +26,7 @@ from cluster.raft.messages import (
     Snapshot,
     Status,
 )
+from cluster.raft.node import RaftNode
 
 __all__ = [
     "NOBODY",
@@ -41,6 +42,7 @@ __all__ = [
     "NotLeader",
     "Progress",
     "ProposalDropped",
+    "RaftNode",
     "ReadState",
     "Ready",
     "Role",

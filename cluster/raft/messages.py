@@ -1,4 +1,4 @@
-"""What voters say to each other, what a node hands its driver, and what both write down: frozen values, the paper's words.
+"""What nodes say to each other, hand their drivers and write down: frozen values, in the words of the paper.
 
 A `Message` means by its type (terms and indexes count from 1; 0 is "none"):
 

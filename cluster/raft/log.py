@@ -1,0 +1,137 @@
+"""The log of one node: a snapshot, and the entries that follow it.
+
+    snapshot.index   applied        commit           saved          last_index
+    ─────┼──────────────┼──────────────┼────────────────┼───────────────┼
+    compacted   applied      committed      on the disk     handed to nobody yet
+
+`applied` ≤ `commit` ≤ `last_index` always, and none of the first two ever falls. What is committed and not yet
+saved is so on this node only: a quorum of the others has it on their disks.
+"""
+
+from cluster.raft.messages import Entry, EntryKind, Saved, Snapshot
+
+
+class Log:
+    """Nobody but the node that owns it changes it; indexes count from 1."""
+
+    def __init__(self, saved: Saved) -> None:
+        self.snapshot = saved.snapshot
+        self.unsaved_snapshot: Snapshot | None = None
+        self._entries = [entry for entry in saved.entries if entry.index > saved.snapshot.index]
+        for index, entry in enumerate(self._entries, self.first_index):
+            assert entry.index == index, f"the saved log has {entry.index} where {index} belongs"
+        self.applied = saved.snapshot.index
+        # A crash may leave a commit whose entries did not make it to the disk: nobody was told of them.
+        self.commit = max(self.applied, min(saved.hard_state.commit, self.last_index))
+        self.saved = self.last_index
+
+    @property
+    def first_index(self) -> int:
+        """Of the first entry that is still here, or would be."""
+        return self.snapshot.index + 1
+
+    @property
+    def last_index(self) -> int:
+        return self.snapshot.index + len(self._entries)
+
+    @property
+    def last_term(self) -> int:
+        return self._entries[-1].term if self._entries else self.snapshot.term
+
+    def term_at(self, index: int) -> int | None:
+        """None for what was compacted, and for what is not there yet."""
+        if index == self.snapshot.index:
+            return self.snapshot.term
+        if self.snapshot.index < index <= self.last_index:
+            return self._entries[index - self.first_index].term
+        return None
+
+    def between(self, first: int, last: int) -> tuple[Entry, ...]:
+        """The entries from `first` to `last`, both included; none of them compacted."""
+        assert first >= self.first_index, f"entry {first} was compacted"
+        return tuple(self._entries[first - self.first_index : max(0, last - self.snapshot.index)])
+
+    def unsaved(self) -> tuple[Entry, ...]:
+        return self.between(self.saved + 1, self.last_index)
+
+    def unapplied(self) -> tuple[Entry, ...]:
+        """What is committed and was not applied. A snapshot that waits to be saved is applied first."""
+        return self.between(max(self.applied + 1, self.first_index), self.commit)
+
+    def has_change(self, last: int) -> bool:
+        """Whether a change of members, up to `last`, was not applied."""
+        first = max(self.applied + 1, self.first_index)
+        return any(entry.kind is EntryKind.CHANGE for entry in self.between(first, last))
+
+    def is_current(self, index: int, term: int) -> bool:
+        """Whether a log that ends there is at least as up-to-date as this one (5.4.1)."""
+        return (term, index) >= (self.last_term, self.last_index)
+
+    def append(self, entry: Entry) -> None:
+        """A leader only ever appends to its own log (5.3, Leader Append-Only)."""
+        assert entry.index == self.last_index + 1
+        self._entries.append(entry)
+
+    def accept(self, previous: int, term: int, entries: tuple[Entry, ...]) -> int | None:
+        """Take what a leader sent after (`previous`, `term`): the last index now held in common, or None (5.3).
+
+        Entries that are here already stay. Where one conflicts, it goes, with all that follow it.
+        """
+        if self.term_at(previous) != term:
+            return None
+        for entry in entries:
+            if self.term_at(entry.index) != entry.term:
+                self._truncate(entry.index)
+                self._entries += entries[entry.index - entries[0].index :]
+                break
+        return previous + len(entries)
+
+    def _truncate(self, index: int) -> None:
+        assert index > self.commit, f"a leader would overwrite entry {index}, and {self.commit} is committed"
+        del self._entries[index - self.first_index :]
+        self.saved = min(self.saved, index - 1)
+
+    def last_of_term(self, index: int, term: int) -> int:
+        """The last index, no later than `index`, of this term or an earlier one: what two logs may agree on (5.3).
+
+        Both sides skip a term at a time by it, instead of an entry.
+        """
+        index = min(index, self.last_index)
+        while (known := self.term_at(index)) is not None and known > term:
+            index -= 1
+        return index
+
+    def commit_to(self, index: int) -> bool:
+        """Whether that is news."""
+        assert index <= self.last_index, f"{index} is committed, and the log ends at {self.last_index}"
+        if index <= self.commit:
+            return False
+        self.commit = index
+        return True
+
+    def mark_saved(self, last: Entry) -> None:
+        """The entries up to this one are on the disk, unless others took their place meanwhile."""
+        if self.term_at(last.index) == last.term:
+            self.saved = max(self.saved, last.index)
+
+    def mark_applied(self, index: int) -> None:
+        assert index <= self.commit
+        self.applied = max(self.applied, index)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Begin anew after a leader's snapshot; it covers all that is here (7)."""
+        assert snapshot.index > self.commit
+        self.snapshot = self.unsaved_snapshot = snapshot
+        self._entries = []
+        self.commit = self.saved = snapshot.index
+
+    def compact(self, snapshot: Snapshot) -> None:
+        """Forget the entries that the snapshot covers; does nothing for one that is no news. Raises ValueError."""
+        if snapshot.index <= self.snapshot.index:
+            return
+        if snapshot.index > self.applied:
+            raise ValueError(f"a snapshot at {snapshot.index} of a log applied up to {self.applied}")
+        if snapshot.term != self.term_at(snapshot.index):
+            raise ValueError(f"entry {snapshot.index} is not of term {snapshot.term}")
+        del self._entries[: snapshot.index - self.snapshot.index]
+        self.snapshot = snapshot
