@@ -409,6 +409,20 @@ def test_an_acknowledged_tail_that_is_gone_is_corruption(path: Path) -> None:
     assert loaded(path) == expected
 
 
+def test_a_sound_record_in_the_place_of_another_is_corruption(storage: Storage, path: Path) -> None:
+    ends = [len((path / "log").read_bytes().rstrip(b"\0"))]
+    for data in (b"a", b"b"):
+        storage.save(ready(entry(6, data=data)))
+        ends.append(len((path / "log").read_bytes().rstrip(b"\0")))
+    storage.close()
+    content = (path / "log").read_bytes()
+    start, middle, end = ends
+    assert middle - start == end - middle
+    (path / "log").write_bytes(content[:start] + content[middle:end] + content[start:middle])
+    with pytest.raises(StorageCorrupt, match="record 3 of the 4"):
+        loaded(path)
+
+
 def test_what_is_damaged_stays_closed(storage: Storage, path: Path) -> None:
     storage.close()
     content = bytearray((path / "log").read_bytes())
