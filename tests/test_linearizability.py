@@ -146,6 +146,13 @@ BY_HAND = {
     "two lost answers alike": (
         LEGAL, LEGAL, [(1, None, PUT, "x", UNKNOWN), (2, 3, GET, None, ("x", 1)), (4, None, PUT, "x", UNKNOWN)],
     ),
+    "a revision read is given anew": (
+        ILLEGAL, ILLEGAL, [(1, None, PUT, "x", UNKNOWN), (2, 3, GET, None, ("x", 1)), (4, 5, PUT, "x", 1)],
+    ),
+    "a refused delete took effect": (ILLEGAL, ILLEGAL, [X1, (3, 4, DELETE, None, FAILED), (5, 6, GET, None, None)]),
+    "deleted before and after": (
+        LEGAL, LEGAL, [X1, (3, 4, DELETE, None, True), (5, 6, GET, None, None), (7, 8, DELETE, None, UNKNOWN)],
+    ),
     "reads without an answer": (LEGAL, LEGAL, [X1, (3, 4, GET, None, FAILED), (5, None, GET, None, UNKNOWN)]),
     "two keys": (LEGAL, LEGAL, [X1, (3, 4, PUT, "y", 2, "other"), (5, 6, GET, None, ("x", 1))]),
     "each key legal, their order is not": (LEGAL, ILLEGAL, [(1, 2, PUT, "x", 5), (3, 4, PUT, "y", 3, "other")]),
