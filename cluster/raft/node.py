@@ -20,7 +20,6 @@ What goes beyond the paper's figure 2, each with its reason:
 
 import random
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from cluster.raft.log import Log
@@ -36,7 +35,6 @@ from cluster.raft.messages import (
     MessageType,
     NodeId,
     NotLeader,
-    Progress,
     ProposalDropped,
     ReadState,
     Ready,
@@ -237,10 +235,10 @@ class RaftNode:
         self._stand_if_asked()
 
     def status(self) -> Status:
-        views: Mapping[NodeId, Progress] = {id: one.view() for id, one in self._tracker.followers.items()}
+        views = {id: follower.view() for id, follower in self._tracker.followers.items()}
         return Status(
             self._id, self._role, self._term, self._vote, self._leader, self._log.commit, self._log.applied,
-            self._log.last_index, self._tracker.members, MappingProxyType(views),
+            self._log.last_index, self._tracker.members, views,
         )  # fmt: skip
 
     # Roles (5.1, 5.2)
