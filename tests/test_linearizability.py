@@ -128,8 +128,8 @@ BY_HAND = {
     ),
     "a guess at a lost revision missed": (
         LEGAL, LEGAL,
-        [(1, None, PUT, "x", UNKNOWN), (2, 3, CAS, (0, "y"), None), (4, 9, CAS, (1, "y"), None),
-         (5, 8, GET, None, ("x", 2))],
+        [(1, None, PUT, "x", UNKNOWN), (2, 3, CAS, (0, "y"), None), (4, 5, CAS, (1, "y"), None),
+         (6, 7, GET, None, ("x", 2))],
     ),
     "a guess at a lost revision missed what was there": (
         ILLEGAL, LEGAL,
@@ -139,6 +139,20 @@ BY_HAND = {
     "a guess at a lost revision hit": (LEGAL, LEGAL, [(1, None, PUT, "x", UNKNOWN), (2, 3, CAS, (4, "y"), 5)]),
     "a refused write": (LEGAL, LEGAL, [X1, (3, 4, PUT, "y", FAILED), (5, 6, GET, None, ("x", 1))]),
     "a refused write appears": (ILLEGAL, ILLEGAL, [X1, (3, 4, PUT, "y", FAILED), (5, 6, GET, None, ("y", 2))]),
+    "deleted beside a write": (
+        LEGAL, LEGAL, [X1, (3, 8, DELETE, None, True), (4, 7, PUT, "y", 2), (9, 10, GET, None, None)],
+    ),
+    "one write told twice": (ILLEGAL, ILLEGAL, [(1, 4, PUT, "x", 1), (2, 3, PUT, "x", 1)]),
+    "two lost answers alike": (
+        LEGAL, LEGAL, [(1, None, PUT, "x", UNKNOWN), (2, 3, GET, None, ("x", 1)), (4, None, PUT, "x", UNKNOWN)],
+    ),
+    "a revision read is given anew": (
+        ILLEGAL, ILLEGAL, [(1, None, PUT, "x", UNKNOWN), (2, 3, GET, None, ("x", 1)), (4, 5, PUT, "x", 1)],
+    ),
+    "a refused delete took effect": (ILLEGAL, ILLEGAL, [X1, (3, 4, DELETE, None, FAILED), (5, 6, GET, None, None)]),
+    "deleted before and after": (
+        LEGAL, LEGAL, [X1, (3, 4, DELETE, None, True), (5, 6, GET, None, None), (7, 8, DELETE, None, UNKNOWN)],
+    ),
     "reads without an answer": (LEGAL, LEGAL, [X1, (3, 4, GET, None, FAILED), (5, None, GET, None, UNKNOWN)]),
     "two keys": (LEGAL, LEGAL, [X1, (3, 4, PUT, "y", 2, "other"), (5, 6, GET, None, ("x", 1))]),
     "each key legal, their order is not": (LEGAL, ILLEGAL, [(1, 2, PUT, "x", 5), (3, 4, PUT, "y", 3, "other")]),

@@ -8,12 +8,13 @@ always whole; then records follow, one a save:
     zeros     room for the records to come, so that most saves leave the file's size alone
 
 A digest covers its record and the digest before it. So a damaged record, a stale one and one in a foreign place all
-break the chain, and the only question left is whether the record that breaks it was ever acknowledged. The
-header answers: it is written after the record's fsync and before `save` returns. Up to its mark a break is
-corruption. Past it lies a write that was cut short, which nobody was promised, and it is dropped. The mark needs no
-fsync of its own: the operating system keeps it when the process dies, and the next save's fsync takes it along.
-Only when the power fails right after a save may the mark be one record late. That record is then still read; were
-it damaged as well before the next save, it would pass for one cut short.
+break the chain, and the only question left is whether the record that breaks it was ever acknowledged. The header
+answers: it is written after the record's fsync and before `save` returns. Up to its mark a break is corruption. Past
+it lies a write that was cut short, which nobody was promised; the next record is written over it, and what still
+shows behind that one does not follow its digest. The mark needs no fsync of its own: the operating system keeps it
+when the process dies, and the next save's fsync takes it along. Only when the power fails right after a save may the
+mark be one record late. That record is then still read; were it damaged as well before the next save, it would pass
+for one cut short.
 
 A hard state that need not be durable (a later `commit`) goes to the header alone. A snapshot begins a new file,
 renamed over the old one once it is whole, so that no save carries its weight and a crash leaves all of the old or
@@ -137,10 +138,10 @@ class Storage:
             self._turn, self._count, self._digest = header.turn, found.count, found.digest
             self._end, self._room = found.end, len(content)
             self._loaded = True
-            if found.count > header.acknowledged or content[found.end :].strip(b"\0"):
-                # The last write was cut short. What is read of it may be in memory only, even after an
-                # fsync that failed, and whoever loads will act on it: so it is written once more, in full.
-                self._begin_file(found.snapshot if found.count else None)
+            if found.count > header.acknowledged:
+                # Its fsync may have failed or never come, so that it is in the system's memory alone, and
+                # whoever loads it will act on it: all is written once more, where no page passes for clean.
+                self._begin_file(found.snapshot)
             if not found.count and self._hard_state == HardState():
                 return None
             return Saved(found.snapshot, self._hard_state, tuple(self._entries))
