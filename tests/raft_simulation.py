@@ -51,7 +51,7 @@ ELECTION = 10  # ticks
 TICK_SECONDS = 0.015  # what a tick stands for where simulated time is compared with the wall's
 LEADER_WITHIN = 10 * 2 * ELECTION
 HEALED_WITHIN = LEADER_WITHIN + 20 * 2 * ELECTION
-TICKS = 1000.0  # of bad weather, for up to five voters
+TICKS = 800.0  # of bad weather, for up to five voters
 OPERATION_EVERY = 8.0  # ticks: about 500 a simulated minute
 CRASH_POINTS = ("save", "saving", "send", "apply", "advance")
 FAULTS = {  # mean ticks between two of a kind
@@ -739,7 +739,7 @@ class Trouble:
         host = self.victim()
         if host.node is not None:
             self.world.crash(host, 5 * ELECTION)
-            self.world.after(1.5 * ELECTION, self.all_stand)
+            self.world.after(1.1 * ELECTION, self.all_stand)
 
     def all_stand(self) -> None:
         for host in list(self.world.hosts.values()):
