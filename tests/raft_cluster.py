@@ -20,6 +20,7 @@ from cluster.raft import (
     Role,
     Saved,
     Snapshot,
+    Status,
 )
 
 
@@ -58,6 +59,7 @@ class Machine:
 
     def __init__(self, config: Config, saved: Saved, seed: int = 0) -> None:
         self.config, self.id, self.disk = config, config.id, Disk(saved)
+        self.journal: list[tuple[Status, Ready]] = []  # over all its lives; the machines of a cluster share theirs
         self._rng = random.Random(1000 * seed + config.id)
         self.restart()
 
@@ -99,6 +101,7 @@ class Machine:
     def work_once(self) -> list[Message]:
         ready = self.node.ready()
         self.history.append(ready)
+        self.journal.append((self.node.status(), ready))
         self.disk.save(ready)
         self._apply(ready)
         self.node.advance(ready)
@@ -164,6 +167,7 @@ class Cluster:
     def __init__(self, voters: Iterable[NodeId], learners: Iterable[NodeId] = (), **settings: int) -> None:
         self.settings = settings
         self.machines: dict[NodeId, Machine] = {}
+        self.journal: list[tuple[Status, Ready]] = []
         self.in_flight: list[Message] = []
         self.cut_links: set[tuple[NodeId, NodeId]] = set()
         at_first = members(voters, learners)
@@ -180,6 +184,7 @@ class Cluster:
         """A machine; without `saved` it has an empty disk and knows nobody, as one that is about to be added."""
         config = Config(id, **self.settings)
         self.machines[id] = Machine(config, saved or Saved(Snapshot(0, 0, members(()))))
+        self.machines[id].journal = self.journal
         return self.machines[id]
 
     def work(self, *ids: NodeId) -> None:
