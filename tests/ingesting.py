@@ -1,6 +1,5 @@
-"""A process that ingests, for tests to kill: `python -m tests.ingesting HOME PORT COMMAND`, its order as JSON on stdin.
+"""What a process that ingests does, for tests to kill; `python -m tests.ingesting HOME PORT` serves it the vectors.
 
-    serve    the vector store of HOME on PORT, until its standard input closes
     work     accept the job {"collection", "files": {source: text}} and work until it has ended
     churn    replace and delete {"documents", "collection", "seed", "life"} batch by batch, for ever
     delete   delete {"collection", "sources"}, then vacuum
@@ -10,6 +9,7 @@ What it has done for good it appends to HOME/done, one JSON object a line; how m
 
 import asyncio
 import json
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def open_hades(home: Path, port: int) -> Hades:
     return Hades(sqlite.open("sqlite:", home=home), vectors, EMBEDDER.fingerprint, EMBEDDER.dimension)
 
 
-def serve(home: Path, port: int, _: Any) -> None:
+def serve(home: Path, port: int) -> None:
     _, stop = milvus_lite.serve(home, port)
     print("ready", flush=True)
     sys.stdin.read()  # until whoever started this goes away
@@ -116,7 +116,11 @@ def _note(home: Path, event: dict[str, Any]) -> None:
         log.write(json.dumps(event) + "\n")
 
 
+def run(home: Path, port: int, command: str, order: dict[str, Any], environment: dict[str, str]) -> None:
+    """Do what is ordered, in this process."""
+    os.environ.update(environment)
+    {"work": work, "churn": churn, "delete": delete}[command](home, port, order)
+
+
 if __name__ == "__main__":
-    _, place, port, command = sys.argv
-    order = {} if command == "serve" else json.load(sys.stdin)
-    {"serve": serve, "work": work, "churn": churn, "delete": delete}[command](Path(place), int(port), order)
+    serve(Path(sys.argv[1]), int(sys.argv[2]))

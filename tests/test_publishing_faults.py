@@ -6,7 +6,7 @@ ends, X7 the state of a run without faults, X8 little is embedded twice, X9 dele
 """
 
 import json
-import os
+import multiprocessing
 import random
 import sqlite3
 import subprocess
@@ -17,9 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from signal import SIGCONT, SIGKILL, SIGSTOP
+from signal import SIGKILL
 
+import psutil
 import pytest
 
 from actors.ingestor import examine
@@ -29,12 +31,15 @@ from nexus.hades import Hades, document_id_of
 from nexus.jobs import Jobs
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.types import SearchRequest
+from tests import ingesting
 from tests.ingesting import ALICE, BATCH_TEXTS, EMBEDDER, PARTS, open_hades
 from tests.running import ROOT, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
 DOCUMENTS, LIVES = 300, 50
+_forks = multiprocessing.get_context("forkserver")  # a process that has imported everything, and forks for each run
+_forks.set_forkserver_preload(["tests.ingesting"])
 _collections = count()
 
 
@@ -43,10 +48,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """One vector server for all tests here; each uses an index of its own."""
     (port,) = free_ports(1)
     home = tmp_path_factory.mktemp("vectors")
-    with start(home, port, "serve") as process:
+    command = [sys.executable, "-m", "tests.ingesting", str(home), str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         yield port
+        process.kill()
 
 
 @dataclass
@@ -59,9 +66,23 @@ class Place:
 
     def run(self, command: str, order: Mapping[str, object], failpoint: str = "") -> int:
         """Exit code of a process that does this; -9 where the failpoint killed it."""
-        with start(self.home, self.port, command, failpoint) as process:
-            process.communicate(json.dumps({"collection": self.collection, **order}).encode(), timeout=120)
-        return process.returncode
+        with self.start(command, order, failpoint) as process:
+            process.join(120)
+            assert process.exitcode is not None, "it does not end"
+            return process.exitcode
+
+    @contextmanager
+    def start(self, command: str, order: Mapping[str, object], failpoint: str = "") -> Iterator[BaseProcess]:
+        """A process that does this, and does not outlive the block."""
+        testing = {"NEXUS_TESTING": "1", "NEXUS_FAILPOINT": failpoint} if failpoint else {}
+        arguments = (self.home, self.port, command, {"collection": self.collection, **order}, testing)
+        process = _forks.Process(target=ingesting.run, args=arguments)
+        process.start()
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.join()
 
     def open(self) -> Hades:
         return open_hades(self.home, self.port)
@@ -86,28 +107,14 @@ def place(server: int, tmp_path: Path) -> Place:
     return Place(tmp_path, server)
 
 
-@contextmanager
-def start(home: Path, port: int, command: str, failpoint: str = "") -> Iterator["subprocess.Popen[bytes]"]:
-    """A process of `tests.ingesting`, which does not outlive the block."""
-    testing = {"NEXUS_TESTING": "1", "NEXUS_FAILPOINT": failpoint} if failpoint else {}
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.ingesting", str(home), str(port), command], cwd=ROOT,
-        env={**os.environ, **testing}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def freeze(process: "subprocess.Popen[bytes]", home: Path) -> None:
+def freeze(process: psutil.Process, home: Path) -> None:
     """Stop it where it holds no database: frozen inside a transaction, it would hold up whoever takes over."""
     while True:
-        process.send_signal(SIGSTOP)
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        process.suspend()
+        until(60, lambda: process.status() == psutil.STATUS_STOPPED)
         if all(map(is_free, home.glob("*.db"))):
             return
-        process.send_signal(SIGCONT)
+        process.resume()
 
 
 def is_free(database: Path) -> bool:
@@ -220,18 +227,17 @@ def test_a_worker_that_was_thought_dead_and_wakes_up_changes_nothing(
     place: Place, faultless: tuple[dict[str, list[str]], int]
 ) -> None:
     assert place.run("work", {"files": BEFORE, "key": "first"}) == 0
-    order = {"collection": place.collection, "files": AFTER, "key": "second"}
+    order = {"files": AFTER, "key": "second"}
     reached = embedded(place)
-    with start(place.home, place.port, "work", "ingest.before_stage:sleep:1") as zombie:
-        assert zombie.stdin is not None
-        zombie.stdin.write(json.dumps(order).encode())
-        zombie.stdin.close()
+    with place.start("work", order, "ingest.before_stage:sleep:1") as process:
+        zombie = psutil.Process(process.pid)
         until(60, lambda: embedded(place) > reached)
         freeze(zombie, place.home)  # in the middle, with documents in its hands
         with Reader(place):
             assert place.run("work", order) == 0  # another takes over when the lease is out
-            zombie.send_signal(SIGCONT)
-            assert zombie.wait(60) == 0
+            zombie.resume()
+            process.join(60)
+            assert process.exitcode == 0
     hades, jobs = place.open(), Jobs(place.home)
     assert place.texts(hades) == faultless[0]
     assert jobs.recent(ALICE, None, None, 1)[0].counts == {"done": 6, "unchanged": 1}

@@ -1,11 +1,10 @@
 """The log of one node: a snapshot, and the entries that follow it.
 
-    snapshot.index   applied        commit           saved          last_index
-    ─────┼──────────────┼──────────────┼────────────────┼───────────────┼
-    compacted   applied      committed      on the disk     handed to nobody yet
+    ──────────┬─────────────┬──────────────┬───────────────┐
+       snapshot.index    applied        commit        last_index
 
-`applied` ≤ `commit` ≤ `last_index` always, and none of the first two ever falls. What is committed and not yet
-saved is so on this node only: a quorum of the others has it on their disks.
+`applied` and `commit` never fall. `saved` says how far this node's own disk is, and lies anywhere from `applied` on:
+what is committed beyond it is on the disks of a quorum of the others.
 """
 
 from cluster.raft.messages import Entry, EntryKind, Saved, Snapshot
@@ -109,10 +108,12 @@ class Log:
         self.commit = index
         return True
 
-    def mark_saved(self, last: Entry) -> None:
-        """The entries up to this one are on the disk, unless others took their place meanwhile."""
-        if self.term_at(last.index) == last.term:
-            self.saved = max(self.saved, last.index)
+    def mark_saved(self, entries: tuple[Entry, ...]) -> None:
+        """These are on the disk; those of them count that nothing took the place of meanwhile."""
+        for entry in reversed(entries):
+            if self.term_at(entry.index) == entry.term:
+                self.saved = max(self.saved, entry.index)
+                return
 
     def mark_applied(self, index: int) -> None:
         assert index <= self.commit
@@ -127,10 +128,10 @@ class Log:
 
     def compact(self, snapshot: Snapshot) -> None:
         """Forget the entries that the snapshot covers; does nothing for one that is no news. Raises ValueError."""
-        if snapshot.index <= self.snapshot.index:
-            return
         if snapshot.index > self.applied:
             raise ValueError(f"a snapshot at {snapshot.index} of a log applied up to {self.applied}")
+        if snapshot.index <= self.snapshot.index:
+            return
         if snapshot.term != self.term_at(snapshot.index):
             raise ValueError(f"entry {snapshot.index} is not of term {snapshot.term}")
         del self._entries[: snapshot.index - self.snapshot.index]

@@ -19,8 +19,8 @@ What goes beyond the paper's figure 2, each with its reason:
 """
 
 import random
+from collections import deque
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from cluster.raft.log import Log
@@ -36,7 +36,6 @@ from cluster.raft.messages import (
     MessageType,
     NodeId,
     NotLeader,
-    Progress,
     ProposalDropped,
     ReadState,
     Ready,
@@ -80,9 +79,10 @@ class RaftNode:
         self._uncommitted_bytes = 0
         self._transfer_to, self._transfer_elapsed = NOBODY, 0
         self._round, self._is_round_open = 0, False  # of heartbeats; open while the last one has not left
-        self._reads: list[tuple[int, NodeId, ReadState]] = []  # (round that confirms it, who asked, the answer)
+        self._reads: deque[tuple[int, NodeId, ReadState]] = deque()  # (round that confirms it, who asked, the answer)
         self._early_reads: list[tuple[NodeId, bytes]] = []  # asked before this leader committed in its term
 
+        self._is_snapshot_known = False  # one was acknowledged that adds nothing to the log
         self._messages: list[Message] = []
         self._answers: list[ReadState] = []
         self._handed_out: Ready | None = None
@@ -98,12 +98,12 @@ class RaftNode:
             return
         self._elapsed += 1
         if self._elapsed >= self._timeout:
-            self._become_follower(self._term, NOBODY)
+            self._become_follower(self._term, NOBODY)  # who may not campaign has lost its leader all the same
             self.campaign()
 
     def step(self, message: Message) -> None:
         """A message has arrived. Late, repeated or from an earlier life of its sender, it does no harm."""
-        if message.to != self._id or not self._is_of_my_term(message):
+        if message.to != self._id or not self._settle_term(message):
             return
         if message.type in _FROM_LEADERS:
             self._follow(message)
@@ -115,7 +115,7 @@ class RaftNode:
 
         Raises NotLeader, and ProposalDropped while this leader hands over or too much waits to be committed.
         """
-        self._must_lead()
+        self._must_take_proposals()
         waiting = self._uncommitted_bytes
         if waiting and waiting + len(data) > self._config.max_uncommitted_bytes:
             raise ProposalDropped(f"{waiting} bytes wait to be committed already")
@@ -123,17 +123,16 @@ class RaftNode:
 
     def propose_conf_change(self, members: Members) -> int:
         """Append a change to these members: its index. Raises NotLeader, ProposalDropped and ConfChangeRefused."""
-        self._must_lead()
+        self._must_take_proposals()
         if reason := self._reason_against(members):
             raise ConfChangeRefused(reason)
         return self._append(members.to_bytes(), EntryKind.CHANGE)
 
     def apply_conf_change(self, members: Members) -> None:
         """The driver has reached a CHANGE in what is committed: from now on it counts (thesis 4.1)."""
-        pending = self._log.unsaved_snapshot
-        if pending and not (self._handed_out and self._handed_out.snapshot is pending):
-            return  # a snapshot came meanwhile, and its members are later ones
-        self._tracker.change(members, max(1, self._log.last_index))
+        self._tracker.change(
+            members, next_index=max(1, self._log.last_index)
+        )  # a new one is asked about the last entry
         if self._role is not Role.LEADER:
             return
         if self._id not in members.voters:
@@ -203,18 +202,23 @@ class RaftNode:
             while self._has_news_for(id):
                 self._send_append(id)
         state, entries, snapshot = self._hard_state, self._log.unsaved(), self._log.unsaved_snapshot
+        if snapshot:
+            self._tracker.change(snapshot.members, next_index=0)
+        committed = self._log.unapplied()
+        has_change = any(entry.kind is EntryKind.CHANGE for entry in committed)
         is_vote_new = (state.term, state.vote) != (self._told.term, self._told.vote)
         done = Ready(
             hard_state=None if state == self._told else state,
             snapshot=snapshot,
             entries=entries,
             messages=tuple(self._messages),
-            committed=self._log.unapplied(),
+            committed=committed,
             reads=tuple(self._answers),
             leader=None if self._leader == self._told_leader else self._leader,
-            must_sync=bool(is_vote_new or entries or snapshot),
+            must_sync=bool(is_vote_new or entries or snapshot or has_change or self._is_snapshot_known),
         )
-        self._told, self._told_leader, self._is_round_open = state, self._leader, False
+        self._told, self._told_leader = state, self._leader
+        self._is_round_open = self._is_snapshot_known = False
         self._messages, self._answers = [], []
         self._handed_out = done
         return done
@@ -230,17 +234,17 @@ class RaftNode:
         if done.committed:
             self._log.mark_applied(done.committed[-1].index)
         if done.entries:
-            self._log.mark_saved(done.entries[-1])
+            self._log.mark_saved(done.entries)
         if self._role is Role.LEADER:
             self._acknowledge_own_log()
             self._commit_what_a_quorum_holds()
         self._stand_if_asked()
 
     def status(self) -> Status:
-        views: Mapping[NodeId, Progress] = {id: one.view() for id, one in self._tracker.followers.items()}
+        views = {id: follower.view() for id, follower in self._tracker.followers.items()}
         return Status(
             self._id, self._role, self._term, self._vote, self._leader, self._log.commit, self._log.applied,
-            self._log.last_index, self._tracker.members, MappingProxyType(views),
+            self._log.last_index, self._tracker.members, views,
         )  # fmt: skip
 
     # Roles (5.1, 5.2)
@@ -269,6 +273,7 @@ class RaftNode:
         left = self._log.between(self._log.commit + 1, self._log.last_index)
         self._uncommitted_bytes = sum(len(entry.data) for entry in left)
         self._heartbeat_elapsed = self._round = 0
+        self._is_round_open = False
         self._append(b"")
 
     def _take_role(self, role: Role, leader: NodeId) -> None:
@@ -278,7 +283,7 @@ class RaftNode:
         self._is_asked_to_stand = False
         self._tracker.followers = {}
         self._transfer_to = NOBODY
-        self._reads, self._early_reads = [], []
+        self._reads, self._early_reads = deque(), []
 
     def _restart_timer(self) -> None:
         self._elapsed = 0
@@ -305,10 +310,10 @@ class RaftNode:
 
     # Terms (5.1)
 
-    def _is_of_my_term(self, message: Message) -> bool:
+    def _settle_term(self, message: Message) -> bool:
         """Whether to go on with a message; where its term is later, this one is the term from here on."""
         if message.type in _BALLOTS:
-            return self._is_open_to(message)
+            return self._hears_candidate(message)
         if message.term > self._term:
             if message.type is not MessageType.PRE_VOTE_REPLY or message.reject:
                 leads = message.type in _FROM_LEADERS
@@ -316,11 +321,11 @@ class RaftNode:
             return True
         if message.term < self._term and message.type not in _READS:
             if message.type in _FROM_LEADERS:  # tell it that its time is over
-                self._send(MessageType.APPEND_REPLY, message.sender, index=message.index, reject=True)
+                self._refuse(message, self._log.last_index)
             return False
         return True
 
-    def _is_open_to(self, message: Message) -> bool:
+    def _hears_candidate(self, message: Message) -> bool:
         if message.term < self._term:
             self._send(_REPLY[message.type], message.sender, reject=True)
             return False
@@ -334,8 +339,19 @@ class RaftNode:
     # Elections (5.2, 5.4.1)
 
     def _may_campaign(self) -> bool:
-        """A voter, by all that it knows to be committed."""
-        return self._id in self._tracker.members.voters and self._is_settled()
+        """A voter, by all that is committed as far as it knows."""
+        return self._id in self._tracker.members.voters and self._is_settled() and not self._is_leaving_one()
+
+    def _is_leaving_one(self) -> bool:
+        """Of two voters, the one that is to go must not lead: were its log the longer one then, neither could win.
+
+        The other one proposed that, so its log holds all that is in this one.
+        """
+        log = self._log
+        changes = (entry for entry in log.between(log.commit + 1, log.last_index) if entry.kind is EntryKind.CHANGE)
+        return len(self._tracker.members.voters) == 2 and any(
+            self._id not in Members.from_bytes(change.data).voters for change in changes
+        )
 
     def _is_settled(self) -> bool:
         log = self._log
@@ -413,12 +429,10 @@ class RaftNode:
             return
         last = log.accept(message.index, message.log_term, message.entries)
         if last is None:
-            agreed = log.last_of_term(message.index, message.log_term)
-            self._send(
-                MessageType.APPEND_REPLY, message.sender, index=message.index, reject=True,
-                hint=agreed, log_term=log.term_at(agreed) or 0,
-            )  # fmt: skip
+            self._refuse(message, log.last_of_term(message.index, message.log_term))
         else:
+            if message.entries:
+                self._is_asked_to_stand = False  # its leader goes on
             log.commit_to(min(message.commit, last))  # figure 2: the last new entry is the limit
             self._acknowledge(message, last)
 
@@ -433,18 +447,24 @@ class RaftNode:
         assert snapshot is not None
         if snapshot.index > log.commit:
             if log.term_at(snapshot.index) == snapshot.term:
-                log.commit_to(snapshot.index)
+                self._is_snapshot_known = log.commit_to(snapshot.index)
             else:
                 log.restore(snapshot)
-                self._tracker.change(snapshot.members, 0)
         self._acknowledge(message, log.commit)
+
+    def _refuse(self, message: Message, agreed: int) -> None:
+        """The logs may agree up to there, not further."""
+        self._send(
+            MessageType.APPEND_REPLY, message.sender, index=message.index, reject=True,
+            hint=agreed, log_term=self._log.term_at(agreed) or 0,
+        )  # fmt: skip
 
     def _acknowledge(self, message: Message, index: int) -> None:
         self._send(MessageType.APPEND_REPLY, message.sender, index=index)
 
     # Leaders: replication (5.3), commitment (5.4.2)
 
-    def _must_lead(self) -> None:
+    def _must_take_proposals(self) -> None:
         if self._role is not Role.LEADER:
             raise NotLeader(self._leader)
         if self._transfer_to:
@@ -507,8 +527,8 @@ class RaftNode:
         follower = self._tracker.followers.get(message.sender)
         if follower is None:
             return
-        round_ = int.from_bytes(message.context) if len(message.context) == 8 else 0
-        follower.answer_heartbeat(min(round_, self._round), patience=self._config.election_ticks)
+        answered = int.from_bytes(message.context) if len(message.context) == 8 else 0
+        follower.answer_heartbeat(min(answered, self._round), patience=self._config.election_ticks)
         self._confirm_reads()
 
     def _commit_what_a_quorum_holds(self) -> None:
@@ -539,7 +559,7 @@ class RaftNode:
         self._tracker.followers[self._id].round = self._round
         confirmed = self._tracker.reached(lambda follower: follower.round)
         while self._reads and self._reads[0][0] <= confirmed:
-            _, id, answer = self._reads.pop(0)
+            _, id, answer = self._reads.popleft()
             if id == self._id:
                 self._answers.append(answer)
             else:

@@ -8,7 +8,7 @@ A follower is in one of three states:
 
                  ack                       refused, quiet or unreachable
     probe ─────────────────▶ replicate ─────────────────────────────────▶ probe
-    probe ── compacted ────▶ snapshot ── acknowledged, or quiet for long ─▶ probe
+    probe ── compacted ────▶ snapshot ── ack ──▶ replicate;  no ack for long ──▶ probe
 """
 
 from collections import deque
@@ -54,11 +54,11 @@ class Follower:
         self.next = index + 1
         self.snapshot_ticks = 0
 
-    def sent(self, last: int, commit: int, round_: int) -> None:
+    def sent(self, last: int, commit: int, heartbeats: int) -> None:
         """An append that ends at `last` is on its way, after the heartbeats of that round."""
         self.told_commit = commit
         if self.state == "replicate":
-            self.inflight.append((last, round_))
+            self.inflight.append((last, heartbeats))
             self.next = last + 1
         else:
             self.is_waiting = True
@@ -71,30 +71,28 @@ class Follower:
         if self.state == "replicate":
             while self.inflight and self.inflight[0][0] <= index:
                 self.inflight.popleft()
-        elif self.state == "probe" or self.match + 1 >= first_index:
+        elif self.state == "probe" or self.match + 1 >= min(first_index, self.next):
             self._enter("replicate")
             self.next = self.match + 1
         return is_news
 
-    def refuse(self, index: int, agreed: int) -> bool:
-        """It refused an append after `index`, and may agree up to `agreed`. Whether this is no old refusal."""
+    def refuse(self, index: int, agreed: int) -> None:
+        """It refused an append after `index`, and may agree up to `agreed`. An old refusal changes nothing."""
         if self.state == "replicate":
-            if index <= self.match:
-                return False
-            self.probe()
-            return True
-        if self.state == "snapshot" or index != self.next - 1:
-            return False
-        self.next = max(self.match + 1, min(index, agreed + 1))
-        self.is_waiting = False
-        return True
+            if index > self.match:
+                self.probe()
+        elif self.state == "probe" and index == self.next - 1:
+            self.next = max(self.match + 1, min(index, agreed + 1))
+            self.is_waiting = False
 
-    def answer_heartbeat(self, round_: int, patience: int) -> None:
-        """It lives. Messages keep their order, or nearly: what it did not answer before this, it never received."""
+    def answer_heartbeat(self, heartbeats: int, patience: int) -> None:
+        """It lives. Messages nearly keep their order: what it did not answer before this it never received, most
+        likely, and is asked again. Where that is wrong, something was sent in vain.
+        """
         self.silence = 0
         self.is_waiting = False
-        self.round = max(self.round, round_)
-        is_lost = self.state == "replicate" and self.inflight and self.inflight[0][1] < round_
+        self.round = max(self.round, heartbeats)
+        is_lost = self.state == "replicate" and self.inflight and self.inflight[0][1] < heartbeats
         if is_lost or (self.state == "snapshot" and self.snapshot_ticks >= patience):
             self.probe()
 

@@ -1,0 +1,400 @@
+"""The coordinator: voters as named, detached actors, each pinned to its machine and to its disk.
+
+A voter speaks to the others over handles that it holds; `connect` gives the client that speaks to them all.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import PendingCallsLimitExceeded, RayActorError
+
+from cluster.catalog import LONGEST_STEP_MS, Catalog, Clock, Compacted, Event, encode
+from cluster.client import Client, Doubtful, Elsewhere, Query
+from cluster.raft import (
+    NOBODY,
+    ConfChangeRefused,
+    Members,
+    Message,
+    NodeId,
+    NotLeader,
+    ProposalDropped,
+    Role,
+    Snapshot,
+    Status,
+)
+from cluster.raft.storage import IdentityMismatch, Storage, StorageCorrupt
+from cluster.voter import PACE, Pace, Unanswered, Voter, found
+from nexus.errors import ConfigError, Conflict, NotFound, OperatorError, Unavailable
+
+__all__ = ["Client", "Compacted", "Coordinator", "Placement", "connect", "start"]
+
+log = logging.getLogger("nexus.coordinator")
+
+NAMESPACE = "nexus"
+NAME = "nexus-coordinator-"  # and the number of the voter
+CLOCK_SECONDS = 0.5
+PENDING_CALLS = 1_000  # to one voter that takes none; what comes on top is lost, as on any network
+SILENCE_SECONDS = 2.0
+START_SECONDS = 60.0
+RECORD = "voters.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The machine of a voter, by the labels that its Ray node must have; without any, wherever there is room."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+class Coordinator:
+    """One voter and the catalog it keeps. Made, as an actor is, inside a running event loop.
+
+    A voter whose disk is empty waits to be founded; one whose disk is another's, or damaged, goes on refusing,
+    and its status says why: to vote from an empty memory under an old number would be to vote twice.
+    """
+
+    def __init__(self, id: NodeId, folder: str, identity: str, pace: Pace = PACE) -> None:
+        self._id, self._pace = id, pace
+        self._catalog = Catalog()
+        self._peers = Peers()
+        self._voter: Voter | None = None
+        self._problem = f"voter {id} takes no part: its disk is empty. If it was lost, remove {id} and add a new voter"
+        try:
+            self._disk = Storage(folder, identity)
+            if self._disk.load() is not None:
+                self._begin()
+        except (IdentityMismatch, StorageCorrupt) as error:
+            self._problem = f"voter {id} takes no part: {error}"
+            log.error(self._problem)
+
+    async def found(self, members: Members) -> None:
+        """Begin on an empty disk: the first voters with all of them, a later one with nobody. Once is enough."""
+        if self._voter is None:
+            found(self._disk, members)
+            self._begin()
+
+    def _begin(self) -> None:
+        self._voter = Voter(self._id, self._disk, self._catalog, self._peers.send, random.Random(), self._pace)
+        self._running = asyncio.get_running_loop().create_task(self._run(self._voter))
+
+    async def _run(self, voter: Voter) -> None:
+        """A disk that fails ends the process: what it then holds, the next one reads."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(voter.run())
+                tasks.create_task(self._keep_time(voter))
+        except* OperatorError as errors:
+            log.critical("voter %d ends: %s", self._id, errors.exceptions)
+            os._exit(1)
+
+    # From the other voters
+
+    async def deliver(self, messages: Sequence[Message]) -> None:
+        if self._voter:
+            self._peers.hear(message.sender for message in messages)
+            self._voter.deliver(messages)
+
+    # From clients
+
+    async def execute(self, commands: Sequence[bytes]) -> list[bytes] | Elsewhere | Doubtful:
+        """The catalog's answers to commands that are appended together."""
+        voter = self._voter
+        if voter is None:
+            return Elsewhere()
+        try:
+            return list(await asyncio.gather(*map(voter.propose, commands)))
+        except NotLeader as error:
+            return Elsewhere(error.leader)
+        except (ProposalDropped, Unanswered):
+            return Doubtful()
+
+    async def read(self, queries: Sequence[Query]) -> list[Any] | Elsewhere | Doubtful:
+        """As of a moment after this was called (linearizable)."""
+        if self._voter is None:
+            return Elsewhere()
+        try:
+            await self._voter.read()
+        except NotLeader as error:
+            return Elsewhere(error.leader)
+        except Unanswered:
+            return Doubtful()
+        return await self.look(queries)
+
+    async def look(self, queries: Sequence[Query]) -> list[Any] | Elsewhere:
+        """As of what this voter has applied, however old that is."""
+        if self._voter is None:
+            return Elsewhere()
+        catalog = self._catalog
+        return [catalog.range(one.key) if one.is_prefix else catalog.get(one.key) for one in queries]
+
+    async def events(
+        self, prefix: str, from_revision: int, wait_seconds: float
+    ) -> tuple[list[Event], int] | Compacted | Elsewhere:
+        """Changes from this revision on, and how far that goes; for 0, none and where the catalog is.
+
+        Waits for the first, so long at most.
+        """
+        if self._voter is None:
+            return Elsewhere()
+        found: list[Event] = []
+        seen = self._catalog.revision if from_revision <= 0 else from_revision - 1
+        try:
+            async with asyncio.timeout(wait_seconds if from_revision > 0 else 0):
+                while not found:
+                    await self._voter.wait_applied(partial(self._is_past, seen))
+                    found, seen = self._catalog.events_since(prefix, seen + 1), self._catalog.revision
+        except Compacted as error:
+            return error
+        except TimeoutError:
+            pass  # nothing came
+        return found, seen
+
+    def _is_past(self, revision: int) -> bool:
+        return self._catalog.revision > revision
+
+    async def status(self) -> Status | str:
+        """In words, where it takes no part."""
+        return self._voter.status() if self._voter else self._problem
+
+    # For operators
+
+    async def change(self, members: Members) -> str | Elsewhere | Doubtful:
+        """Return once these are the members, with ""; or why they may not be."""
+        if self._voter is None:
+            return Elsewhere()
+        try:
+            await self._voter.change(members)
+        except NotLeader as error:
+            return Elsewhere(error.leader)
+        except (ProposalDropped, Unanswered):
+            return Doubtful()
+        except ConfChangeRefused as refused:
+            return str(refused)
+        return ""
+
+    async def transfer(self, to: NodeId) -> Status | Elsewhere:
+        """Begin to hand over; does nothing to who may not lead."""
+        if self._voter is None or self._voter.status().role is not Role.LEADER:
+            return Elsewhere(self._voter.status().leader if self._voter else NOBODY)
+        self._voter.transfer(to)
+        return self._voter.status()
+
+    async def snapshot(self) -> Snapshot | Elsewhere:
+        """All that is applied here; the log up to there is forgotten."""
+        return await self._voter.snapshot() if self._voter else Elsewhere()
+
+    # Time
+
+    async def _keep_time(self, voter: Voter) -> None:
+        """A leader tells the catalog how much time has passed, on its own clock, when something waits for that.
+
+        Time between two leaders is not counted, nor is any counted twice: leases may live longer, never shorter.
+        """
+        term, since = 0, 0.0
+        while True:
+            await asyncio.sleep(CLOCK_SECONDS)
+            status, now = voter.status(), time.monotonic()
+            if status.role is not Role.LEADER:
+                continue
+            if status.term != term:
+                term, since = status.term, now
+            elapsed_ms = min(int((now - since) * 1000), LONGEST_STEP_MS)
+            if self._catalog.awaits_clock(elapsed_ms):
+                since += elapsed_ms / 1000
+                with suppress(NotLeader, ProposalDropped, Unanswered):
+                    await voter.propose(encode(Clock(elapsed_ms)))
+
+
+class Peers:
+    """The other voters, as one voter knows them: handles held, and looked up by name again where one stays silent."""
+
+    def __init__(self) -> None:
+        self._handles: dict[NodeId, ActorHandle[Any]] = {}
+        self._heard: dict[NodeId, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def hear(self, senders: Iterable[NodeId]) -> None:
+        self._heard.update(dict.fromkeys(senders, time.monotonic()))
+
+    def send(self, messages: Sequence[Message]) -> None:
+        """To each its own, in order. What cannot be sent is lost."""
+        letters: dict[NodeId, list[Message]] = {}
+        for message in messages:
+            letters.setdefault(message.to, []).append(message)
+        for to, letter in letters.items():
+            if to in self._handles:
+                with suppress(PendingCallsLimitExceeded, RayActorError):
+                    self._handles[to].deliver.options(num_returns=0).remote(letter)
+            if time.monotonic() - self._heard.get(to, -SILENCE_SECONDS) >= SILENCE_SECONDS:
+                self._heard[to] = time.monotonic()
+                task = asyncio.create_task(self._look_up(to))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _look_up(self, to: NodeId) -> None:
+        handle = await asyncio.to_thread(find_voter, to)
+        if handle is not None:
+            self._handles[to] = handle
+
+
+# Starting, and finding them
+
+
+async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: Pace = PACE) -> None:
+    """See to it that these voters live, on their machines, each with a folder of its own under `data_dir`.
+
+    The first time they are founded together. Later they go on from their disks; a new one has to be added. A file
+    beside the folders remembers which disk is whose. Raises ConfigError, and Unavailable for one that does not start.
+    """
+    record = _Record(Path(data_dir) / RECORD)
+    known = record.read()
+    if known and (strangers := sorted(set(voters) - set(known))):
+        raise ConfigError(f"voter {strangers[0]} is not one of {sorted(known)}: nexus coordinator add {strangers[0]}")
+    if not known:
+        known = {id: _Disk(uuid.uuid4().hex) for id in voters}
+        record.write(known)
+    handles = {id: _make_voter(id, voters[id], Path(data_dir), known[id].identity, pace) for id in voters}
+    await asyncio.gather(*(_is_there(id, handle) for id, handle in handles.items()))
+    if not all(disk.is_founded for disk in known.values()):
+        members = Members(frozenset(known))
+        await asyncio.gather(*(handles[id].found.remote(members) for id in voters))
+        record.write({id: replace(disk, is_founded=True) for id, disk in known.items()})
+
+
+async def connect() -> Client:
+    """A client of whichever voters there are. Raises Unavailable where there are none."""
+    voters = RayVoters()
+    await voters.look_up()
+    if not voters.ids():
+        raise Unavailable("there is no coordinator: is Nexus up?")
+    return Client(voters)
+
+
+async def add(client: Client, id: NodeId, placement: Placement, data_dir: str | Path, pace: Pace = PACE) -> None:
+    """A new voter: it learns until it is level, then votes. Its number must never have been used before."""
+    record = _Record(Path(data_dir) / RECORD)
+    known = record.read()
+    members = (await client.leader()).members
+    if id in known and id in members.voters:
+        raise Conflict(f"{id} is a voter already, and a number is never used twice: take {max(known) + 1}")
+    known.setdefault(id, _Disk(uuid.uuid4().hex, is_founded=True))
+    record.write(known)
+    handle = _make_voter(id, placement, Path(data_dir), known[id].identity, pace)
+    await _is_there(id, handle)
+    await handle.found.remote(Members(frozenset()))
+    await client.change(Members(members.voters, members.learners | {id}))
+    await client.level(id)
+    members = (await client.leader()).members
+    await client.change(Members(members.voters | {id}, members.learners - {id}))
+
+
+async def remove(client: Client, id: NodeId, data_dir: str | Path) -> None:
+    """It votes no more, and its process ends. Its number is not used again. Raises NotFound and Conflict."""
+    leader = await client.leader()
+    if id not in leader.members.everyone:
+        raise NotFound(f"there is no voter {id}: there are {sorted(leader.members.everyone)}")
+    if leader.id == id:
+        await client.transfer(min(leader.members.voters - {id}, default=id))
+    await client.change(Members(leader.members.voters - {id}, leader.members.learners - {id}))
+    if handle := await asyncio.to_thread(find_voter, id):
+        ray.kill(handle)
+
+
+class RayVoters:
+    """The named actors, for a client."""
+
+    def __init__(self) -> None:
+        self._handles: dict[NodeId, ActorHandle[Any]] = {}
+
+    def ids(self) -> Sequence[NodeId]:
+        return sorted(self._handles)
+
+    async def call(self, id: NodeId, method: str, *arguments: object) -> Any:
+        """Raises ConnectionError."""
+        if id not in self._handles:
+            await self.look_up()
+        if id not in self._handles:
+            raise ConnectionError(f"voter {id} is not there")
+        try:
+            return await getattr(self._handles[id], method).remote(*arguments)
+        except (RayActorError, PendingCallsLimitExceeded) as error:
+            await self.look_up()
+            raise ConnectionError(f"voter {id} does not answer") from error
+
+    async def look_up(self) -> None:
+        self._handles = await asyncio.to_thread(find_voters)
+
+
+def find_voters() -> dict[NodeId, "ActorHandle[Any]"]:
+    """By number. Takes a round trip to Ray's head."""
+    names = [name for name in ray.util.list_named_actors() if name.startswith(NAME)]
+    found = {int(name.removeprefix(NAME)): find_voter(int(name.removeprefix(NAME))) for name in names}
+    return {id: handle for id, handle in found.items() if handle is not None}
+
+
+def find_voter(id: NodeId) -> "ActorHandle[Any] | None":
+    """Its actor, if there is one."""
+    with suppress(ValueError):
+        return ray.get_actor(f"{NAME}{id}", NAMESPACE)
+    return None
+
+
+def _make_voter(id: NodeId, placement: Placement, data_dir: Path, identity: str, pace: Pace) -> "ActorHandle[Any]":
+    return (
+        ray.remote(Coordinator)
+        .options(
+            name=f"{NAME}{id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
+            max_restarts=-1, max_task_retries=0, max_concurrency=10_000, max_pending_calls=PENDING_CALLS,
+            label_selector=dict(placement.labels) or None,
+        )
+        .remote(id, str(data_dir / f"voter-{id}"), identity, pace)
+    )  # fmt: skip
+
+
+async def _is_there(id: NodeId, handle: "ActorHandle[Any]") -> None:
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            await handle.status.remote()
+    except (TimeoutError, RayActorError) as error:
+        raise Unavailable(f"voter {id} does not start: is there a machine with its labels, and its disk?") from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    identity: str
+    is_founded: bool = False
+
+
+class _Record:
+    """Which disk is whose: the one thing that tells a disk that was lost from one that is new."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> dict[NodeId, _Disk]:
+        if not self._path.exists():
+            return {}
+        return {int(id): _Disk(**disk) for id, disk in json.loads(self._path.read_text()).items()}
+
+    def write(self, disks: Mapping[NodeId, _Disk]) -> None:
+        """Whole, or not at all."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._path.with_suffix(".new")
+        with draft.open("w") as file:
+            json.dump({id: asdict(disk) for id, disk in disks.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path)
