@@ -125,6 +125,7 @@ def test_leader_is_none_when_unchanged_and_nobody_when_lost() -> None:
         (message(HEARTBEAT, 2, 7), True),  # the term
         (message(APPEND, 2, 1, index=2, log_term=1, entries=(Entry(1, 3),)), True),
         (message(SNAPSHOT, 2, 1, snapshot=Snapshot(9, 1, members((1, 2, 3)))), True),
+        (message(SNAPSHOT, 2, 1, snapshot=Snapshot(2, 1, members((1, 2, 3)))), True),  # of a log that is here
         (message(APPEND, 2, 1, index=2, log_term=1, commit=2), False),  # the commit may be late
         (message(HEARTBEAT, 2, 1, commit=1), False),
         (message(PRE_VOTE, 2, 2, index=2, log_term=1), False),
@@ -157,6 +158,22 @@ def test_a_leaders_own_entry_counts_only_once_it_was_saved(voters: tuple[int, ..
     assert [entry.data for entry in one.node.ready().committed] == [b"x"]
 
 
+@pytest.mark.parametrize("voters", [(1,), (1, 2, 3)])
+def test_what_was_proposed_after_a_ready_is_not_saved_by_it(voters: tuple[int, ...]) -> None:
+    one = machine(voters)
+    lead(one)
+    one.receive(message(APPEND_REPLY, 2, one.term, index=1))
+    one.node.propose(b"x")
+    ready = one.node.ready()
+    one.node.propose(b"y")
+    one.disk.save(ready)
+    one.node.advance(ready)
+    one.node.step(message(APPEND_REPLY, 2, one.term, index=3))
+    assert one.commit == 2
+    one.work()
+    assert one.commit == 3
+
+
 def test_messages_may_arrive_between_ready_and_advance() -> None:
     """What another leader wrote over an entry meanwhile is not taken for saved."""
     one = machine()
@@ -182,6 +199,20 @@ def test_a_snapshot_that_arrives_between_ready_and_advance_is_handed_out_next() 
     one.work()
     assert one.history[-1].snapshot == snapshot and one.state == ["s"]
     assert one.node.status().applied == 9
+
+
+def test_a_change_that_is_applied_late_does_not_undo_the_members_of_a_later_snapshot() -> None:
+    one = machine(term=1)
+    change = Entry(1, 1, members((1, 2, 3, 4)).to_bytes(), EntryKind.CHANGE)
+    one.node.step(message(APPEND, 2, 1, entries=(change,), commit=1))
+    ready = one.node.ready()
+    one.node.step(message(SNAPSHOT, 2, 1, snapshot=Snapshot(9, 1, members((1, 2)))))
+    one.disk.save(ready)
+    one.node.apply_conf_change(Members.from_bytes(ready.committed[0].data))
+    one.node.advance(ready)
+    one.work()
+    assert one.node.status().members == members((1, 2))
+    assert {each.to for each in one.tick(2 * E - 1)} == {2}
 
 
 def test_nothing_is_random_but_what_the_given_source_draws() -> None:
@@ -737,6 +768,26 @@ def test_from_two_voters_to_one_the_leader_removes_the_other() -> None:
     cluster.cut(1)
     cluster.propose(2, "alone")
     assert cluster[2].state == ["alone"]
+
+
+def test_of_two_voters_the_one_that_is_to_go_never_leads() -> None:
+    """It might add to its log, and then neither could win."""
+    cluster = led(voters=(1, 2))
+    cluster[1].node.propose_conf_change(members((1,)))
+    cluster.work()
+    cluster.deliver(to=2)
+    cluster.drop()
+    cluster[1].restart()
+    cluster[2].tick(10 * E)
+    cluster[2].node.campaign()
+    cluster.stabilize()
+    assert cluster.leaders == []
+    cluster.elect(1)
+    cluster.run(1)
+    assert cluster[1].node.status().members == members((1,))
+    cluster.cut(2)
+    cluster.propose(1, "alone")
+    assert cluster[1].state == ["alone"]
 
 
 # Reads
