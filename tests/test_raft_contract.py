@@ -137,6 +137,16 @@ def test_must_sync_tells_what_the_next_message_stands_on(happens: Message, must_
     assert [ready.must_sync for ready in one.history] == [must_sync]
 
 
+def test_a_change_that_counts_is_remembered_over_a_loss_of_power() -> None:
+    """Its commit goes to the disk with a sync: else the node would come back among members that are no more."""
+    one = machine(term=1)
+    change = Entry(1, 1, members((1, 2)).to_bytes(), EntryKind.CHANGE)
+    one.receive(message(APPEND, 2, 1, entries=(change, Entry(1, 2))))
+    one.receive(message(HEARTBEAT, 2, 1, commit=1), message(HEARTBEAT, 2, 1, commit=2))
+    changed = [ready for ready in one.history if change in ready.committed]
+    assert [(ready.must_sync, ready.hard_state) for ready in changed] == [(True, HardState(1, NOBODY, 2))]
+
+
 @pytest.mark.parametrize("voters", [(1,), (1, 2, 3)])
 def test_a_leaders_own_entry_counts_only_once_it_was_saved(voters: tuple[int, ...]) -> None:
     one = machine(voters)
