@@ -85,7 +85,8 @@ class Voter:
         self._node = RaftNode(Config(id, pace.election_ticks), saved, rng)
         if saved.snapshot.data:
             machine.restore(saved.snapshot.data)
-        self._remember(saved.snapshot)
+        base = saved.snapshot
+        self._snapshot_index, self._applied_term, self._members = base.index, base.term, base.members
         self._is_compacting = False
         self._next_snapshot: asyncio.Future[Snapshot] | None = None  # who asked for one that is not begun
         self._state: HardState | None = None  # not on the disk yet
@@ -208,12 +209,6 @@ class Voter:
         if asked:
             asked.set_result(snapshot)
 
-    def _remember(self, snapshot: Snapshot) -> None:
-        """What is applied, and on the disk as a snapshot. The node may know of later members already."""
-        self._snapshot_index: int = snapshot.index
-        self._applied_term: int = snapshot.term
-        self._members: Members = snapshot.members
-
     async def _do(self, ready: Ready) -> None:
         self._state = ready.hard_state or self._state
         if ready.must_sync:  # a commit alone is not worth a write: it goes with the next, and may be late
@@ -223,7 +218,8 @@ class Voter:
             self._send(ready.messages)
         if ready.snapshot:
             self._machine.restore(ready.snapshot.data)
-            self._remember(ready.snapshot)
+            base = ready.snapshot
+            self._snapshot_index, self._applied_term, self._members = base.index, base.term, base.members
         for first in range(0, len(ready.committed), APPLY_AT_ONCE):
             for entry in ready.committed[first : first + APPLY_AT_ONCE]:
                 self._apply(entry)

@@ -80,7 +80,7 @@ def test_power_cuts_lose_nothing_and_repeat_nothing(seed: int, tmp_path: Path) -
             ]
             in_the_middle = 0
             for number in range(CUTS // 2):
-                await asyncio.sleep(chance.uniform(0, 0.7))
+                await asyncio.sleep(chance.uniform(0, 0.4))
                 if chance.random() < 0.8:
                     whole.power.burn(chance.randrange(30))
                     with suppress(TimeoutError):

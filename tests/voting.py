@@ -31,6 +31,7 @@ from cluster.raft.storage import StorageFailed
 from cluster.voter import Pace
 
 PACE = Pace(tick_seconds=0.05, election_ticks=10, snapshot_entries=40)
+EVENTS_KEPT = 300
 CLIENTS: NodeId = 0  # where all clients are, as far as links are concerned
 
 # Time
@@ -451,7 +452,7 @@ class Ledger:
                     ledger.disagreements.append(f"there are two catalogs at entry {self.applied}")
                 return written
 
-        return Audited()
+        return Audited(EVENTS_KEPT)
 
 
 class Cluster:
