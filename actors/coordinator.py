@@ -22,7 +22,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import PendingCallsLimitExceeded, RayActorError
 
 from cluster.catalog import LONGEST_STEP_MS, Catalog, Clock, Compacted, Event, encode
-from cluster.client import Client, Doubtful, Elsewhere, Query
+from cluster.client import Absent, Client, Doubtful, Elsewhere, Query
 from cluster.raft import (
     NOBODY,
     ConfChangeRefused,
@@ -39,7 +39,7 @@ from cluster.raft.storage import IdentityMismatch, Storage, StorageCorrupt
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
 from nexus.errors import ConfigError, Conflict, NotFound, OperatorError, Unavailable
 
-__all__ = ["Client", "Compacted", "Coordinator", "Placement", "connect", "start"]
+__all__ = ["Client", "Compacted", "Coordinator", "Operator", "Placement", "connect", "restore", "start"]
 
 log = logging.getLogger("nexus.coordinator")
 
@@ -48,8 +48,10 @@ NAME = "nexus-coordinator-"  # and the number of the voter
 CLOCK_SECONDS = 0.5
 PENDING_CALLS = 1_000  # to one voter that takes none; what comes on top is lost, as on any network
 SILENCE_SECONDS = 2.0
+LOOK_SECONDS = 0.2  # between two look-ups of a voter that has no actor yet
 START_SECONDS = 60.0
-RECORD = "voters.json"
+FOLDER = "coordinator"  # in the home
+REGISTER = "voters.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,14 @@ class Coordinator:
         self._catalog = Catalog()
         self._peers = Peers()
         self._voter: Voter | None = None
-        self._problem = f"voter {id} takes no part: its disk is empty. If it was lost, remove {id} and add a new voter"
+        self._problem = f"its disk is empty; if that was lost, remove voter {id} and add a new one"
         try:
             self._disk = Storage(folder, identity)
             if self._disk.load() is not None:
                 self._begin()
         except (IdentityMismatch, StorageCorrupt) as error:
-            self._problem = f"voter {id} takes no part: {error}"
-            log.error(self._problem)
+            self._problem = error.message
+            log.error("voter %d takes no part: %s", id, error.message)
 
     async def found(self, members: Members) -> None:
         """Begin on an empty disk: the first voters with all of them, a later one with nobody. Once is enough."""
@@ -166,7 +168,7 @@ class Coordinator:
         return self._catalog.revision > revision
 
     async def status(self) -> Status | str:
-        """In words, where it takes no part."""
+        """Or why it takes no part."""
         return self._voter.status() if self._voter else self._problem
 
     # For operators
@@ -224,7 +226,7 @@ class Peers:
     def __init__(self) -> None:
         self._handles: dict[NodeId, ActorHandle[Any]] = {}
         self._heard: dict[NodeId, float] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._looking: dict[NodeId, asyncio.Task[None]] = {}
 
     def hear(self, senders: Iterable[NodeId]) -> None:
         self._heard.update(dict.fromkeys(senders, time.monotonic()))
@@ -238,40 +240,41 @@ class Peers:
             if to in self._handles:
                 with suppress(PendingCallsLimitExceeded, RayActorError):
                     self._handles[to].deliver.options(num_returns=0).remote(letter)
-            if time.monotonic() - self._heard.get(to, -SILENCE_SECONDS) >= SILENCE_SECONDS:
-                self._heard[to] = time.monotonic()
-                task = asyncio.create_task(self._look_up(to))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+            is_silent = time.monotonic() - self._heard.get(to, 0) >= SILENCE_SECONDS
+            if (is_silent or to not in self._handles) and to not in self._looking:
+                self._looking[to] = asyncio.create_task(self._look_up(to))
 
     async def _look_up(self, to: NodeId) -> None:
+        """Once in a while."""
         handle = await asyncio.to_thread(find_voter, to)
         if handle is not None:
             self._handles[to] = handle
+        await asyncio.sleep(SILENCE_SECONDS if to in self._handles else LOOK_SECONDS)
+        del self._looking[to]
 
 
 # Starting, and finding them
 
 
 async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: Pace = PACE) -> None:
-    """See to it that these voters live, on their machines, each with a folder of its own under `data_dir`.
+    """See to it that the voters live, on their machines, each with a folder of its own under `data_dir`.
 
-    The first time they are founded together. Later they go on from their disks; a new one has to be added. A file
-    beside the folders remembers which disk is whose. Raises ConfigError, and Unavailable for one that does not start.
+    The first time these are founded together. From then on a file beside the folders says who the voters are, where,
+    and which disk is whose; `voters` may name other machines for them, but a new one has to be added.
+    Raises ConfigError, and Unavailable for one that does not start.
     """
-    record = _Record(Path(data_dir) / RECORD)
-    known = record.read()
-    if known and (strangers := sorted(set(voters) - set(known))):
-        raise ConfigError(f"voter {strangers[0]} is not one of {sorted(known)}: nexus coordinator add {strangers[0]}")
-    if not known:
-        known = {id: _Disk(uuid.uuid4().hex) for id in voters}
-        record.write(known)
-    handles = {id: _make_voter(id, voters[id], Path(data_dir), known[id].identity, pace) for id in voters}
+    register = _Register(Path(data_dir))
+    seats = register.read() or {id: _Seat(uuid.uuid4().hex) for id in voters}
+    if strangers := sorted(set(voters) - set(seats)):
+        raise ConfigError(f"{strangers[0]} is no voter: nexus coordinator add {strangers[0]} makes it one")
+    labels = {id: dict(placement.labels) for id, placement in voters.items()}
+    seats = {id: replace(seat, labels=labels.get(id, seat.labels)) for id, seat in seats.items()}
+    register.write(seats)
+    handles = {id: register.make(id, seat, pace) for id, seat in seats.items() if not seat.is_retired}
     await asyncio.gather(*(_is_there(id, handle) for id, handle in handles.items()))
-    if not all(disk.is_founded for disk in known.values()):
-        members = Members(frozenset(known))
-        await asyncio.gather(*(handles[id].found.remote(members) for id in voters))
-        record.write({id: replace(disk, is_founded=True) for id, disk in known.items()})
+    if not all(seat.is_founded for seat in seats.values()):
+        await asyncio.gather(*(handle.found.remote(Members(frozenset(seats))) for handle in handles.values()))
+        register.write({id: replace(seat, is_founded=True) for id, seat in seats.items()})
 
 
 async def connect() -> Client:
@@ -283,34 +286,79 @@ async def connect() -> Client:
     return Client(voters)
 
 
-async def add(client: Client, id: NodeId, placement: Placement, data_dir: str | Path, pace: Pace = PACE) -> None:
-    """A new voter: it learns until it is level, then votes. Its number must never have been used before."""
-    record = _Record(Path(data_dir) / RECORD)
-    known = record.read()
-    members = (await client.leader()).members
-    if id in known and id in members.voters:
-        raise Conflict(f"{id} is a voter already, and a number is never used twice: take {max(known) + 1}")
-    known.setdefault(id, _Disk(uuid.uuid4().hex, is_founded=True))
-    record.write(known)
-    handle = _make_voter(id, placement, Path(data_dir), known[id].identity, pace)
-    await _is_there(id, handle)
-    await handle.found.remote(Members(frozenset()))
-    await client.change(Members(members.voters, members.learners | {id}))
-    await client.level(id)
-    members = (await client.leader()).members
-    await client.change(Members(members.voters | {id}, members.learners - {id}))
+class Operator:
+    """What whoever runs the cluster may do with its voters."""
+
+    def __init__(self, data_dir: str | Path, pace: Pace = PACE) -> None:
+        self._register, self._pace = _Register(Path(data_dir)), pace
+        self._client: Client | None = None
+
+    async def client(self) -> Client:
+        if self._client is None:
+            self._client = await connect()
+        return self._client
+
+    async def describe(self) -> list[Status | Absent]:
+        """Of every voter, in order."""
+        return await (await self.client()).describe()
+
+    async def add(self, id: NodeId, labels: Mapping[str, str]) -> None:
+        """A new voter, on a machine with these labels: it learns until it is level, then votes.
+
+        Raises Conflict for a number used before.
+        """
+        client, seats = await self.client(), self._register.read()
+        members = (await client.leader()).members
+        if id in members.voters or seats.get(id, _Seat("")).is_retired:
+            raise Conflict(f"the number {id} has been used, and none is used twice: take {max(seats) + 1}")
+        seats.setdefault(id, _Seat(uuid.uuid4().hex, dict(labels), is_founded=True))
+        self._register.write(seats)
+        handle = self._register.make(id, seats[id], self._pace)
+        await _is_there(id, handle)
+        await handle.found.remote(Members(frozenset()))
+        await client.change(Members(members.voters, members.learners | {id}))
+        await client.level(id)
+        await client.change(Members(members.voters | {id}, members.learners - {id}))
+
+    async def remove(self, id: NodeId) -> None:
+        """It votes no more and its process ends; its number is not used again. Raises NotFound and Conflict."""
+        client, seats = await self.client(), self._register.read()
+        leader = await client.leader()
+        if id not in leader.members.everyone:
+            raise NotFound(f"there is no voter {id}: there are {sorted(leader.members.everyone)}")
+        if leader.id == id and len(leader.members.voters) > 1:
+            await client.transfer(min(leader.members.voters - {id}))
+        await client.change(Members(leader.members.voters - {id}, leader.members.learners - {id}))
+        self._register.write({**seats, id: replace(seats[id], is_retired=True)})
+        if handle := await asyncio.to_thread(find_voter, id):
+            ray.kill(handle)
+
+    async def transfer(self, to: NodeId) -> None:
+        """Return once this voter leads. Raises NotFound, Unavailable."""
+        await (await self.client()).transfer(to)
+
+    async def snapshot(self) -> Snapshot:
+        """All that is applied; `restore` begins anew from it."""
+        return await (await self.client()).snapshot()
 
 
-async def remove(client: Client, id: NodeId, data_dir: str | Path) -> None:
-    """It votes no more, and its process ends. Its number is not used again. Raises NotFound and Conflict."""
-    leader = await client.leader()
-    if id not in leader.members.everyone:
-        raise NotFound(f"there is no voter {id}: there are {sorted(leader.members.everyone)}")
-    if leader.id == id:
-        await client.transfer(min(leader.members.voters - {id}, default=id))
-    await client.change(Members(leader.members.voters - {id}, leader.members.learners - {id}))
-    if handle := await asyncio.to_thread(find_voter, id):
-        ray.kill(handle)
+def restore(snapshot: Snapshot, data_dir: str | Path) -> Path | None:
+    """Make a coordinator of one voter that holds this, in the place of what is there: where that was moved to.
+
+    Nobody may use `data_dir` meanwhile. The number of the new voter is one that was never used.
+    """
+    register, aside = _Register(Path(data_dir)), None
+    used = max(register.read(), default=0)
+    if register.folder.exists():
+        aside = register.folder.with_name(f"{register.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        register.folder.rename(aside)
+    id, seat = used + 1, _Seat(uuid.uuid4().hex, is_founded=True)
+    disk = Storage(register.folder / f"voter-{id}", seat.identity)
+    found(disk, Members(frozenset({id})), snapshot)
+    disk.close()
+    retired = {one: _Seat("", is_founded=True, is_retired=True) for one in range(1, id)}
+    register.write({**retired, id: seat})
+    return aside
 
 
 class RayVoters:
@@ -352,18 +400,6 @@ def find_voter(id: NodeId) -> "ActorHandle[Any] | None":
     return None
 
 
-def _make_voter(id: NodeId, placement: Placement, data_dir: Path, identity: str, pace: Pace) -> "ActorHandle[Any]":
-    return (
-        ray.remote(Coordinator)
-        .options(
-            name=f"{NAME}{id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
-            max_restarts=-1, max_task_retries=0, max_concurrency=10_000, max_pending_calls=PENDING_CALLS,
-            label_selector=dict(placement.labels) or None,
-        )
-        .remote(id, str(data_dir / f"voter-{id}"), identity, pace)
-    )  # fmt: skip
-
-
 async def _is_there(id: NodeId, handle: "ActorHandle[Any]") -> None:
     try:
         async with asyncio.timeout(START_SECONDS):
@@ -373,28 +409,41 @@ async def _is_there(id: NodeId, handle: "ActorHandle[Any]") -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Disk:
+class _Seat:
+    """A voter's place: its disk, its machine, and whether it was founded, or removed for good."""
+
     identity: str
+    labels: Mapping[str, str] = field(default_factory=dict)
     is_founded: bool = False
+    is_retired: bool = False
 
 
-class _Record:
-    """Which disk is whose: the one thing that tells a disk that was lost from one that is new."""
+class _Register:
+    """Who has a seat: the one thing that tells a disk that was lost from one that is new."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def read(self) -> dict[NodeId, _Disk]:
-        if not self._path.exists():
-            return {}
-        return {int(id): _Disk(**disk) for id, disk in json.loads(self._path.read_text()).items()}
+    def read(self) -> dict[NodeId, _Seat]:
+        """Empty before the first were founded."""
+        file = self.folder / REGISTER
+        return {int(id): _Seat(**seat) for id, seat in json.loads(file.read_text()).items()} if file.exists() else {}
 
-    def write(self, disks: Mapping[NodeId, _Disk]) -> None:
+    def write(self, seats: Mapping[NodeId, _Seat]) -> None:
         """Whole, or not at all."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._path.with_suffix(".new")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f"{REGISTER}.new"
         with draft.open("w") as file:
-            json.dump({id: asdict(disk) for id, disk in disks.items()}, file)
+            json.dump({id: asdict(seat) for id, seat in seats.items()}, file)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(self._path)
+        draft.replace(self.folder / REGISTER)
+
+    def make(self, id: NodeId, seat: _Seat, pace: Pace) -> "ActorHandle[Any]":
+        """The actor of a voter, which may be there already."""
+        options = {"label_selector": dict(seat.labels)} if seat.labels else {}
+        maker = ray.remote(Coordinator).options(
+            name=f"{NAME}{id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
+            max_restarts=-1, max_task_retries=0, max_concurrency=10_000, max_pending_calls=PENDING_CALLS, **options,
+        )  # fmt: skip
+        return maker.remote(id, str(self.folder / f"voter-{id}"), seat.identity, pace)

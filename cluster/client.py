@@ -55,6 +55,14 @@ class Doubtful:
 
 
 @dataclass(frozen=True, slots=True)
+class Absent:
+    """A voter that takes no part at present, and why."""
+
+    id: NodeId
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Query:
     """One key, or all that start with a prefix."""
 
@@ -139,14 +147,15 @@ class Client:
         """Of the voters that answer."""
         return [status for status in await self.describe() if isinstance(status, Status)]
 
-    async def describe(self) -> list[Status | str]:
-        """Of every voter, in order: its status, or in words why there is none."""
+    async def describe(self) -> list[Status | Absent]:
+        """Of every voter, in order."""
 
-        async def ask(id: NodeId) -> Status | str:
+        async def ask(id: NodeId) -> Status | Absent:
             with suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(ATTEMPT_SECONDS):
-                    return cast(Status | str, await self._voters.call(id, "status"))
-            return f"voter {id} does not answer"
+                    status: Status | str = await self._voters.call(id, "status")
+                    return Absent(id, status) if isinstance(status, str) else status
+            return Absent(id, "it does not answer")
 
         return list(await asyncio.gather(*map(ask, self._voters.ids())))
 
@@ -271,14 +280,14 @@ class Client:
         return ids[next(self._turns) % len(ids)]
 
 
-def summary(voters: Sequence[Status | str]) -> str:
+def summary(voters: Sequence[Status | Absent]) -> str:
     """What they can do together, in a few words."""
-    alive = [voter for voter in voters if isinstance(voter, Status)]
-    leaders = [one for one in alive if one.role is Role.LEADER]
-    counted = f"{len(alive)} of {len(voters)} voters"
-    if not leaders:
-        return f"read-only: {counted}" if alive else f"away: {counted}"
-    return f"voter {max(leaders, key=lambda one: one.term).id} leads {counted}"
+    present = [one for one in voters if isinstance(one, Status)]
+    leaders = [one for one in present if one.role is Role.LEADER]
+    counted = f"{len(present)} of {len(voters)} voters"
+    if not present:
+        return f"away: {counted}"
+    return f"voter {max(leaders, key=lambda one: one.term).id} leads {counted}" if leaders else f"read-only: {counted}"
 
 
 def _decoded(answer: bytes) -> int | NexusError | Refused | None:

@@ -47,10 +47,14 @@ class Disk(Protocol):
     def compact(self, snapshot: Snapshot) -> None: ...
 
 
-def found(disk: Disk, members: Members) -> None:
-    """Prepare the empty disk of a new voter. The first ones are founded with all of them, later ones with nobody."""
-    first = Snapshot(0, 0, members)
-    disk.save(Ready(None, first, (), (), (), (), None, must_sync=True))
+def found(disk: Disk, members: Members, after: Snapshot | None = None) -> None:
+    """Prepare the empty disk of a new voter: the first ones with all of them, a later one with nobody.
+
+    A snapshot of another coordinator makes it begin where that was.
+    """
+    first = replace(after, members=members) if after else Snapshot(0, 0, members)
+    state = HardState(first.term, commit=first.index)
+    disk.save(Ready(state, first, (), (), (), (), None, must_sync=True))
 
 
 class Unanswered(Exception):

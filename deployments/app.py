@@ -11,10 +11,13 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from actors import coordinator
+from actors.coordinator import Operator, Placement
 from actors.embedder import Embedder
 from actors.ingestor import Ingestor
 from actors.retriever import Retriever
 from actors.vectors import Vectors
+from cluster.voter import Pace
 from deployments import gateway, models
 from deployments.remote import Remote, RemoteEngine
 from nexus.access import KeyRing
@@ -76,10 +79,16 @@ class Gateway:
                 },
                 engines={one.name: one.load for one in opened.generators if isinstance(one, RemoteEngine)},
                 triton=open_triton(config.triton),
+                operator=Operator(home / coordinator.FOLDER, pace(config)),
                 fetch_picture=ImageHosts(config.models.image_hosts).fetch,
             ),
             says_request_id=False,
         )
+
+
+def pace(config: Config) -> Pace:
+    """The voters' clock."""
+    return Pace(config.coordinator.tick_seconds)
 
 
 def open_triton(triton: Triton) -> TritonPool | None:
@@ -136,6 +145,8 @@ def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
     """Put the application on a running head; `deployments.running` calls this in a process of its own."""
     config = load_config(Path(config_file) if config_file else None)
     ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
+    voters = {id: Placement(labels) for id, labels in config.coordinator.voters.items()}
+    asyncio.run(coordinator.start(voters, Path(config.home) / coordinator.FOLDER, pace(config)))
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},

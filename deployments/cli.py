@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import adding, upkeep
+from deployments import adding, upkeep, voters
 from deployments import client as http
 from deployments.doctor import examine
 from deployments.listing import label
@@ -38,6 +38,7 @@ key_app = typer.Typer(help="API keys: make, list, end.", no_args_is_help=True)
 config_app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
 app.add_typer(config_app, name="config")
+app.add_typer(voters.app, name="coordinator")
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 InCollection = Annotated[str, typer.Option("--collection", "-c", help="The collection.")]
@@ -135,6 +136,7 @@ def status(as_json: Json = False) -> None:
         with http.Client() as nexus:
             shown |= {
                 "url": instance.url, "dashboard": instance.dashboard, "parts": nexus.parts(),
+                "coordinator": nexus.coordinator(),
                 "processes": len(processes), "memory_bytes": bootstrap.memory_of(instance),
                 "up_seconds": round(time.time() - instance.started_at),
             }  # fmt: skip
@@ -148,6 +150,8 @@ def status(as_json: Json = False) -> None:
         typer.echo(f"Nexus {'is ready' if is_ready else 'is not ready'} at {shown['url']}")
         for part, state in shown["parts"].items():
             typer.echo(f"  {part:<12} {state}")
+        if shown["coordinator"]:
+            typer.echo(voters.lines(shown["coordinator"]))
         typer.echo(
             f"  {shown['processes']} processes, {shown['memory_bytes'] / 2**30:.2f} GiB, up {shown['up_seconds']} s"
         )

@@ -47,6 +47,24 @@ class Client:
             raise _error(response)
         return response.status_code, response.json()
 
+    def download(self, method: str, path: str) -> bytes:
+        """The bytes of an answer below 400."""
+        try:
+            response = self._http.request(method, path)
+        except httpx.HTTPError:
+            raise Unavailable(f"{self.url} did not answer; `nexus status` says how it is") from None
+        if response.status_code >= 400:
+            raise _error(response)
+        return response.content
+
+    def coordinator(self) -> dict[str, Any] | None:
+        """The voters, as `GET /coordinator` tells of them; None when it does not."""
+        try:
+            answer: dict[str, Any] = self.call("GET", "/coordinator", timeout=20)[1]
+        except NexusError:
+            return None
+        return answer
+
     def announce(self, files: Sequence[Mapping[str, object]], collection: str) -> dict[str, Any]:
         """Make a job of files; `expected` in the answer numbers those whose bytes are wanted."""
         body = {"files": list(files), "collection": collection}

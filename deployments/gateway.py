@@ -9,9 +9,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from cluster.client import Absent
+from cluster.raft import NodeId, Snapshot, Status
 from deployments import middleware
 from deployments.routes import (
     answers,
+    coordinator,
     documents,
     health,
     jobs,
@@ -62,6 +65,14 @@ class Reranking(Protocol):
     async def rerank(self, query: str, texts: Sequence[str]) -> Vector: ...
 
 
+class Operating(Protocol):
+    async def describe(self) -> list[Status | Absent]: ...
+    async def add(self, id: NodeId, labels: Mapping[str, str]) -> None: ...
+    async def remove(self, id: NodeId) -> None: ...
+    async def transfer(self, to: NodeId) -> None: ...
+    async def snapshot(self) -> Snapshot: ...
+
+
 @dataclass(frozen=True)
 class ByEmbedding:
     """A reranker made of an embedder, one hop for the query and one for the texts."""
@@ -95,6 +106,7 @@ class Lent:
     engines: Mapping[str, Callable[[], Awaitable[object]]] = field(default_factory=dict)  # what each works on
     cache: ResponseCache | None = None
     triton: TritonPool | None = None
+    operator: Operating | None = None  # of the coordinator
     fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
 
     def generator(self, model: str, weights: Weights | None = None) -> CompletingGenerator:
@@ -118,7 +130,20 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    everything = (health, documents, jobs, upkeep, answers, sessions, pipelines, openai, kserve, reranking, report)
+    everything = (
+        health,
+        documents,
+        jobs,
+        upkeep,
+        answers,
+        sessions,
+        pipelines,
+        openai,
+        kserve,
+        reranking,
+        report,
+        coordinator,
+    )
     for routes in everything:
         app.include_router(routes.router)
     return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)

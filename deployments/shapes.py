@@ -14,6 +14,8 @@ import orjson
 from fastapi import Response
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from cluster.client import Absent, summary
+from cluster.raft import Status
 from nexus.filters import parse_filter
 from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
@@ -139,6 +141,19 @@ class Execute(Shape):
         if (self.template_name is None) == (self.protocol_names is None):
             raise ValueError("either template_name or protocol_names is needed, and not both")
         return self
+
+
+class NewVoter(Shape):
+    """A voter's number, never used before, and the labels that its machine must have."""
+
+    id: Annotated[int, Field(ge=1, le=MAX_NUMBER)]
+    labels: dict[Annotated[str, Field(max_length=255)], Annotated[str, Field(max_length=255)]] = {}
+
+
+class Transfer(Shape):
+    """The voter that is to lead."""
+
+    to: Annotated[int, Field(ge=1, le=MAX_NUMBER)]
 
 
 class Embeddings(BaseModel):
@@ -362,3 +377,20 @@ def show_rewritten(answer: Answer) -> str | None:
 
 def show_step(step: StepResult) -> dict[str, Any]:
     return {"step": step.step, "result": step.result, "finish_reason": step.finish_reason, "seconds": step.seconds}
+
+
+def show_voters(voters: Sequence[Status | Absent]) -> dict[str, Any]:
+    """What they can do together, and each one: `lag` is how many entries it has yet to apply."""
+    commit = max((one.commit for one in voters if isinstance(one, Status)), default=0)
+    return {"summary": summary(voters), "voters": [_show_voter(one, commit) for one in voters]}
+
+
+def _show_voter(voter: Status | Absent, commit: int) -> dict[str, Any]:
+    if isinstance(voter, Absent):
+        return {"id": voter.id, "role": "absent", "why": voter.why}
+    is_learner = voter.id in voter.members.learners
+    return {
+        "id": voter.id, "role": "learner" if is_learner else voter.role.name.lower(), "term": voter.term,
+        "commit": voter.commit, "applied": voter.applied, "lag": commit - voter.applied, "leader": voter.leader,
+        "voters": sorted(voter.members.voters),
+    }  # fmt: skip

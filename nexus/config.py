@@ -297,6 +297,13 @@ class Hades(Section):
     keep_staged_seconds: Annotated[float, Field(ge=30)] = 60.0
 
 
+class Coordinator(Section):
+    """Who keeps what the machines agree on: the first voters, by number, with the labels of each one's machine."""
+
+    voters: dict[Positive, dict[str, str]] = {1: {}}
+    tick_seconds: Annotated[float, Field(ge=0.01, le=1)] = 0.05  # an election begins after 10 to 20 without a leader
+
+
 class Config(BaseSettings):
     """Every setting of one Nexus installation."""
 
@@ -322,6 +329,7 @@ class Config(BaseSettings):
     access: Access = Access()
     ingest: Ingest = Ingest()
     hades: Hades = Hades()
+    coordinator: Coordinator = Coordinator()
     telemetry: Telemetry = Telemetry()
 
     @field_validator("home")

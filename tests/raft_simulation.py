@@ -51,7 +51,7 @@ ELECTION = 10  # ticks
 TICK_SECONDS = 0.015  # what a tick stands for where simulated time is compared with the wall's
 LEADER_WITHIN = 10 * 2 * ELECTION
 HEALED_WITHIN = LEADER_WITHIN + 20 * 2 * ELECTION
-TICKS = 1200.0  # of bad weather, for up to five voters
+TICKS = 800.0  # of bad weather, for up to five voters
 OPERATION_EVERY = 8.0  # ticks: about 500 a simulated minute
 CRASH_POINTS = ("save", "saving", "send", "apply", "advance")
 FAULTS = {  # mean ticks between two of a kind
@@ -66,6 +66,8 @@ FAULTS = {  # mean ticks between two of a kind
     "loss": 900.0,
     "transfer": 200.0,
     "campaign": 400.0,
+    "rivals": 400.0,
+    "burst": 200.0,
 }
 
 
@@ -389,8 +391,8 @@ class World:
         pair = (host.id, message.to)
         if pair in self.blocked:
             return
-        if self.is_calm:
-            self.after(weather.latency * (0.2 + rng.random()), self.deliver, message)
+        if self.is_calm:  # and the wires are fast, so that what a small window let pile up is gone in time
+            self.after(0.1 + 0.1 * rng.random(), self.deliver, message)
             return
         if weather.drop and rng.random() < weather.drop:
             return
@@ -398,6 +400,8 @@ class World:
         for _ in range(copies):
             delay = weather.latency * (0.2 + rng.random())
             if weather.late:
+                if message.snapshot:  # long as it is, it takes its time, and others overtake it
+                    delay += rng.random() * 3 * ELECTION
                 draw = rng.random()
                 if draw < weather.late:
                     delay = rng.random() * ELECTION * (20 if draw < 0.01 else 2)
@@ -504,27 +508,36 @@ class Clients:
 
     def ask(self) -> None:
         world = self.world
-        if world.is_calm:
-            return
-        world.after(world.rng.expovariate(1 / OPERATION_EVERY), self.ask)
+        if not world.is_calm:
+            world.after(world.rng.expovariate(1 / OPERATION_EVERY), self.ask)
+            self.begin_operation(NOBODY)
+
+    def begin_operation(self, target: NodeId) -> None:
+        world = self.world
         client = world.rng.randrange(len(self.sequences))
         self.sequences[client] += 1
         who = b"%d %d" % (client, self.sequences[client])
         key = b"%d" % world.rng.randrange(5)
         command = b"" if world.rng.random() < 0.3 else b"%b|%b|%b" % (who, key, who * world.rng.randrange(1, 4))
-        operation = self.operations[who] = Operation(who, key, command)
+        operation = self.operations[who] = Operation(who, key, command, target=target)
         self.attempt(operation)
 
     def attempt(self, operation: Operation) -> None:
         world = self.world
         operation.attempt += 1
-        if not operation.target:
-            operation.target = world.rng.choice([id for id, host in sorted(world.hosts.items()) if not host.lost])
+        operation.target = operation.target or self.somebody()
         patience = world.rng.uniform(2, 4) * ELECTION
         world.after(patience, self.lose_patience, operation, operation.attempt)
         if world.is_calm or world.rng.random() >= world.weather.drop:
             arrives = world.weather.latency * world.rng.random()
             world.after(arrives, self.arrive, operation, operation.attempt, operation.target)
+
+    def somebody(self) -> NodeId:
+        """Half of the clients know who says that it leads, whether that is still so or not."""
+        world = self.world
+        hosts = [host for _, host in sorted(world.hosts.items()) if not host.lost]
+        leaders = [host for host in hosts if host.node and host.seen.role is Role.LEADER]
+        return world.rng.choice(leaders if leaders and world.rng.random() < 0.5 else hosts).id
 
     def lose_patience(self, operation: Operation, attempt: int) -> None:
         world = self.world
@@ -644,7 +657,7 @@ class Trouble:
         aimed = self.victim().id
         others = [id for id in ids if id != aimed]
         rng.shuffle(others)
-        kind = rng.choice(("full", "minority", "majority", "bridge", "one way", "deaf", "mute"))
+        kind = rng.choice(("full", "minority", "majority", "bridge", "one way", "deaf", "mute", "held"))
         few = {aimed, *others[: max(0, (len(ids) - 1) // 2 - 1)]}
         side = {"minority": few, "majority": set(ids) - few | {aimed}, "one way": few}.get(kind, {aimed})
         pairs = {(a, b) for a in ids for b in ids if a != b}
@@ -660,6 +673,11 @@ class Trouble:
         else:
             cut = {(a, b) for a, b in pairs if (a in side) != (b in side)}
         world.note("partition", kind, aimed, sorted(side))
+        if kind == "held":  # nothing is lost, but what others say to one arrives late, all at once, at its slow clock
+            self.world.hosts[aimed].rate = 0.5
+            until = world.now + rng.uniform(0.5, 3) * ELECTION
+            world.clogged.update({(other, aimed): until for other in others})
+            return
         world.blocked = cut
         world.after(rng.uniform(1, 15) * ELECTION, self.heal, cut)
 
@@ -715,6 +733,27 @@ class Trouble:
             host.node.report_unreachable(self.rng.choice(sorted(self.world.hosts)))
             self.world.referee.examine(host)
             self.world.pump(host)
+
+    def rivals(self) -> None:
+        """The leader goes, and all others stand at one moment."""
+        host = self.victim()
+        if host.node is not None:
+            self.world.crash(host, 5 * ELECTION)
+            self.world.after(1.1 * ELECTION, self.all_stand)
+
+    def all_stand(self) -> None:
+        for host in list(self.world.hosts.values()):
+            if host.node is not None and not host.paused and not self.world.is_calm:
+                self.world.note("campaign", host.id)
+                host.node.campaign()
+                self.world.referee.examine(host)
+                self.world.pump(host)
+
+    def burst(self) -> None:
+        """Many requests at once, where the leader is or was: what it alone holds is what others overwrite."""
+        target = self.victim().id
+        for _ in range(self.rng.randrange(3, 12)):
+            self.world.clients.begin_operation(target)
 
     def transfer(self) -> None:
         host, to = self.victim(), self.rng.choice(sorted(self.world.hosts))

@@ -50,6 +50,10 @@ class Log:
         assert first >= self.first_index, f"entry {first} was compacted"
         return tuple(self._entries[first - self.first_index : max(0, last - self.snapshot.index)])
 
+    def has_work(self) -> bool:
+        """Whether anything waits to be saved or applied."""
+        return self.saved < self.last_index or self.applied < self.commit or self.unsaved_snapshot is not None
+
     def unsaved(self) -> tuple[Entry, ...]:
         return self.between(self.saved + 1, self.last_index)
 

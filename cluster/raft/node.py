@@ -183,17 +183,12 @@ class RaftNode:
         """Whether `ready` would hand out anything; False until the last one has come back."""
         if self._handed_out:
             return False
-        log = self._log
-        return bool(
-            self._messages
-            or self._answers
-            or log.saved < log.last_index
-            or log.unsaved_snapshot
-            or log.applied < log.commit
-            or self._told != self._hard_state
-            or self._told_leader != self._leader
-            or any(self._has_news_for(id) for id in self._tracker.followers)
-        )
+        if self._messages or self._answers or self._told_leader != self._leader:
+            return True
+        log, told = self._log, self._told
+        if (log.commit, self._term, self._vote) != (told.commit, told.term, told.vote) or log.has_work():
+            return True
+        return any(map(self._has_news_for, self._tracker.followers))
 
     def ready(self) -> Ready:
         """All there is to do now. `advance` must be called with it before the next."""
