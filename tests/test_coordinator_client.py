@@ -84,7 +84,11 @@ def test_the_next_leader_is_found(tmp_path: Path) -> None:
             before = whole.leader()
             await whole.kill(before)
             assert await client.put("a", b"2") == 2
-            assert client._leader == whole.leader() != before
+            assert whole.leader() != before
+            await client.put("a", b"3")
+            whole.network.calls.clear()
+            await client.put("a", b"4")
+            assert [id for id, *_ in whole.network.calls] == [whole.leader()]
 
     run(main)
 
@@ -401,7 +405,7 @@ def test_a_lease_lives_as_long_as_promised_and_hardly_longer(changes: bool, tmp_
                 await client.transfer(followers(whole)[0])
             while await client.get("leased"):
                 await asyncio.sleep(0.1)
-            assert 10 <= world().time() - granted < (16 if changes else 12)
+            assert 10 <= world().time() - granted < (17 if changes else 12)  # its first leader's time is not counted
             with pytest.raises(LeaseGone):
                 await client.put("leased", b"", lease)
             assert await client.revoke(lease) is False

@@ -10,18 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.raft import (
-    Entry,
-    Members,
-    Message,
-    MessageType,
-    NotLeader,
-    ProposalDropped,
-    Ready,
-    Role,
-    Saved,
-    Snapshot,
-)
+from cluster.raft import Entry, Members, Message, MessageType, NotLeader, ProposalDropped, Ready, Role, Saved, Snapshot
 from cluster.raft.storage import Storage, StorageFailed
 from cluster.voter import Pace, Unanswered, Voter, found
 from tests.voting import run, until
