@@ -519,3 +519,18 @@ def test_refusals_are_the_catalogs_own(tmp_path: Path) -> None:
                 await client.put("a", b"", lease=99)
 
     run(main)
+
+
+def test_a_voter_that_cannot_read_an_entry_stops(tmp_path: Path) -> None:
+    """Another version wrote it; to go on as if nothing were, without its loop, would be to look alive."""
+
+    async def main() -> None:
+        async with cluster(tmp_path) as whole:
+            client = whole.client(patience_seconds=3)
+            await client.put("a", b"1")
+            with suppress(Unavailable, ConnectionError):
+                await client._voters.call(whole.leader(), "execute", [b"of another version"])
+            await asyncio.sleep(5)
+            assert not any(process.is_alive for process in whole.processes.values())
+
+    run(main)
