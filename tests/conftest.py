@@ -44,6 +44,10 @@ MALLORY = Principal("other", "mallory", frozenset({"documents:read", "documents:
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite", action="store_true", help="write what Raft's transcripts say now; review the diff")
+
+
 @dataclass
 class House:
     """HADES over two stores, and the shortest way to put a document into it."""
