@@ -267,7 +267,10 @@ class World:
             len(message.entries), message.commit, message.reject, message.hint,
         )  # fmt: skip
         self.referee.hears(host, message)
+        before = self.referee.before_what_is_over(host, message)
         host.node.step(message)
+        if before:
+            self.referee.require(host.node.status() == before, "5.1", f"{host.id} heeds {message}")
         if kind is not MessageType.HEARTBEAT and kind is not MessageType.HEARTBEAT_REPLY:
             self.referee.examine(host)
         self.pump(host)
@@ -566,6 +569,7 @@ class Clients:
             else:
                 context = b"%b %d" % (operation.who, attempt)
                 host.reads[context] = (operation.who, world.referee.proven)
+                self.world.referee.asked_to_read(host, context)
                 host.node.read_index(context)
         except NotLeader as refused:
             self.again(operation, attempt, refused.leader if refused.leader in world.hosts else NOBODY, 1.0)
