@@ -439,8 +439,9 @@ class Referee:
         self.require(own, "I10", f"{host.id} takes a change before it committed in its own term {before.term}")
 
     def asked_to_read(self, host: Host, context: bytes) -> None:
+        assert host.node is not None
         self.moment += 1
-        if host.seen.role is Role.LEADER and len(host.members.voters) > 1:
+        if host.node.status().role is Role.LEADER and len(host.members.voters) > 1:
             host.seen.asked[context] = self.moment
 
     def read_answered(self, host: Host, context: bytes, index: int, floor: int) -> None:

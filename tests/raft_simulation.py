@@ -770,7 +770,13 @@ class Trouble:
     # Membership
 
     def member(self) -> None:
-        world, host = self.world, self.victim()
+        """One change, or two on the spot, of which the second must wait for the first."""
+        host = self.victim()
+        for _ in range(self.rng.randrange(1, 3)):
+            self.change_members(host)
+
+    def change_members(self, host: Host) -> None:
+        world = self.world
         if host.node is None or host.paused:
             return
         before = host.node.status()
