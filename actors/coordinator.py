@@ -291,23 +291,17 @@ class Operator:
 
     def __init__(self, data_dir: str | Path, pace: Pace = PACE) -> None:
         self._register, self._pace = _Register(Path(data_dir)), pace
-        self._client: Client | None = None
-
-    async def client(self) -> Client:
-        if self._client is None:
-            self._client = await connect()
-        return self._client
 
     async def describe(self) -> list[Status | Absent]:
         """Of every voter, in order."""
-        return await (await self.client()).describe()
+        return await (await connect()).describe()
 
     async def add(self, id: NodeId, labels: Mapping[str, str]) -> None:
         """A new voter, on a machine with these labels: it learns until it is level, then votes.
 
         Raises Conflict for a number used before.
         """
-        client, seats = await self.client(), self._register.read()
+        client, seats = await connect(), self._register.read()
         members = (await client.leader()).members
         if id in members.voters or seats.get(id, _Seat("")).is_retired:
             raise Conflict(f"the number {id} has been used, and none is used twice: take {max(seats) + 1}")
@@ -322,7 +316,7 @@ class Operator:
 
     async def remove(self, id: NodeId) -> None:
         """It votes no more and its process ends; its number is not used again. Raises NotFound and Conflict."""
-        client, seats = await self.client(), self._register.read()
+        client, seats = await connect(), self._register.read()
         leader = await client.leader()
         if id not in leader.members.everyone:
             raise NotFound(f"there is no voter {id}: there are {sorted(leader.members.everyone)}")
@@ -335,11 +329,11 @@ class Operator:
 
     async def transfer(self, to: NodeId) -> None:
         """Return once this voter leads. Raises NotFound, Unavailable."""
-        await (await self.client()).transfer(to)
+        await (await connect()).transfer(to)
 
     async def snapshot(self) -> Snapshot:
         """All that is applied; `restore` begins anew from it."""
-        return await (await self.client()).snapshot()
+        return await (await connect()).snapshot()
 
 
 def restore(snapshot: Snapshot, data_dir: str | Path) -> Path | None:

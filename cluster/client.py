@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from cluster.catalog import (
+    ANSWERS_KEPT,
     Command,
     Compacted,
     CompareAndSet,
@@ -34,7 +35,7 @@ from nexus.errors import Conflict, NexusError, NotFound, Unavailable
 Asked = TypeVar("Asked")
 Value = TypeVar("Value")
 
-ASKED_AT_ONCE = 256  # in one call; all calls under way stay below what a session of the catalog remembers
+ASKED_AT_ONCE = 256  # in one call
 CALLS_AT_ONCE = 2
 PATIENCE_SECONDS = 15.0
 ATTEMPT_SECONDS = 1.0
@@ -88,8 +89,9 @@ class Client:
         self._leader = NOBODY
         self._turns = itertools.count()
         self._session: asyncio.Task[int] | None = None
-        self._sequences = itertools.count(1)
-        self._unanswered: dict[int, None] = {}  # in order
+        self._last_sequence = 0
+        self._unanswered: dict[int, None] = {}  # sequences, in order
+        self._is_answered = asyncio.Event()
         self._writes: _Batches[Command, int | None] = _Batches(self._execute)
         self._reads: _Batches[Query, Any] = _Batches(self._read)
 
@@ -129,6 +131,8 @@ class Client:
             events, revision = seen
             for event in events:
                 yield event
+            if not events:
+                self._leader = NOBODY  # it may be cut off, and hear of nothing: whoever is next says who leads
             from_revision = max(from_revision, revision + 1)
 
     async def grant(self, ttl_seconds: float) -> int:
@@ -210,8 +214,7 @@ class Client:
 
     async def _execute(self, commands: Sequence[Command]) -> list[int | NexusError | Refused | None]:
         session, tries = await self._open_session(), 0
-        sequences = [next(self._sequences) for _ in commands]
-        self._unanswered.update(dict.fromkeys(sequences))
+        sequences = await self._take_sequences(len(commands))
         lowest = next(iter(self._unanswered))
         entries = [
             encode(command, session, number, lowest) for command, number in zip(commands, sequences, strict=True)
@@ -227,12 +230,23 @@ class Client:
         finally:
             for number in sequences:
                 del self._unanswered[number]
+            self._is_answered.set()
         if any(isinstance(answer, SessionExpired) for answer in answers):
             self._session = None
             if tries == 1:  # none of them was executed
                 return await self._execute(commands)
             answers = [_expired() if isinstance(answer, SessionExpired) else answer for answer in answers]
         return answers
+
+    async def _take_sequences(self, number: int) -> Sequence[int]:
+        """The next ones; not so far ahead of a call that is stuck that the catalog would forget it."""
+        while self._unanswered and self._last_sequence + number - next(iter(self._unanswered)) >= ANSWERS_KEPT:
+            self._is_answered.clear()
+            await self._is_answered.wait()
+        sequences = range(self._last_sequence + 1, self._last_sequence + number + 1)
+        self._last_sequence += number
+        self._unanswered.update(dict.fromkeys(sequences))
+        return sequences
 
     async def _open_session(self) -> int:
         if self._session is None or (self._session.done() and self._session.exception()):

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.raft import (
     Config,
@@ -89,19 +89,22 @@ class Voter:
         self._node = RaftNode(Config(id, pace.election_ticks), saved, rng)
         if saved.snapshot.data:
             machine.restore(saved.snapshot.data)
-        self._snapshot_index, self._applied_term = saved.snapshot.index, saved.snapshot.term
+        base = saved.snapshot
+        self._snapshot_index, self._applied_term, self._members = base.index, base.term, base.members
         self._is_compacting = False
-        self._compacted: asyncio.Future[Snapshot] | None = None  # who asked for a snapshot
+        self._next_snapshot: asyncio.Future[Snapshot] | None = None  # who asked for one that is not begun
         self._state: HardState | None = None  # not on the disk yet
         self._thread = ThreadPoolExecutor(1, "save")
         self._work = asyncio.Event()
         self._work.set()
+        self._has_ended = False
+        self._promises: set[asyncio.Future[Any]] = set()  # all that anybody waits for
         self._proposals: dict[int, tuple[int, asyncio.Future[bytes]]] = {}  # index -> (term, who waits)
         self._incarnation, self._ticks, self._asked = rng.randbytes(8), 0, 0
         self._next_read: asyncio.Future[None] | None = None
         self._reads: dict[bytes, tuple[int, asyncio.Future[None]]] = {}  # context -> (the tick it was asked at, ...)
-        self._confirmed: list[tuple[int, asyncio.Future[None]]] = []  # (the index that must be applied, ...)
-        self._applied = asyncio.Condition()
+        self._confirmed: dict[bytes, int] = {}  # context -> the index that must be applied
+        self._next_applied: asyncio.Future[None] | None = None
 
     # What others ask
 
@@ -129,9 +132,8 @@ class Voter:
         Raises NotLeader while no leader is known, and Unanswered.
         """
         if self._next_read is None:  # all that ask in this turn share one round
-            loop = asyncio.get_running_loop()
-            self._next_read = loop.create_future()
-            loop.call_soon(self._ask_to_read)
+            self._next_read = self._promise()
+            asyncio.get_running_loop().call_soon(self._ask_to_read)
         await asyncio.shield(self._next_read)
 
     def transfer(self, to: NodeId) -> None:
@@ -143,30 +145,30 @@ class Voter:
         return self._node.status()
 
     async def wait_applied(self, is_enough: Callable[[], bool]) -> None:
-        """Return when this holds of the machine; it is asked after each round of applying."""
-        async with self._applied:
-            await self._applied.wait_for(is_enough)
+        """Return when this holds of the machine; it is asked after each round of applying. Raises Unanswered."""
+        while not is_enough():
+            self._next_applied = self._next_applied or self._promise()
+            await asyncio.shield(self._next_applied)
 
     async def snapshot(self) -> Snapshot:
-        """Write down what is applied, and forget the log up to there."""
-        if self._compacted is None:
-            self._compacted = asyncio.get_running_loop().create_future()
+        """Write down what is applied, and forget the log up to there. Raises Unanswered."""
+        if self._next_snapshot is None:
+            self._next_snapshot = self._promise()
             self._work.set()
-        return await asyncio.shield(self._compacted)
+        return await asyncio.shield(self._next_snapshot)
 
     # The loop
 
     async def run(self) -> None:
-        """Go on until cancelled, or until the disk fails: what it raises ends this voter."""
+        """Go on until cancelled, or until the disk fails: what it raises, in a group, ends this voter."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._tick())
                 tasks.create_task(self._drain(tasks))
         finally:
-            self._give_up_proposals()
-            self._give_up_reads(self._ticks)
-            if self._compacted:
-                self._compacted.cancel()
+            self._has_ended = True
+            for promise in self._promises:
+                self._break(promise)
             self._thread.shutdown(wait=True)
 
     async def _tick(self) -> None:
@@ -194,21 +196,22 @@ class Voter:
         """Between two rounds, when node and machine are at the same index; the disk takes its time meanwhile."""
         status = self._node.status()
         is_due = status.applied - self._snapshot_index >= self._pace.snapshot_entries
-        if self._is_compacting or not (is_due or self._compacted):
+        if self._is_compacting or not (is_due or self._next_snapshot):
             return
         self._is_compacting = True
-        snapshot = Snapshot(status.applied, self._applied_term, status.members, self._machine.snapshot())
-        tasks.create_task(self._compact(snapshot))
+        snapshot = Snapshot(status.applied, self._applied_term, self._members, self._machine.snapshot())
+        asked, self._next_snapshot = self._next_snapshot, None
+        tasks.create_task(self._compact(snapshot, asked))
 
-    async def _compact(self, snapshot: Snapshot) -> None:
+    async def _compact(self, snapshot: Snapshot, asked: "asyncio.Future[Snapshot] | None") -> None:
         if snapshot.index > self._snapshot_index:
             await self._on_disk(self._disk.compact, snapshot)
             self._node.compact(snapshot)
             self._snapshot_index = max(self._snapshot_index, snapshot.index)
         self._is_compacting = False
-        done, self._compacted = self._compacted, None
-        if done and not done.done():
-            done.set_result(snapshot)
+        self._work.set()  # another one may have been asked for meanwhile
+        if asked:
+            asked.set_result(snapshot)
 
     async def _do(self, ready: Ready) -> None:
         self._state = ready.hard_state or self._state
@@ -219,7 +222,8 @@ class Voter:
             self._send(ready.messages)
         if ready.snapshot:
             self._machine.restore(ready.snapshot.data)
-            self._snapshot_index, self._applied_term = ready.snapshot.index, ready.snapshot.term
+            base = ready.snapshot
+            self._snapshot_index, self._applied_term, self._members = base.index, base.term, base.members
         for first in range(0, len(ready.committed), APPLY_AT_ONCE):
             for entry in ready.committed[first : first + APPLY_AT_ONCE]:
                 self._apply(entry)
@@ -229,14 +233,15 @@ class Voter:
         if ready.leader not in (None, self.id):
             self._give_up_proposals()
         self._answer_reads(ready.reads)
-        if ready.committed or ready.snapshot:
-            async with self._applied:
-                self._applied.notify_all()
+        if self._next_applied and (ready.committed or ready.snapshot):
+            applied, self._next_applied = self._next_applied, None
+            applied.set_result(None)
 
     def _apply(self, entry: Entry) -> None:
         answer = b""
         if entry.kind is EntryKind.CHANGE:
-            self._node.apply_conf_change(Members.from_bytes(entry.data))
+            self._members = Members.from_bytes(entry.data)
+            self._node.apply_conf_change(self._members)
         else:
             answer = self._machine.apply(entry.index, entry.data)
         self._applied_term = entry.term
@@ -254,9 +259,26 @@ class Voter:
 
     # Who waits
 
+    def _promise(self) -> "asyncio.Future[Any]":
+        """To be kept in time, or broken when this voter ends."""
+        promise: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._promises.add(promise)
+        promise.add_done_callback(self._forget)
+        if self._has_ended:
+            self._break(promise)
+        return promise
+
+    def _forget(self, promise: "asyncio.Future[Any]") -> None:
+        self._promises.discard(promise)
+        if not promise.cancelled():
+            promise.exception()  # nobody has to look
+
+    def _break(self, promise: "asyncio.Future[Any]", reason: str = "this voter has ended") -> None:
+        if not promise.done():
+            promise.set_exception(Unanswered(reason))
+
     def _wait_for(self, index: int) -> "asyncio.Future[bytes]":
-        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody has to look
+        future = self._promise()
         self._proposals[index] = (self._node.status().term, future)
         self._work.set()
         return future
@@ -264,12 +286,13 @@ class Voter:
     def _give_up_proposals(self) -> None:
         waiting, self._proposals = self._proposals, {}
         for _, future in waiting.values():
-            if not future.done():
-                future.set_exception(Unanswered("this voter leads no more"))
+            self._break(future, "this voter leads no more")
 
     def _ask_to_read(self) -> None:
         future, self._next_read = self._next_read, None
         assert future is not None
+        if future.done():
+            return
         self._asked += 1
         context = self._incarnation + self._asked.to_bytes(8, "big")
         try:
@@ -281,21 +304,16 @@ class Voter:
             self._work.set()
 
     def _answer_reads(self, reads: Sequence[ReadState]) -> None:
-        for read in reads:
-            if read.context in self._reads:
-                self._confirmed.append((read.index, self._reads.pop(read.context)[1]))
-        applied, waiting = self._node.status().applied, []
-        for index, future in self._confirmed:
-            if index > applied:
-                waiting.append((index, future))
-            elif not future.done():
-                future.set_result(None)
-        self._confirmed = waiting
+        self._confirmed.update((read.context, read.index) for read in reads if read.context in self._reads)
+        applied = self._node.status().applied
+        for context in [context for context, index in self._confirmed.items() if index <= applied]:
+            del self._confirmed[context]
+            _, future = self._reads.pop(context)
+            future.set_result(None)
 
     def _give_up_reads(self, before: int) -> None:
         """Those asked at this tick or earlier: their question or its answer was lost."""
-        for context, (tick, future) in list(self._reads.items()):
-            if tick <= before:
-                del self._reads[context]
-                if not future.done():
-                    future.set_exception(Unanswered("no majority answered in time"))
+        for context in [context for context, (tick, _) in self._reads.items() if tick <= before]:
+            _, future = self._reads.pop(context)
+            self._confirmed.pop(context, None)
+            self._break(future, "no majority answered in time")

@@ -132,7 +132,7 @@ def test_a_submitted_job_reports_each_bad_file_and_leaves_no_trace_of_it(nexus: 
 @pytest.mark.parametrize("victim", ["driver", "Embed", "Commit", "nexus:vectors"])
 def test_a_kill_during_a_bulk_run_costs_little_and_loses_nothing(nexus: Running, tmp_path: Path, victim: str) -> None:
     collection = f"killed-{victim.replace(':', '-')}"
-    folder = write_notes(tmp_path / "notes", 200, sentences=40)
+    folder = write_notes(tmp_path / "notes", 130, sentences=40)
     command = [sys.executable, "-m", "deployments.bulk", str(folder), "-c", collection]
     with subprocess.Popen(
         command, cwd=ROOT, env=nexus.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
@@ -148,7 +148,7 @@ def test_a_kill_during_a_bulk_run_costs_little_and_loses_nothing(nexus: Running,
     done = len(sources(nexus, collection))
     again = bulk(nexus, str(folder), "-c", collection)
     assert again["counts"].get("unchanged", 0) == done, "what was done is not done again"
-    assert sum(again["counts"].values()) == len(sources(nexus, collection)) == 200
+    assert sum(again["counts"].values()) == len(sources(nexus, collection)) == 130
     expect_clean_but_running(nexus)
 
 

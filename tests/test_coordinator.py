@@ -1,0 +1,296 @@
+"""The coordinator on real Ray: three nodes with labels, a voter pinned to each, killed, cut down, and brought back."""
+
+import asyncio
+import gc
+import os
+import random
+import shutil
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from actors.coordinator import Client, Operator, Placement, connect, find_voter, find_voters, start
+from cluster.client import Absent
+from cluster.raft import Role
+from cluster.voter import Pace
+from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
+from tests.linearizability import UNKNOWN, Kind, Operation, Verdict, check, check_versions
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:.*socket.socket:pytest.PytestUnraisableExceptionWarning"),  # Ray closes none
+]
+
+MACHINES = {1: "sark", 2: "clu", 3: "witness"}
+PLACES = {id: Placement({"nexus.io/node": name}) for id, name in MACHINES.items()}
+PACE = Pace(tick_seconds=0.03, snapshot_entries=200)
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[None]:
+    """Three Ray nodes in this process's own cluster."""
+    cluster = Cluster()
+    for name in MACHINES.values():
+        cluster.add_node(num_cpus=1, labels={"nexus.io/node": name}, object_store_memory=100 * 2**20)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+    gc.collect()  # here, where what Ray left open is not held against another file's test
+
+
+@pytest.fixture
+def home(machines: None, tmp_path: Path) -> Iterator[Path]:
+    """A folder for the voters of one test, which do not outlive it."""
+    yield tmp_path
+    for handle in find_voters().values():
+        ray.kill(handle)
+
+
+@asynccontextmanager
+async def three(home: Path) -> AsyncIterator[Client]:
+    await start(PLACES, home, PACE)
+    yield await connect()
+
+
+async def leader_of(client: Client) -> int:
+    return (await client.leader()).id
+
+
+async def kill(id: int) -> None:
+    """As the kernel does when memory ends: no word of farewell."""
+    handle = find_voter(id)
+    assert handle is not None
+    os.kill(await handle.__ray_call__.remote(lambda self: os.getpid()), signal.SIGKILL)
+
+
+async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
+    """Ask again and again; the test's own timeout ends it."""
+    while not await is_so():
+        await asyncio.sleep(0.05)
+
+
+async def is_level(client: Client, voters: int) -> bool:
+    statuses = await client.status()
+    leaders = [one for one in statuses if one.role is Role.LEADER]
+    return (
+        len(statuses) == voters
+        and len(leaders) == 1
+        and all(one.match == leaders[0].last_index for one in leaders[0].progress.values())
+    )
+
+
+def test_three_voters_agree_and_stay_on_their_machines(home: Path) -> None:
+    async def story() -> None:
+        async with three(home) as client:
+            revision = await client.put("a", b"1")
+            assert await client.get("a") == (b"1", revision)
+            assert await client.compare_and_set("a", 0, b"x") is None
+            assert await client.compare_and_set("a", revision, b"2") == revision + 1
+            assert await client.range("") == [("a", b"2", revision + 1)]
+            assert await client.delete("a") and not await client.delete("a")
+            lease = await client.grant(0.2)
+            await client.put("leased", b"", lease=lease)
+            await until(lambda: gone(client, "leased"))
+            await until(lambda: is_level(client, 3))
+            statuses = await client.status()
+            assert [status.id for status in statuses] == [1, 2, 3]
+            nodes = {
+                id: await handle.__ray_call__.remote(
+                    lambda self: ray.get_runtime_context().get_node_labels()["nexus.io/node"]
+                )
+                for id, handle in find_voters().items()
+            }
+            assert nodes == MACHINES
+
+    asyncio.run(story())
+
+
+async def gone(client: Client, key: str) -> bool:
+    return await client.get(key) is None
+
+
+class Historian:
+    """A client that writes down what it asked and was told. An answer that did not come is unknown."""
+
+    def __init__(self, client: Client, number: int, history: list[Operation], seed: int) -> None:
+        self._client, self._number, self._history = client, number, history
+        self._dice = random.Random(seed)
+
+    async def act(self) -> None:
+        key = f"k{self._dice.randrange(3)}"
+        kind = self._dice.choice([Kind.PUT, Kind.GET, Kind.GET, Kind.COMPARE_AND_SET, Kind.DELETE])
+        value = f"{self._number}-{self._dice.getrandbits(32)}"
+        argument: object = None
+        called = monotonic()
+        try:
+            match kind:
+                case Kind.PUT:
+                    argument, result = value, await self._client.put(key, value.encode())
+                case Kind.GET:
+                    found = await self._client.get(key)
+                    result = (found[0].decode(), found[1]) if found else None
+                case Kind.DELETE:
+                    result = await self._client.delete(key)
+                case Kind.COMPARE_AND_SET:
+                    found = await self._client.get(key)
+                    expected = found[1] if found else 0
+                    argument, called = (expected, value), monotonic()
+                    result = await self._client.compare_and_set(key, expected, value.encode())
+        except Unavailable:
+            result = UNKNOWN
+        self._history.append(Operation(self._number, key, kind, argument, result, called, monotonic()))
+
+
+def test_what_clients_see_is_linearizable_while_leaders_are_killed(home: Path) -> None:
+    history: list[Operation] = []
+
+    async def story() -> None:
+        async with three(home) as client:
+            over = asyncio.Event()
+
+            async def go_on(number: int) -> None:
+                own = Historian(await connect(), number, history, seed=number)
+                while not over.is_set():
+                    await own.act()
+                    await asyncio.sleep(0.02)  # so that a history stays short enough to be judged
+
+            tasks = [asyncio.create_task(go_on(number)) for number in range(5)]
+            for _ in range(KILLS):
+                await until(lambda: is_alive(client, 3))
+                before = len(history)
+                await kill(await leader_of(client))
+                await until(partial(enough, history, before + 10))
+            over.set()
+            await asyncio.gather(*tasks)
+
+    asyncio.run(story())
+    for judge in (check, check_versions):
+        judgement = judge(history)
+        assert judgement.verdict is Verdict.LEGAL, judgement.explanation
+
+
+async def is_alive(client: Client, voters: int) -> bool:
+    return len(await client.status()) == voters
+
+
+async def enough(history: list[Operation], number: int) -> bool:
+    return len([one for one in history if one.result is not UNKNOWN]) >= number
+
+
+def test_no_acknowledged_write_is_lost_and_none_done_twice_while_leaders_are_killed(home: Path) -> None:
+    async def story() -> None:
+        async with three(home) as client:
+            over = asyncio.Event()
+            written: list[str] = []
+
+            async def write(number: int) -> None:
+                revision = count = 0
+                while not over.is_set():
+                    count += 1
+                    answer = await client.compare_and_set(f"count/{number}", revision, str(count).encode())
+                    assert answer is not None, "done twice: the revision moved on without us"
+                    revision = answer
+                    await client.put(f"kept/{number}/{count}", b"")
+                    written.append(f"kept/{number}/{count}")
+
+            tasks = [asyncio.create_task(write(number)) for number in range(4)]
+            for _ in range(KILLS):
+                await until(lambda: is_alive(client, 3))
+                before = len(written)
+                await kill(await leader_of(client))
+                await until(partial(longer, written, before + 20))
+            over.set()
+            await asyncio.gather(*tasks)
+            assert {key for key, _, _ in await client.range("kept/")} == set(written)
+
+    asyncio.run(story())
+
+
+async def longer(written: list[str], number: int) -> bool:
+    return len(written) >= number
+
+
+def test_a_voter_without_its_disk_takes_no_part_and_a_new_one_takes_its_place(home: Path) -> None:
+    async def story() -> None:
+        async with three(home) as client:
+            operator = Operator(home, PACE)
+            await client.put("before", b"1")
+            leader = await leader_of(client)
+            victim = next(id for id in PLACES if id != leader)
+            folder = home / f"voter-{victim}"
+            folder.rename(home / "lost")
+            await kill(victim)
+            await until(lambda: is_absent(client, victim, "its disk is empty"))
+            shutil.rmtree(home / "lost")
+            assert await client.put("meanwhile", b"2")
+            await operator.remove(victim)
+            with pytest.raises(Conflict, match="none is used twice"):
+                await operator.add(victim, PLACES[victim].labels)
+            await operator.add(4, PLACES[victim].labels)
+            client = await connect()
+            await until(lambda: is_level(client, 3))
+            assert {status.id for status in await client.status()} == {1, 2, 3, 4} - {victim}
+            await operator.transfer(4)
+            assert await leader_of(client) == 4
+            assert [key for key, _, _ in await client.range("")] == ["before", "meanwhile"]
+            with pytest.raises(NotFound):
+                await operator.transfer(9)
+            with pytest.raises(ConfigError, match="7 is no voter"):
+                await start({**PLACES, 7: Placement()}, home, PACE)
+
+    asyncio.run(story())
+
+
+async def is_absent(client: Client, id: int, why: str) -> bool:
+    found = {one.id: one for one in await client.describe()}.get(id)
+    return isinstance(found, Absent) and why in found.why
+
+
+def test_all_stopped_and_started_again_know_everything_by_snapshot_and_log(home: Path) -> None:
+    async def story() -> None:
+        async with three(home) as client:
+            for number in range(500):
+                await client.put(f"key/{number % 50}", str(number).encode())
+            before = await client.range("")
+            for handle in find_voters().values():
+                ray.kill(handle)
+            await until(lambda: are_gone())
+        async with three(home) as client:
+            assert await client.range("") == before
+
+    asyncio.run(story())
+
+
+async def are_gone() -> bool:
+    return not find_voters()
+
+
+def test_without_a_quorum_nothing_is_promised_and_what_is_known_can_be_read(home: Path) -> None:
+    async def story() -> None:
+        async with three(home) as client:
+            await client.put("known", b"1")
+            await until(lambda: is_level(client, 3))
+            leader = await leader_of(client)
+            for id in PLACES:
+                if id != leader:
+                    ray.kill(find_voter(id))
+            impatient = Client(client._voters, patience_seconds=2)
+            with pytest.raises(Unavailable, match="read-only: 1 of"):
+                await impatient.put("known", b"2")
+            with pytest.raises(Unavailable):
+                await impatient.get("known")
+            found = await impatient.get("known", fresh=False)
+            assert found is not None and found[0] == b"1"
+
+    asyncio.run(story())
