@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 NODE, LOG, TRACKER = "cluster/raft/node.py", "cluster/raft/log.py", "cluster/raft/tracker.py"
-STORAGE, CATALOG = "cluster/raft/storage.py", "cluster/catalog.py"
+STORAGE, CATALOG, VOTER = "cluster/raft/storage.py", "cluster/catalog.py", "cluster/voter.py"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,12 @@ def planted(mutant: Mutant | None) -> Iterator[Path]:
 
 def run_python(folder: Path, *arguments: str, seconds: int) -> subprocess.CompletedProcess[str]:
     """In a process that finds the copy of cluster/ first, and everything else in its usual place."""
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": "",
+    }
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=seconds
     )
@@ -582,6 +587,27 @@ MUTANTS = (
         "            self._end_with(failed)\n",
         "",
         "test_raft_storage.py::test_a_failed_write_ends_the_storage",
+    ),
+    Mutant(
+        "N28 a voter sends before it saves",
+        VOTER,
+        "        if ready.must_sync:  # a commit alone",
+        "        self._send(ready.messages)\n        if ready.must_sync:  # a commit alone",
+        "test_voter.py::test_nothing_leaves_before_it_is_saved",
+    ),
+    Mutant(
+        "N29 a voter answers a read before it has applied enough",
+        VOTER,
+        "for context, index in self._confirmed.items() if index <= applied]:",
+        "for context, index in self._confirmed.items() if index <= applied + 1]:",
+        "test_voter.py::test_a_follower_answers_a_read_once_it_has_applied_enough",
+    ),
+    Mutant(
+        "N30 a voter answers a proposal by the entry that took its place",
+        VOTER,
+        "        if term == entry.term:\n",
+        "        if True:\n",
+        "test_voter.py::test_a_proposal_that_another_entry_replaced_was_not_done",
     ),
 )
 

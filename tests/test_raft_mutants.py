@@ -16,6 +16,11 @@ def named(mutant: Mutant) -> str:
     return mutant.name.split()[0]
 
 
+def asked_for(request: pytest.FixtureRequest, test: str) -> list[Mutant]:
+    """All that this run has for a test, so that the next is under way while one is waited for."""
+    return [item.callspec.params["mutant"] for item in request.session.items if item.name.startswith(f"{test}[")]
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -24,13 +29,15 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture(scope="module")
-def tested(pool: ThreadPoolExecutor) -> dict[str, Future[CompletedProcess[str]]]:
-    return {mutant.name: pool.submit(run_tests, mutant, mutant.test) for mutant in MUTANTS}
+def tested(request: pytest.FixtureRequest, pool: ThreadPoolExecutor) -> dict[str, Future[CompletedProcess[str]]]:
+    mutants = asked_for(request, "test_its_test_fails")
+    return {mutant.name: pool.submit(run_tests, mutant, mutant.test) for mutant in mutants}
 
 
 @pytest.fixture(scope="module")
-def simulated(pool: ThreadPoolExecutor) -> dict[str, Future[tuple[int, str]]]:
-    return {mutant.name: pool.submit(worlds_until_seen, mutant, mutant.worlds) for mutant in SEEN}
+def simulated(request: pytest.FixtureRequest, pool: ThreadPoolExecutor) -> dict[str, Future[tuple[int, str]]]:
+    mutants = asked_for(request, "test_the_simulator_sees_it")
+    return {mutant.name: pool.submit(worlds_until_seen, mutant, mutant.worlds) for mutant in mutants}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=named)
