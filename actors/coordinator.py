@@ -37,7 +37,7 @@ from cluster.raft import (
 )
 from cluster.raft.storage import IdentityMismatch, Storage, StorageCorrupt
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
-from nexus.errors import ConfigError, Conflict, NotFound, OperatorError, Unavailable
+from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
 
 __all__ = ["Client", "Compacted", "Coordinator", "Operator", "Placement", "connect", "restore", "start"]
 
@@ -91,15 +91,17 @@ class Coordinator:
     def _begin(self) -> None:
         self._voter = Voter(self._id, self._disk, self._catalog, self._peers.send, random.Random(), self._pace)
         self._running = asyncio.get_running_loop().create_task(self._run(self._voter))
+        self._running.add_done_callback(self._end)
 
     async def _run(self, voter: Voter) -> None:
-        """A disk that fails ends the process: what it then holds, the next one reads."""
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(voter.run())
-                tasks.create_task(self._keep_time(voter))
-        except* OperatorError as errors:
-            log.critical("voter %d ends: %s", self._id, errors.exceptions)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(voter.run())
+            tasks.create_task(self._keep_time(voter))
+
+    def _end(self, running: "asyncio.Task[None]") -> None:
+        """Whatever ends a voter, a disk that fails or an entry it cannot read, ends its process; Ray starts another."""
+        if not running.cancelled():
+            log.critical("voter %d ends", self._id, exc_info=running.exception())
             os._exit(1)
 
     # From the other voters
@@ -117,10 +119,14 @@ class Coordinator:
         if voter is None:
             return Elsewhere()
         try:
-            return list(await asyncio.gather(*map(voter.propose, commands)))
+            answers = [voter.propose(command) for command in commands]
         except NotLeader as error:
             return Elsewhere(error.leader)
-        except (ProposalDropped, Unanswered):
+        except ProposalDropped:
+            return Doubtful()
+        try:
+            return list(await asyncio.gather(*answers))
+        except (NotLeader, Unanswered):  # of some of them, at least
             return Doubtful()
 
     async def read(self, queries: Sequence[Query]) -> list[Any] | Elsewhere | Doubtful:
@@ -195,8 +201,11 @@ class Coordinator:
         return self._voter.status()
 
     async def snapshot(self) -> Snapshot | Elsewhere:
-        """All that is applied here; the log up to there is forgotten."""
-        return await self._voter.snapshot() if self._voter else Elsewhere()
+        """All that is applied, if this one leads; the log up to there is forgotten."""
+        status = self._voter.status() if self._voter else None
+        if self._voter is None or status is None or status.role is not Role.LEADER:
+            return Elsewhere(status.leader if status else NOBODY)
+        return await self._voter.snapshot()
 
     # Time
 

@@ -344,7 +344,11 @@ class Catalog:
         return found
 
     def awaits_clock(self, elapsed_ms: int) -> bool:
-        """Whether a clock entry with this much time would change anything: begin a lease's time, or end one."""
+        """Whether a clock entry with this much time is due: it would begin a lease's time, or end one, or is a quarter
+        of what the shortest lease has, which is all that a change of leaders may then add to it.
+        """
+        if self._leases and 4 * elapsed_ms >= min(lease.ttl_ms for lease in self._leases.values()):
+            return True
         ends = [lease.expires_ms for lease in self._leases.values()]
         ends += [session.expires_ms for session in self._sessions.values()]
         return any(end is None or end <= self._time_ms + elapsed_ms for end in ends)

@@ -38,7 +38,8 @@ Value = TypeVar("Value")
 ASKED_AT_ONCE = 256  # in one call
 CALLS_AT_ONCE = 2
 PATIENCE_SECONDS = 15.0
-ATTEMPT_SECONDS = 1.0
+ATTEMPT_SECONDS = 2.0
+DOUBT_SECONDS = 0.1  # without an answer, before others are asked who leads
 PAUSE_SECONDS = 0.02
 WATCH_SECONDS = 10.0
 
@@ -153,10 +154,12 @@ class Client:
 
     async def describe(self) -> list[Status | Absent]:
         """Of every voter, in order."""
+        return await self._ask_all(ATTEMPT_SECONDS)
 
+    async def _ask_all(self, seconds: float) -> list[Status | Absent]:
         async def ask(id: NodeId) -> Status | Absent:
             with suppress(TimeoutError, ConnectionError):
-                async with asyncio.timeout(ATTEMPT_SECONDS):
+                async with asyncio.timeout(seconds):
                     status: Status | str = await self._voters.call(id, "status")
                     return Absent(id, status) if isinstance(status, str) else status
             return Absent(id, "it does not answer")
@@ -192,7 +195,7 @@ class Client:
 
         async def attempt(id: NodeId) -> object:
             status = await self._ask_leader(id)
-            if isinstance(status, Status) and status.progress[learner].match < goal:
+            if isinstance(status, Status) and (learner not in status.progress or status.progress[learner].match < goal):
                 return Doubtful()
             return status
 
@@ -200,8 +203,7 @@ class Client:
 
     async def snapshot(self) -> Snapshot:
         """All there is, as the voter that leads has it."""
-        status = await self.leader()
-        snapshot: Snapshot = await self._voters.call(status.id, "snapshot")
+        snapshot: Snapshot = await self._insist(lambda id: self._voters.call(id, "snapshot"), self._patience)
         return snapshot
 
     async def _ask_leader(self, id: NodeId) -> Status | Elsewhere:
@@ -223,7 +225,9 @@ class Client:
         async def attempt(id: NodeId) -> object:
             nonlocal tries
             tries += 1
-            return await self._voters.call(id, "execute", entries)
+            answer = await self._voters.call(id, "execute", entries)
+            tries -= isinstance(answer, Elsewhere)  # which took nothing
+            return answer
 
         try:
             answers = [_decoded(answer) for answer in await self._insist(attempt)]
@@ -274,11 +278,9 @@ class Client:
         give_up_at = loop.time() + max(self._patience, attempt_seconds)
         while True:
             id = self._leader or self._any_voter()
-            answer: Any = Elsewhere()
-            with suppress(TimeoutError, ConnectionError):
-                async with asyncio.timeout(attempt_seconds):
-                    answer = await attempt(id)
+            answer = await self._answer(id, attempt(id), attempt_seconds)
             if not isinstance(answer, Elsewhere | Doubtful):
+                self._leader = self._leader or id
                 return answer
             leader = answer.leader if isinstance(answer, Elsewhere) else NOBODY
             self._leader = NOBODY if leader == id else leader
@@ -286,6 +288,27 @@ class Client:
                 raise Unavailable(f"the coordinator does not answer: {summary(await self.describe())}")
             if not self._leader:
                 await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _answer(self, id: NodeId, attempt: Awaitable[Any], seconds: float) -> Any:
+        """What this voter answers in that time. While it is slow to, the others are asked whether it leads still."""
+        call, loop = asyncio.ensure_future(attempt), asyncio.get_running_loop()
+        ends = loop.time() + seconds
+        doubt = DOUBT_SECONDS if seconds <= ATTEMPT_SECONDS else seconds
+        try:
+            while not (await asyncio.wait({call}, timeout=min(doubt, ends - loop.time())))[0]:
+                leader = await self._leader_of_others(id)
+                if leader not in (NOBODY, id) or loop.time() >= ends:
+                    return Elsewhere(leader)
+            return call.result()
+        except ConnectionError:
+            return Elsewhere()
+        finally:
+            call.cancel()
+
+    async def _leader_of_others(self, id: NodeId) -> NodeId:
+        """Whom they follow, those of the latest term."""
+        heard = [one for one in await self._ask_all(DOUBT_SECONDS) if isinstance(one, Status) and one.id != id]
+        return max(heard, key=lambda one: one.term).leader if heard else NOBODY
 
     def _any_voter(self) -> NodeId:
         ids = self._voters.ids()

@@ -265,14 +265,14 @@ def test_a_session_lives_while_it_is_used_and_is_refused_afterwards(log: Log) ->
     assert log.ask(OpenSession()) != log.client
 
 
-def test_a_clock_entry_is_awaited_only_while_it_would_begin_or_end_something(log: Log) -> None:
+def test_a_clock_entry_is_awaited_while_it_begins_or_ends_something_or_a_lease_is_a_quarter_older(log: Log) -> None:
     assert log.catalog.awaits_clock(0)  # the session's time has not begun
     log.pass_time(7)
     assert [log.catalog.awaits_clock(step) for step in (SESSION_MS - 1, SESSION_MS)] == [False, True]
     log.do(Grant(100))
     assert log.catalog.awaits_clock(0)
     log.pass_time(7)
-    assert [log.catalog.awaits_clock(step) for step in (99, 100)] == [False, True]
+    assert [log.catalog.awaits_clock(step) for step in (24, 25, 100)] == [False, True, True]  # a quarter
 
 
 def test_a_client_that_never_opened_a_session_is_refused(log: Log) -> None:

@@ -29,6 +29,7 @@ from cluster.client import Client
 from cluster.raft import Members, Message, NodeId, Role
 from cluster.raft.storage import StorageFailed
 from cluster.voter import Pace
+from nexus.errors import OperatorError
 
 PACE = Pace(tick_seconds=0.05, election_ticks=10, snapshot_entries=40)
 EVENTS_KEPT = 300
@@ -64,6 +65,8 @@ class World(asyncio.SelectorEventLoop):
 
     def _complain(self, _: asyncio.AbstractEventLoop, about: dict[str, Any]) -> None:
         error = about.get("exception")
+        if isinstance(error, Exited):
+            return
         self.complaints.append(about["message"] + "".join(traceback.format_exception(error) if error else ()))
 
     def time(self) -> float:
@@ -81,7 +84,7 @@ class World(asyncio.SelectorEventLoop):
                 return
             try:
                 result, error = work(*arguments), None
-            except (OSError, coordinator.OperatorError) as caught:
+            except (OSError, OperatorError) as caught:
                 result, error = None, caught
             self.call_at(returns, tell, result, error)
 

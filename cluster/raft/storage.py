@@ -138,10 +138,12 @@ class Storage:
             self._turn, self._count, self._digest = header.turn, found.count, found.digest
             self._end, self._room = found.end, len(content)
             self._loaded = True
-            if found.count > header.acknowledged:
-                # Its fsync may have failed or never come, so that it is in the system's memory alone, and
-                # whoever loads it will act on it: all is written once more, where no page passes for clean.
-                self._begin_file(found.snapshot)
+            is_torn = content[:_COPY_BYTES] != content[_COPY_BYTES:_HEADER_BYTES]
+            if is_torn or found.count > header.acknowledged:
+                # Of the header one copy is left, which the next cut could tear as well. Or a record's fsync failed
+                # or never came, so that it is in the system's memory alone, and whoever loads it will act on it: all
+                # is written once more, where no page passes for clean.
+                self._begin_file(found.snapshot if found.count else None)
             if not found.count and self._hard_state == HardState():
                 return None
             return Saved(found.snapshot, self._hard_state, tuple(self._entries))
