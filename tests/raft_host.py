@@ -150,6 +150,9 @@ class Seen:
     handed: int = 0  # the last index handed out to be applied
     proposed: deque[tuple[int, int]] = field(default_factory=deque)  # (index, bytes) accepted as this term's leader
     windows: dict[NodeId, deque[int]] = field(default_factory=dict)  # last indexes of appends under way
+    beats: dict[bytes, int] = field(default_factory=dict)  # context of a heartbeat of this leader -> when it left
+    answered: dict[NodeId, int] = field(default_factory=dict)  # when the last heartbeat left that it answered
+    asked: dict[bytes, int] = field(default_factory=dict)  # when this leader, not alone, was asked to read
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from tests.raft_host import Host, Seen, link
 
 LEADERS_ALONE = {MessageType.APPEND, MessageType.HEARTBEAT, MessageType.SNAPSHOT, MessageType.TIMEOUT_NOW}
 STANDING = {Role.PRE_CANDIDATE, Role.CANDIDATE}
+READS = {MessageType.READ_INDEX, MessageType.READ_INDEX_REPLY}
 
 
 class Violation(Exception):
@@ -65,7 +66,7 @@ class Referee:
         self.votes: dict[tuple[NodeId, int], NodeId] = {}
         self.stood: dict[tuple[NodeId, int], tuple[int, int]] = {}  # (candidate, term) -> where its log ended
         self.answers: dict[bytes, bytes] = {}
-        self.read_contexts: set[bytes] = set()
+        self.moment = 0  # counts what left and what was asked, to tell before from after
 
     def require(self, holds: object, invariant: str, text: str) -> None:
         if not holds:
@@ -103,8 +104,17 @@ class Referee:
             seen.heard_term = message.term
         if kind is MessageType.TIMEOUT_NOW:
             seen.asked_to_stand = message.term
+        elif kind is MessageType.HEARTBEAT_REPLY:
+            if message.term == seen.term and (left := seen.beats.get(message.context)):
+                seen.answered[message.sender] = max(left, seen.answered.get(message.sender, 0))
         elif kind is MessageType.APPEND_REPLY and message.reject:
             seen.windows.pop(message.sender, None)
+
+    def before_what_is_over(self, host: Host, message: Message) -> Status | None:
+        """What must still be so after a message of an earlier term (5.1); reads are right in any."""
+        assert host.node is not None
+        is_over = message.term < host.seen.term and message.type not in READS
+        return host.node.status() if is_over else None
 
     def examine(self, host: Host) -> Status:
         assert host.node is not None
@@ -137,8 +147,9 @@ class Referee:
         if status.role is Role.LEADER:
             self._is_leader(host.id, status.term)
             self.require(status.vote == host.id, "I1", f"{host.id} leads term {status.term} and voted {status.vote}")
-            host.seen.proposed.clear()
-            host.seen.windows.clear()
+            seen = host.seen
+            for earlier in (seen.proposed, seen.windows, seen.beats, seen.answered, seen.asked):
+                earlier.clear()
         elif status.role in STANDING and host.seen.role not in STANDING:
             self.require(host.id in status.members.voters, "learner", f"{host.id} stands for election without a vote")
             open_changes = self.changes(host, status.applied, status.commit)
@@ -326,6 +337,9 @@ class Referee:
             raise self.broken("I9", f"{host.id} speaks in term {term} before it saved it: {durable}")
 
     def _heartbeat(self, host: Host, message: Message) -> None:
+        if message.term == host.seen.term:
+            self.moment += 1
+            host.seen.beats.setdefault(message.context, self.moment)
         to = self.hosts.get(message.to)
         if to is None or to.lost:
             return
@@ -424,8 +438,18 @@ class Referee:
         own = term == before.term
         self.require(own, "I10", f"{host.id} takes a change before it committed in its own term {before.term}")
 
+    def asked_to_read(self, host: Host, context: bytes) -> None:
+        assert host.node is not None
+        self.moment += 1
+        if host.node.status().role is Role.LEADER and len(host.members.voters) > 1:
+            host.seen.asked[context] = self.moment
+
     def read_answered(self, host: Host, context: bytes, index: int, floor: int) -> None:
         """I11. All that was committed anywhere when the read was asked for, not only what a client knew of by then:
-        no leader that a quorum still follows after the question can know less."""
+        no leader that a quorum still follows after the question can know less. A leader that is not alone must have
+        heard from somebody since, also where nobody knew better."""
         if index < floor:
             raise self.broken("I11", f"{host.id} answers read {context!r} from {index}; {floor} was committed")
+        asked = host.seen.asked.pop(context, 0)
+        if len(host.members.voters) > 1 and max(host.seen.answered.values(), default=0) < asked:
+            raise self.broken("I11", f"{host.id} answers read {context!r} on what it heard before it was asked")

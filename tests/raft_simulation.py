@@ -267,7 +267,10 @@ class World:
             len(message.entries), message.commit, message.reject, message.hint,
         )  # fmt: skip
         self.referee.hears(host, message)
+        before = self.referee.before_what_is_over(host, message)
         host.node.step(message)
+        if before:
+            self.referee.require(host.node.status() == before, "5.1", f"{host.id} heeds {message}")
         if kind is not MessageType.HEARTBEAT and kind is not MessageType.HEARTBEAT_REPLY:
             self.referee.examine(host)
         self.pump(host)
@@ -566,6 +569,7 @@ class Clients:
             else:
                 context = b"%b %d" % (operation.who, attempt)
                 host.reads[context] = (operation.who, world.referee.proven)
+                self.world.referee.asked_to_read(host, context)
                 host.node.read_index(context)
         except NotLeader as refused:
             self.again(operation, attempt, refused.leader if refused.leader in world.hosts else NOBODY, 1.0)
@@ -766,7 +770,13 @@ class Trouble:
     # Membership
 
     def member(self) -> None:
-        world, host = self.world, self.victim()
+        """One change, or two on the spot, of which the second must wait for the first."""
+        host = self.victim()
+        for _ in range(self.rng.randrange(1, 3)):
+            self.change_members(host)
+
+    def change_members(self, host: Host) -> None:
+        world = self.world
         if host.node is None or host.paused:
             return
         before = host.node.status()

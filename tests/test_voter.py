@@ -317,6 +317,22 @@ def test_nothing_counts_before_it_is_saved(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_nothing_leaves_before_it_is_saved(tmp_path: Path) -> None:
+    async def main() -> None:
+        peer = Peer()
+        async with alive(tmp_path, BOTH, peer=peer) as (voter, disk, _):
+            disk.may_go_on.clear()
+            voter.deliver([append(1, Entry(1, 1, b"it"))])
+            ticks = voter._ticks
+            await turns(lambda: voter._ticks > ticks + 3)
+            assert peer.heard == []
+            disk.may_go_on.set()
+            await turns(lambda: peer.heard)
+            assert (peer.heard[0].type, peer.heard[0].index) == (MessageType.APPEND_REPLY, 1)
+
+    asyncio.run(main())
+
+
 def test_many_proposals_are_saved_together(tmp_path: Path) -> None:
     async def main() -> None:
         async with alive(tmp_path) as (voter, disk, _):
