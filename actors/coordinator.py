@@ -35,9 +35,9 @@ from cluster.raft import (
     Snapshot,
     Status,
 )
-from cluster.raft.storage import IdentityMismatch, Storage, StorageCorrupt
+from cluster.raft.storage import Storage
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
-from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
+from nexus.errors import ConfigError, Conflict, NotFound, OperatorError, Unavailable
 
 __all__ = ["Client", "Compacted", "Coordinator", "Operator", "Placement", "connect", "restore", "start"]
 
@@ -78,7 +78,7 @@ class Coordinator:
             self._disk = Storage(folder, identity)
             if self._disk.load() is not None:
                 self._begin()
-        except (IdentityMismatch, StorageCorrupt) as error:
+        except OperatorError as error:  # its disk is another's, damaged, failing, or in use
             self._problem = error.message
             log.error("voter %d takes no part: %s", id, error.message)
 
@@ -318,7 +318,10 @@ class Operator:
         self._register.write(seats)
         handle = self._register.make(id, seats[id], self._pace)
         await _is_there(id, handle)
-        await handle.found.remote(Members(frozenset()))
+        if id not in members.learners:  # one that learns already must not begin anew: the leader knows what it had
+            await handle.found.remote(Members(frozenset()))
+        if not isinstance(status := await handle.status.remote(), Status):
+            raise Conflict(f"voter {id} cannot be added: {status}")
         await client.change(Members(members.voters, members.learners | {id}))
         await client.level(id)
         await client.change(Members(members.voters | {id}, members.learners - {id}))
