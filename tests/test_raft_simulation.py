@@ -16,6 +16,8 @@ from tests.raft_host import Disk, Machine
 from tests.raft_invariants import Violation
 from tests.raft_simulation import Outcome, run_seed, run_seeds
 
+pytestmark = pytest.mark.timeout(1200)  # all fixed seeds are one fixture, and other files run beside this one
+
 FIXED = range(300)
 FRESH = 200
 JOBS = 2
