@@ -46,7 +46,7 @@ down: ## stop what `make demo` started
 	@test ! -x $(BIN)/nexus || $(BIN)/nexus down
 
 test: install-test ## run the whole suite, two files at a time
-	env -u NEXUS_HOME $(BIN)/python -m pytest -n 2 --dist loadfile
+	env -u NEXUS_HOME $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install-test format lint types fast ## format, lint, types, fast tests
 
