@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGKILL
 
@@ -166,11 +167,11 @@ def test_after_everything_was_killed_an_accepted_job_ends_by_itself(nexus: Runni
         env=nexus.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     until(60, lambda: 20 < len(sources(nexus, "survives")) < 150)
-    for process in [*bootstrap.processes_of(nexus.instance), psutil.Process(adding.pid)]:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+    everything = [*bootstrap.processes_of(nexus.instance), psutil.Process(adding.pid)]
+    for blow in (psutil.Process.suspend, psutil.Process.kill):  # all at once: none lives to see another die
+        for process in everything:
+            with suppress(psutil.NoSuchProcess):
+                blow(process)
     adding.wait()
     nexus.must("up")
     (job,) = [job for job in nexus.json("jobs")["jobs"] if job["collection"] == "survives"]
