@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -200,8 +201,12 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_range(length: int, first: int = 30000, last: int = 60000) -> int:
-    """The first port of a run of free ones, for replicas that pick their own."""
-    for start in range(first, last, length):
+    """The first port of a run of free ones, for replicas that pick their own.
+
+    Below those that the system gives to whoever connects, while there are; by chance, for two that start at once.
+    """
+    starts = range(first, last, length)
+    for start in sorted(starts, key=lambda start: (start >= 32768 - length, random.random())):
         if all(is_free(port) for port in range(start, start + length)):
             return start
     raise Unavailable(f"no run of {length} free ports between {first} and {last}")
