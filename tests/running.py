@@ -56,7 +56,8 @@ class Running:
     @property
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("NEXUS_", "RAY_"))}
-        return {**kept, "NEXUS_HOME": str(self.home), "NEXUS_HTTP__PORT": str(self.port), **self.extra}
+        ports = {"NEXUS_HTTP__PORT": str(self.port), "NEXUS_RAY__DASHBOARD_PORT": "0"}  # others start beside this one
+        return {**kept, "NEXUS_HOME": str(self.home), **ports, **self.extra}
 
     def nexus(self, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         """Run the command line as a user would."""

@@ -40,7 +40,9 @@ def machines() -> Iterator[None]:
     """Three Ray nodes in this process's own cluster."""
     cluster = Cluster()
     for name in MACHINES.values():
-        cluster.add_node(num_cpus=1, labels={"nexus.io/node": name}, object_store_memory=100 * 2**20)
+        cluster.add_node(
+            num_cpus=1, labels={"nexus.io/node": name}, object_store_memory=100 * 2**20, include_dashboard=False
+        )
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
     yield
