@@ -23,18 +23,7 @@ from ray.exceptions import PendingCallsLimitExceeded, RayActorError
 
 from cluster.catalog import LONGEST_STEP_MS, Catalog, Clock, Compacted, Event, encode
 from cluster.client import Absent, Client, Doubtful, Elsewhere, Query
-from cluster.raft import (
-    NOBODY,
-    ConfChangeRefused,
-    Members,
-    Message,
-    NodeId,
-    NotLeader,
-    ProposalDropped,
-    Role,
-    Snapshot,
-    Status,
-)
+from cluster.raft import ConfChangeRefused, Members, Message, NodeId, NotLeader, ProposalDropped, Role, Snapshot, Status
 from cluster.raft.storage import Storage
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
 from nexus.errors import ConfigError, Conflict, NotFound, OperatorError, Unavailable
@@ -195,17 +184,23 @@ class Coordinator:
 
     async def transfer(self, to: NodeId) -> Status | Elsewhere:
         """Begin to hand over; does nothing to who may not lead."""
-        if self._voter is None or self._voter.status().role is not Role.LEADER:
-            return Elsewhere(self._voter.status().leader if self._voter else NOBODY)
-        self._voter.transfer(to)
-        return self._voter.status()
+        leader = self._leading()
+        if isinstance(leader, Elsewhere):
+            return leader
+        leader.transfer(to)
+        return leader.status()
 
     async def snapshot(self) -> Snapshot | Elsewhere:
         """All that is applied, if this one leads; the log up to there is forgotten."""
-        status = self._voter.status() if self._voter else None
-        if self._voter is None or status is None or status.role is not Role.LEADER:
-            return Elsewhere(status.leader if status else NOBODY)
-        return await self._voter.snapshot()
+        leader = self._leading()
+        return leader if isinstance(leader, Elsewhere) else await leader.snapshot()
+
+    def _leading(self) -> Voter | Elsewhere:
+        """The voter, where it leads."""
+        if self._voter is None:
+            return Elsewhere()
+        status = self._voter.status()
+        return self._voter if status.role is Role.LEADER else Elsewhere(status.leader)
 
     # Time
 

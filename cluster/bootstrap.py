@@ -105,6 +105,12 @@ def ray_token(home: Path) -> str:
 # ── processes ───────────────────────────────────────────────────────────────────────────────────
 
 
+def is_running(home: Path) -> bool:
+    """Whether anything lives of what `nexus up` started in this home."""
+    instance = find_instance(home)
+    return instance is not None and bool(processes_of(instance))
+
+
 def processes_of(instance: Instance) -> list[psutil.Process]:
     """Every process of the instance, but not the one that asks."""
     if instance.boot_id != _boot_id() or not _leads_still(instance):

@@ -37,6 +37,14 @@ class Client:
 
     def call(self, method: str, path: str, **arguments: Any) -> tuple[int, Any]:
         """The status and the JSON of an answer below 400."""
+        response = self._request(method, path, **arguments)
+        return response.status_code, response.json()
+
+    def download(self, method: str, path: str) -> bytes:
+        """The bytes of an answer below 400."""
+        return self._request(method, path).content
+
+    def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **arguments)
         except httpx.TimeoutException:
@@ -45,17 +53,7 @@ class Client:
             raise Unavailable(f"no Nexus answers at {self.url}; `nexus up` starts one") from None
         if response.status_code >= 400:
             raise _error(response)
-        return response.status_code, response.json()
-
-    def download(self, method: str, path: str) -> bytes:
-        """The bytes of an answer below 400."""
-        try:
-            response = self._http.request(method, path)
-        except httpx.HTTPError:
-            raise Unavailable(f"{self.url} did not answer; `nexus status` says how it is") from None
-        if response.status_code >= 400:
-            raise _error(response)
-        return response.content
+        return response
 
     def coordinator(self) -> dict[str, Any] | None:
         """The voters, as `GET /coordinator` tells of them; None when it does not."""

@@ -17,7 +17,7 @@ from nexus.registry import open_part
 def fsck(repair: bool) -> dict[str, Any]:
     """What `POST /rag/fsck` answers."""
     config = load_config()
-    if _runs(config):
+    if bootstrap.is_running(Path(config.home)):
         with Client() as nexus:
             answer: dict[str, Any] = nexus.call("POST", "/rag/fsck", params={"repair": repair}, timeout=None)[1]
             return answer
@@ -30,7 +30,7 @@ def fsck(repair: bool) -> dict[str, Any]:
 def vacuum(keep_seconds: float) -> dict[str, Any]:
     """What `POST /rag/vacuum` answers."""
     config = load_config()
-    if _runs(config):
+    if bootstrap.is_running(Path(config.home)):
         with Client() as nexus:
             query = {"keep_seconds": keep_seconds}
             answer: dict[str, Any] = nexus.call("POST", "/rag/vacuum", params=query, timeout=None)[1]
@@ -39,11 +39,6 @@ def vacuum(keep_seconds: float) -> dict[str, Any]:
         from deployments.shapes import show_removed  # with all of FastAPI: not at every start of the command line
 
         return show_removed(hades.vacuum(keep_seconds, keep_staged_seconds=0))
-
-
-def _runs(config: Config) -> bool:
-    instance = bootstrap.find_instance(Path(config.home))
-    return instance is not None and bool(bootstrap.processes_of(instance))
 
 
 @contextmanager

@@ -75,8 +75,7 @@ def restore(file: Annotated[Path, typer.Argument(help="What `nexus coordinator s
     home = Path(load_config().home)
     bootstrap.prepare_home(home)
     with bootstrap.lock_home(home):
-        instance = bootstrap.find_instance(home)
-        if instance is not None and bootstrap.processes_of(instance):
+        if bootstrap.is_running(home):
             raise AlreadyRunning("Nexus runs: `nexus down` first, on every machine")
         aside = coordinator.restore(held, home / coordinator.FOLDER)
     typer.echo("The coordinator begins from that snapshot at the next `nexus up`; add its other voters then.")

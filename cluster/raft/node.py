@@ -130,9 +130,8 @@ class RaftNode:
 
     def apply_conf_change(self, members: Members) -> None:
         """The driver has reached a CHANGE in what is committed: from now on it counts (thesis 4.1)."""
-        self._tracker.change(
-            members, next_index=max(1, self._log.last_index)
-        )  # a new one is asked about the last entry
+        last = max(1, self._log.last_index)
+        self._tracker.change(members, next_index=last)  # so that a new one is asked about it
         if self._role is not Role.LEADER:
             return
         if self._id not in members.voters:
