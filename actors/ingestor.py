@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from actors.coordination import Coordination
 from nexus.config import Config
 from nexus.conveyor import Conveyor, Pace
 from nexus.errors import TryAgain
@@ -101,6 +102,7 @@ class Ingestor:
             open_part("stores", self._vectors_address, home=home),
             fingerprint,
             dimension,
+            Coordination(),
         )
         steps: Steps = open_steps(config, hades, partial(self._embed, asyncio.get_running_loop()))
         embedders = config.ingest.embedders or 1 + (config.models.embedder_threads or os.cpu_count() or 1)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from actors.coordination import Coordination
 from nexus.config import Config
 from nexus.hades import Hades
 from nexus.ports import Embedder, InputType
@@ -39,6 +40,7 @@ class Retriever:
             open_part("stores", vectors_address, home=home),
             self._embedder.fingerprint,
             self._embedder.dimension,
+            Coordination(),
         )
         retrieval = config.retrieval
         settings = RetrievalSettings(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import fsspec
 import pyarrow
 
+from actors.coordination import Coordination
 from nexus import telemetry
 from nexus.config import Config
 from nexus.errors import Fenced, InvalidRequest, NexusError, TooLarge, TryAgain
@@ -66,7 +67,7 @@ class Run:
 
     def open_hades(self) -> Hades:
         vectors = open_part("stores", self.vectors_address, home=self.config.home)
-        return Hades(self.open_documents(), vectors, self.fingerprint, self.dimension)
+        return Hades(self.open_documents(), vectors, self.fingerprint, self.dimension, Coordination())
 
 
 class Read:

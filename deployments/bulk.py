@@ -12,9 +12,11 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ import typer
 from ray import serve
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
+from actors.coordination import Coordination
 from actors.stations import Commit, Embed, Read, Run, Task, outcomes, pack
 from cluster import bootstrap
 from deployments.app import APPLICATION, vectors_address
@@ -33,6 +36,7 @@ from nexus.config import Config, load_config
 from nexus.errors import InvalidRequest, Unavailable
 from nexus.ingest import Source, check_source
 from nexus.jobs import Announced, Jobs, Outcome
+from nexus.ports import Coordinator
 from nexus.types import Principal, Receipt, content_digest
 
 FILES_PER_BLOCK = 8
@@ -60,15 +64,16 @@ def main(
     with _connected(config) as address:
         roots, listed = list_all(sources)
         run = _plan(config, address, principal, collection)
-        jobs = Jobs(Path(config.home))
+        jobs, coordinator, worker = Jobs(Path(config.home)), Coordination(), uuid.uuid4().hex
         unchanged = _find_unchanged(run, listed)
         announced = [Announced(one.source, "", one.size, unchanged=unchanged.get(one.source)) for one in listed]
-        job, _ = jobs.accept(principal, collection, announced, accepted_at=run.accepted_at, kind="bulk")
+        coordinator.stay(worker)
+        job, _ = jobs.accept(principal, collection, announced, accepted_at=run.accepted_at, kind="bulk", holder=worker)
         tasks = [Task(job.job_id, number, one.url, one.source, one.size) for number, one in enumerate(listed)]
         ended = [Outcome(job.job_id, t.number, "unchanged") for t in tasks if t.source in unchanged]
         changed = [task for task in tasks if task.source not in unchanged]
         if changed:
-            with _beating(jobs, job.job_id), progress_bar(len(changed)) as show:
+            with _working(jobs, job.job_id, coordinator, worker), progress_bar(len(changed)) as show:
                 ended += _ingest(run, jobs, changed, show)
         removed = _prune(run, jobs, roots, {one.source for one in listed}) if prune else []
     _report(job.job_id, tasks, ended, removed, collection, as_json)
@@ -181,14 +186,15 @@ def _ingest(run: Run, jobs: Jobs, tasks: Sequence[Task], show: Any) -> list[Outc
 
 
 @contextmanager
-def _beating(jobs: Jobs, job_id: str) -> Iterator[None]:
-    """Say that this job is alive for as long as the block runs; when that stops, it is ended as interrupted."""
+def _working(jobs: Jobs, job_id: str, coordinator: Coordinator, worker: str) -> Iterator[None]:
+    """Say that this job is worked on for as long as the block runs; when that stops, it is ended as interrupted."""
     over = threading.Event()
 
     def beat() -> None:
         while not over.wait(BEAT_SECONDS):
-            with suppress(Unavailable):  # it beats again in a moment
-                jobs.beat_job(job_id)
+            for say in (partial(jobs.beat_job, job_id), partial(coordinator.stay, worker)):
+                with suppress(Unavailable):  # it beats again in a moment
+                    say()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -197,6 +203,8 @@ def _beating(jobs: Jobs, job_id: str) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+        with suppress(Unavailable):
+            coordinator.leave(worker)
 
 
 def _prune(run: Run, jobs: Jobs, roots: Sequence[str], present: set[str]) -> list[str]:

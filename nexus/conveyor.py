@@ -9,6 +9,7 @@ one document go through one after the other, in the order they were accepted.
 import asyncio
 import logging
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +20,10 @@ from itertools import groupby
 from typing import TypeVar
 
 from nexus import telemetry
+from nexus.coordination import LEASE_SECONDS
 from nexus.errors import Fenced, NexusError, TryAgain, Unprocessable
 from nexus.ingest import Ingestor, Prepared
-from nexus.jobs import LEASE_SECONDS, FileState, Jobs, Outcome, Ticket
+from nexus.jobs import FileState, Jobs, Outcome, Ticket
 from nexus.parsing import ENDED
 from nexus.ports import Staged
 from nexus.types import Receipt
@@ -31,6 +33,7 @@ Result = TypeVar("Result")
 
 LONGEST_PAUSE_SECONDS = 15.0
 POLL_SECONDS = 1.0  # how long a lost wake-up may go unnoticed
+BEAT_SECONDS = 2.0
 IDLE_SECONDS = 0.5  # without new files before what was written is flushed
 COMMIT_AHEAD = 16  # embedded documents waiting to be committed: what a crash makes to be embedded again
 THREADS = 64
@@ -75,6 +78,7 @@ class Conveyor:
     jobs: Jobs
     ingestor: Ingestor
     pace: Pace = field(default_factory=Pace)
+    worker: str = field(default_factory=lambda: uuid.uuid4().hex)  # its name among all who work
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "ingest"))
     _stages: dict[tuple[str, int], str] = field(default_factory=dict)  # of every file on the line
     _places: set[tuple[str, str, str]] = field(default_factory=set)  # documents on the line
@@ -91,14 +95,17 @@ class Conveyor:
         self._to_commit: asyncio.Queue[Item] = asyncio.Queue(COMMIT_AHEAD)
 
     async def run(self) -> None:
-        """Work until cancelled."""
+        """Work until cancelled. What others hold who work no more, is taken up too."""
+        await self._patiently(self._stay)  # first: who holds a file and is not known to work, is taken for dead
         async with asyncio.TaskGroup() as group:
             for _ in range(self.pace.readers):
                 group.create_task(self._read_files())
             for _ in range(self.pace.embedders):
                 group.create_task(self._embed_batches())
             group.create_task(self._commit_batches())
+            group.create_task(self._keep_lease())
             group.create_task(self._keep_beating())
+            group.create_task(self._take_over())
             group.create_task(self._flush_when_idle())
 
     def wake(self) -> None:
@@ -141,7 +148,7 @@ class Conveyor:
                 await self._settle([(item, made, "parse")])
 
     def _read(self, ticket: Ticket) -> Prepared | Receipt | None:
-        upload = self.jobs.start(ticket)
+        upload = self.jobs.start(ticket, self.worker)
         return None if upload is None else self.ingestor.prepare(upload, ticket.principal, ticket.accepted_at)
 
     async def _embed_batches(self) -> None:
@@ -263,7 +270,7 @@ class Conveyor:
         return error
 
     async def _patiently(self, step: Callable[[], Result]) -> Result:
-        """For the list of jobs itself: without it there is nothing to do but wait."""
+        """For the list of jobs itself, and the coordinator: without them there is nothing to do but wait."""
         pause = 0.25
         while True:
             result = await self._attempt(step)
@@ -271,7 +278,7 @@ class Conveyor:
                 if isinstance(result, Exception):
                     raise result
                 return result
-            log.warning("the list of jobs is away: %s", result.message)
+            log.warning("waiting: %s", result.message)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
@@ -308,12 +315,29 @@ class Conveyor:
 
     # ── beside the line ─────────────────────────────────────────────────────────────────────────
 
+    async def _keep_lease(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / 3)
+            await self._patiently(self._stay)
+
+    def _stay(self) -> None:
+        self.ingestor.hades.coordinator.stay(self.worker)
+
     async def _keep_beating(self) -> None:
         while True:
             await self._patiently(partial(self.jobs.beat, dict(self._stages)))
-            for outcome in await self._patiently(self.jobs.revive):
+            await asyncio.sleep(BEAT_SECONDS)
+
+    async def _take_over(self) -> None:
+        while True:
+            for outcome in await self._patiently(self._revive):
                 log.warning("file %d of job %s: %s", outcome.number, outcome.job_id, outcome.reason)
-            await asyncio.sleep(LEASE_SECONDS / 5)
+            await asyncio.sleep(BEAT_SECONDS)
+
+    def _revive(self) -> list[Outcome]:
+        holders = self.jobs.holders()  # before it is asked who works: they said so before they held anything
+        dead = holders - self.ingestor.hades.coordinator.working() if holders else set()
+        return self.jobs.revive(dead) if dead else []
 
     async def _flush_when_idle(self) -> None:
         while True:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from nexus.errors import Unavailable
+from nexus.errors import ConfigError, Unavailable
 
 BUSY_SECONDS = 10.0
 
@@ -44,6 +44,17 @@ class Database:
                 self._only = connection if self._memory else None
                 self._connections.append(connection)
         return connection
+
+    def _migrate(self, scripts: Sequence[str]) -> None:
+        """Bring the file to the form that this Nexus knows; each script takes it one step on. Raises ConfigError."""
+        with self._transaction("EXCLUSIVE") as db:
+            (done,) = db.execute("PRAGMA user_version").fetchone()
+            if done > len(scripts):
+                raise ConfigError(f"{self._called} was written by a newer Nexus; upgrade Nexus to open it")
+            for number, script in enumerate(scripts[done:], done + 1):
+                for statement in script.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {number}")
 
     @contextmanager
     def _transaction(self, mode: str = "IMMEDIATE", durable: bool = True) -> Iterator[sqlite3.Connection]:

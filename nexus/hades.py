@@ -33,9 +33,10 @@ from urllib.parse import unquote, urljoin
 import numpy as np
 
 from nexus.chunking import embedded_text
+from nexus.coordination import Alone
 from nexus.errors import Conflict, NotFound
 from nexus.failpoints import pass_through
-from nexus.ports import Collection, DocumentStore, IndexRow, Staged, VectorStore
+from nexus.ports import Collection, Coordinator, DocumentStore, IndexRow, LiveIndex, Staged, VectorStore
 from nexus.terms import shadow
 from nexus.types import Chunk, Document, Piece, Principal, chunk_id_of, digest
 
@@ -129,19 +130,29 @@ DAMAGED = "documents or chunks that are not whole"
 
 
 class Hades:
-    """The moves over one document store and one vector store."""
+    """The moves over one document store and one vector store; the coordinator says which index is live."""
 
-    def __init__(self, documents: DocumentStore, vectors: VectorStore, fingerprint: str, dimension: int) -> None:
-        """`fingerprint` and `dimension` are those of the embedder that made, and will query, the vectors."""
+    def __init__(
+        self, documents: DocumentStore, vectors: VectorStore, fingerprint: str, dimension: int,
+        coordinator: Coordinator | None = None,
+    ) -> None:  # fmt: skip
+        """`fingerprint` and `dimension` are those of the embedder that made, and will query, the vectors.
+
+        Without a coordinator this process agrees with nobody but itself.
+        """
         self.documents = documents
         self.vectors = vectors
         self.fingerprint = fingerprint
         self.dimension = dimension
+        self.coordinator = coordinator or Alone()
 
     def open_collection(self, name: str) -> Collection:
         """The collection, made on first use. Raises Conflict when its vectors are another embedder's."""
         index = f"nx_{digest('index', name, self.fingerprint)}"
-        collection = self._ours(self.documents.open_collection(name, self.fingerprint, index))
+        recorded = self.documents.open_collection(name, self.fingerprint, index)
+        if self.coordinator.live_index(name) is None:
+            self.coordinator.point(name, LiveIndex(recorded.index, recorded.fingerprint))
+        collection = self._ours(recorded)
         self.vectors.open_index(collection.index, self.dimension)
         return collection
 
@@ -153,6 +164,9 @@ class Hades:
         return self._ours(collection)
 
     def _ours(self, collection: Collection) -> Collection:
+        live = self.coordinator.live_index(collection.name)
+        if live is not None:
+            collection = replace(collection, index=live.index, fingerprint=live.fingerprint)
         if collection.fingerprint != self.fingerprint:
             raise Conflict(
                 f"collection {collection.name!r} was embedded with another model than the one configured now;"

@@ -5,15 +5,16 @@ reason, or cancelled; a job ends when its last file does. Bytes that are accepte
 file's row, in one transaction with it, and go when the file has ended; those of a failed file stay
 a while, for a retry.
 
-Whoever works on a file keeps beating on its row. A file whose heart stopped is taken up again by
-the next conveyor; after `MAX_ATTEMPTS` it is failed, for then it is the file that ends its workers.
+Whoever works on a file holds it, and the coordinator knows who works. A file held by somebody who does
+not is taken up again by the next conveyor; after `MAX_ATTEMPTS` it is failed, for then it is the file
+that ends its workers. Holders also beat on its row, for people to see.
 """
 
 import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from nexus.types import Principal, Receipt, Upload, content_digest, digest
 
 DATABASE = "jobs.db"
 MAX_ATTEMPTS = 3
-LEASE_SECONDS = 10.0
+SILENT_SECONDS = 60.0  # without a beat, before `fsck` doubts that anybody works
 UPLOAD_SECONDS = 3600.0  # announced bytes that have not come by then never will
 KEEP_BYTES_SECONDS = 86_400.0  # of a failed file, for a retry
 KEEP_JOB_SECONDS = 30 * 86_400.0
@@ -35,7 +36,8 @@ IS_OPEN = f"f.state IN {OPEN}"  # said word for word, or SQLite scans all files 
 
 FileState = Literal["expected", "queued", "running", "done", "unchanged", "failed", "cancelled"]
 
-SCHEMA = """
+MIGRATIONS = (
+    """
     CREATE TABLE IF NOT EXISTS jobs (
         job_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, subject TEXT NOT NULL, permissions TEXT NOT NULL,
         collection TEXT NOT NULL, kind TEXT NOT NULL, state TEXT NOT NULL, reason TEXT,
@@ -59,7 +61,15 @@ SCHEMA = """
         job_id TEXT NOT NULL, number INTEGER NOT NULL, content BLOB NOT NULL, PRIMARY KEY (job_id, number),
         FOREIGN KEY (job_id, number) REFERENCES files ON DELETE CASCADE
     ) STRICT;
-"""
+    """,
+    """
+    ALTER TABLE jobs ADD COLUMN holder TEXT;
+    ALTER TABLE files ADD COLUMN holder TEXT;
+    UPDATE jobs SET holder = 'a Nexus of before' WHERE kind = 'bulk';
+    UPDATE files SET holder = 'a Nexus of before' WHERE state = 'running'
+        AND job_id IN (SELECT job_id FROM jobs WHERE kind = 'upload');
+    """,
+)
 JOB = ("job_id", "tenant", "subject", "collection", "kind", "state", "reason", "created_at", "ended_at")
 FILE = (
     "number", "source", "digest", "size", "state", "stage", "reason", "error", "code", "attempts", "beat_at", "since",
@@ -174,18 +184,17 @@ class Jobs(Database):
         # Pages that the contents leave are given back; that is heeded only before the first table.
         pragmas = ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "foreign_keys = ON")
         super().__init__(home / DATABASE, "the list of jobs", pragmas)
-        with self._transaction() as db:
-            for statement in SCHEMA.split(";"):
-                db.execute(statement)
+        self._migrate(MIGRATIONS)
 
     # ── accepting ───────────────────────────────────────────────────────────────────────────────
 
     def accept(
         self, principal: Principal, collection: str, files: Sequence[Announced], *, accepted_at: int,
-        idempotency_key: str | None = None, kind: Literal["upload", "bulk"] = "upload",
+        idempotency_key: str | None = None, kind: Literal["upload", "bulk"] = "upload", holder: str | None = None,
     ) -> tuple[Job, bool]:  # fmt: skip
         """Write the job with all that is known of it; returns it and whether it is new.
 
+        A bulk job is held, with all its files, by whoever runs it; the files of an upload by those who start them.
         The same key with the same files is the same job. Raises Conflict for the same key with others.
         """
         request = digest(collection, *(f"{file.source}\0{file.digest}\0{_json(file.metadata)}" for file in files))
@@ -200,10 +209,10 @@ class Jobs(Database):
                 return _job(db, known[0]), False
             job_id, now = uuid.uuid4().hex, time.time()
             db.execute(
-                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?)",
+                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?, ?)",
                 (
                     job_id, principal.tenant, principal.subject, _json(sorted(principal.permissions)), collection,
-                    kind, idempotency_key, request, accepted_at, now, now, len(files),
+                    kind, idempotency_key, request, accepted_at, now, now, len(files), holder,
                 ),
             )  # fmt: skip
             for number, file in enumerate(files):
@@ -272,15 +281,16 @@ class Jobs(Database):
                     break
         return found
 
-    def start(self, ticket: Ticket) -> Upload | None:
+    def start(self, ticket: Ticket, holder: str) -> Upload | None:
         """Take a file up, again for the same attempt too: its bytes; None if another did, or it was cancelled."""
         key = (ticket.job_id, ticket.number)
         with self._transaction(durable=False) as db:
             taken = db.execute(
-                "UPDATE files SET state = 'running', stage = 'parse', attempts = :attempt, beat_at = :now, since = :now"
+                "UPDATE files SET state = 'running', stage = 'parse', attempts = :attempt, beat_at = :now,"
+                " since = :now, holder = :holder"
                 " WHERE job_id = :job AND number = :number AND (state = 'queued' AND attempts < :attempt"
-                " OR state = 'running' AND attempts = :attempt)",
-                {"attempt": ticket.attempt, "now": time.time(), "job": key[0], "number": key[1]},
+                " OR state = 'running' AND attempts = :attempt AND holder = :holder)",
+                {"attempt": ticket.attempt, "now": time.time(), "holder": holder, "job": key[0], "number": key[1]},
             ).rowcount
             if not taken:
                 return None
@@ -292,7 +302,7 @@ class Jobs(Database):
         return Upload(source, content, ticket.collection, media_type, json.loads(metadata))
 
     def beat(self, stages: Mapping[tuple[str, int], str]) -> None:
-        """Say of files under way that they still are, and in which stage."""
+        """Say of files under way that they still are, and in which stage: for people to see."""
         now = time.time()
         with self._transaction(durable=False) as db:
             db.executemany(
@@ -339,28 +349,36 @@ class Jobs(Database):
                 (reason, ticket.job_id, ticket.number, ticket.attempt),
             )
 
-    def revive(self) -> list[Outcome]:
-        """Queue again what a dead worker left; fail what has ended its workers too often, and jobs left by theirs."""
-        now = time.time()
-        stale = now - LEASE_SECONDS
+    def holders(self) -> set[str]:
+        """Who holds a file that is under way, or a whole job."""
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT f.holder FROM files f WHERE {IS_OPEN} AND f.state = 'running'"
+                " UNION SELECT holder FROM jobs WHERE state = 'running' AND kind = 'bulk'"
+            )
+            return {holder for (holder,) in rows if holder is not None}
+
+    def revive(self, dead: Collection[str]) -> list[Outcome]:
+        """Queue again what these left; fail what has ended its workers too often, and what was left of bulk jobs."""
+        held = {"dead": _json(list(dead)), "most": MAX_ATTEMPTS}
         with self._transaction(durable=False) as db:
             rows = db.execute(
-                "SELECT f.job_id, f.number, f.stage, f.beat_at FROM files f JOIN jobs j USING (job_id)"
-                f" WHERE {IS_OPEN} AND f.state = 'running' AND f.beat_at < ? AND f.attempts >= ?"
-                " AND j.kind = 'upload'",
-                (stale, MAX_ATTEMPTS),
+                "SELECT f.job_id, f.number, f.stage, f.beat_at FROM files f"
+                f" WHERE {IS_OPEN} AND f.state = 'running' AND f.attempts >= :most"
+                " AND f.holder IN (SELECT value FROM json_each(:dead))",
+                held,
             ).fetchall()
             db.execute(
                 "UPDATE files AS f SET state = 'queued', stage = NULL, reason = 'its worker ended; taken up again'"
-                f" WHERE {IS_OPEN} AND state = 'running' AND beat_at < ? AND attempts < ?"
-                " AND (SELECT kind FROM jobs j WHERE j.job_id = f.job_id) = 'upload'",
-                (stale, MAX_ATTEMPTS),
+                f" WHERE {IS_OPEN} AND f.state = 'running' AND f.attempts < :most"
+                " AND f.holder IN (SELECT value FROM json_each(:dead))",
+                held,
             )
             left = db.execute(
-                "SELECT f.job_id, f.number, f.stage FROM files f JOIN jobs j USING (job_id)"
+                "SELECT f.job_id, f.number, f.stage FROM jobs j JOIN files f USING (job_id)"
                 f" WHERE {IS_OPEN} AND f.state = 'running' AND j.kind = 'bulk' AND j.state = 'running'"
-                " AND j.beat_at < ?",
-                (now - 6 * LEASE_SECONDS,),
+                " AND j.holder IN (SELECT value FROM json_each(:dead))",
+                held,
             ).fetchall()
         outcomes = [
             Outcome(job_id, number, "failed", stage, worn_out(stage, beat_at))
@@ -527,7 +545,7 @@ class Jobs(Database):
 
     def faults(self) -> list[str]:
         """Ids of jobs that cannot be as they are: open without open files, or under way with nobody working."""
-        stale = time.time() - 6 * LEASE_SECONDS
+        stale = time.time() - SILENT_SECONDS
         with self._reading() as db:
             rows = db.execute(
                 f"SELECT DISTINCT job_id FROM jobs j WHERE (state = 'running') != EXISTS (SELECT 1 FROM files f"

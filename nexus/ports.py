@@ -119,6 +119,38 @@ class VectorStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LiveIndex:
+    """Which index of a collection is searched and written to, and the fingerprint of the vectors in it."""
+
+    index: str
+    fingerprint: str
+
+
+class Coordinator(Protocol):
+    """What all machines agree on. Without most of its voters it says Unavailable to whoever would change something."""
+
+    def stay(self, worker: str) -> None:
+        """Be known to work for another LEASE_SECONDS of coordination.py, at least. Raises Unavailable."""
+        ...
+
+    def leave(self, worker: str) -> None:
+        """Be known to work no more. Raises Unavailable."""
+        ...
+
+    def working(self) -> set[str]:
+        """Who works: all who said so before this was asked, but those who left or fell silent. Raises Unavailable."""
+        ...
+
+    def live_index(self, collection: str) -> LiveIndex | None:
+        """As of a second ago, or, without a quorum, as of its end. Raises Unavailable before anything was learnt."""
+        ...
+
+    def point(self, collection: str, to: LiveIndex) -> LiveIndex:
+        """Make this index the live one where none is; returns which one is. Raises Unavailable."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Collection:
     """A named set of documents. `fingerprint` says how its vectors were made; `index` where they are."""
 

@@ -58,7 +58,6 @@ def work(home: Path, port: int, order: dict[str, Any]) -> None:
     contents = {source: text.encode() for source, text in order["files"].items()}
     files = [jobs.Announced(source, content_digest(c), len(c), content=c) for source, c in contents.items()]
     job, _ = store.accept(ALICE, order["collection"], files, accepted_at=10**9, idempotency_key=order["key"])
-    conveyor.LEASE_SECONDS = jobs.LEASE_SECONDS = 0.5  # a dead worker is noticed soon
     asyncio.run(_until_ended(conveyor.Conveyor(store, steps, conveyor.Pace(batch_texts=BATCH_TEXTS)), job.job_id))
     steps.parsers.close()
 

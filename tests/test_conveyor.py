@@ -16,11 +16,11 @@ from nexus.conveyor import Conveyor, Pace
 from nexus.errors import NotFound, Unavailable
 from nexus.hades import document_id_of
 from nexus.ingest import Ingestor
-from nexus.jobs import LEASE_SECONDS, OPEN, Announced, File, Job, Jobs, Outcome
+from nexus.jobs import OPEN, Announced, File, Job, Jobs, Outcome, Ticket
 from nexus.parsing import Limits, Parsers
 from nexus.types import SearchRequest, Upload, Vectors
 from tests.conftest import ALICE, MALLORY, House, build_steps
-from tests.test_jobs import accept, at_once, file_of, kept, let_pass, query, sent, take
+from tests.test_jobs import WORKER, accept, at_once, file_of, kept, query, sent, take
 
 MARKER = "poison"
 PATIENCE = 60.0  # longer than anything here takes; only a fault makes a test wait for it
@@ -276,7 +276,7 @@ def test_what_is_away_is_waited_for(line: Line, monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(part, move, fail)
     monkeypatch.setattr(line.jobs, "beat", beat_and_look)
-    monkeypatch.setattr(module, "LEASE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(module, "LONGEST_PAUSE_SECONDS", 0.05)
     job = line.accept("a.md", "b.md", "c.md")
     assert all_are("done", line.work(job))
@@ -287,20 +287,58 @@ def test_what_is_away_is_waited_for(line: Line, monkeypatch: pytest.MonkeyPatch,
     line.check_at_rest()
 
 
-@pytest.mark.parametrize("question", ["waiting", "start", "open_among", "settle", "ended", "beat", "revive"])
+@pytest.mark.parametrize(
+    "question", ["waiting", "start", "open_among", "settle", "ended", "beat", "holders", "revive", "stay", "working"]
+)
 def test_a_list_of_jobs_that_is_away_is_waited_for(line: Line, monkeypatch: pytest.MonkeyPatch, question: str) -> None:
-    ask, failures = getattr(line.jobs, question), []
+    """The coordinator, which knows who works, is too."""
+    asked = line.house.hades.coordinator if question in ("stay", "working") else line.jobs
+    ask, failures = getattr(asked, question), []
 
     def fail(*arguments: object) -> object:
         if len(failures) < 2:
             failures.append(question)
-            raise Unavailable("the list of jobs is away")
+            raise Unavailable(f"nobody answers {question}")
         return ask(*arguments)
 
-    job = line.accept("a.md", "b.md")
-    monkeypatch.setattr(line.jobs, question, fail)
+    job = line.accept("a.md", "b.md", "c.md")
+    take(line.jobs, job, 2, "the dead")
+    monkeypatch.setattr(asked, question, fail)
     assert all_are("done", line.work(job))
+    assert failures
     line.check_at_rest()
+
+
+def test_a_worker_that_still_says_that_it_works_keeps_its_files(line: Line) -> None:
+    """However long it takes, and though its heart beats on no row."""
+    job = line.accept("a.md", "b.md")
+    take(line.jobs, job, 0, "another")
+    line.house.hades.coordinator.stay("another")
+    query(line.home, "UPDATE files SET beat_at = 1.0 WHERE number = 0")
+
+    async def run() -> None:
+        async with line.running():
+            await line.conveyor.wait(job.job_id, 1)
+            await asyncio.to_thread(line.conveyor._revive)
+            assert line.states(job) == ["running", "done"]
+            line.house.hades.coordinator.leave("another")
+            assert all_are("done", await line.wait(job))
+
+    asyncio.run(run())
+    assert file_of(line.jobs, job).attempts == 2
+    line.check_at_rest()
+
+
+def test_a_conveyor_is_known_to_work_before_it_holds_a_file(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, known = line.jobs.start, []
+
+    def look(ticket: Ticket, worker: str) -> object:
+        known.append(worker in line.house.hades.coordinator.working())
+        return start(ticket, worker)
+
+    monkeypatch.setattr(line.jobs, "start", look)
+    line.work(line.accept("a.md"))
+    assert known == [True]
 
 
 # ── an embedder that answers nonsense, or not at all ────────────────────────────────────────────
@@ -413,8 +451,7 @@ def test_a_file_that_is_tried_again_is_alone_on_the_line(line: Line) -> None:
     """If it is poison, it takes nobody with it."""
     job = line.accept(*[f"{n}.md" for n in range(10)])
     suspects = [take(line.jobs, job, number).key for number in (3, 6)]
-    let_pass(line.home, LEASE_SECONDS + 1)
-    line.jobs.revive()
+    line.jobs.revive({WORKER})
     beside: dict[tuple[str, int], list[set]] = defaultdict(list)
 
     def watch(step: Callable[..., object]) -> Callable[..., object]:
@@ -601,7 +638,7 @@ def test_waiting_for_what_ended_before_or_elsewhere_ends_too(line: Line) -> None
     line.work(done)
     cancelled, dead, bulk = line.accept("c.md"), line.accept("d.md"), line.accept("b.md", kind="bulk")
     line.jobs.cancel(cancelled.job_id, ALICE)
-    query(line.home, "UPDATE files SET state = 'running', attempts = 3, stage = 'parse', beat_at = 1.0"
+    query(line.home, "UPDATE files SET state = 'running', attempts = 3, stage = 'parse', beat_at = 1.0, holder = 'dead'"
           " WHERE job_id = ?", dead.job_id)  # fmt: skip
     line.conveyor = Conveyor(line.jobs, line.steps)
 
@@ -661,7 +698,7 @@ def test_a_conveyor_that_is_ended_leaves_its_files_to_the_next(line: Line, where
     gate.opened.set()
     line.conveyor._threads.shutdown()
     assert set(line.states(job)) <= set(OPEN) and line.published() == []
-    let_pass(line.home, LEASE_SECONDS + 1)
+    line.house.hades.coordinator.leave(line.conveyor.worker)  # as its lease would end
     line.steps.embedder = embed
     line.conveyor = Conveyor(line.jobs, line.steps)
     assert all_are("done", line.work(job))

@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from nexus.jobs import (
     DATABASE,
     KEEP_BYTES_SECONDS,
     KEEP_JOB_SECONDS,
-    LEASE_SECONDS,
     MAX_ATTEMPTS,
     OPEN,
+    SILENT_SECONDS,
     UPLOAD_SECONDS,
     Announced,
     File,
@@ -35,6 +36,7 @@ from nexus.types import Receipt, content_digest
 from tests.conftest import ALICE, BOB, MALLORY
 
 RECEIPT = Receipt("d1", "v1", 3, 7, "done", "A title", True)
+WORKER = "worker 1"
 FAULT = Unprocessable("it cannot be read", code="broken")
 
 
@@ -71,10 +73,10 @@ def ticket_of(jobs: Jobs, job: Job, number: int = 0) -> Ticket:
     return next(ticket for ticket in jobs.waiting(1000) if ticket.key == (job.job_id, number))
 
 
-def take(jobs: Jobs, job: Job, number: int = 0) -> Ticket:
+def take(jobs: Jobs, job: Job, number: int = 0, worker: str = WORKER) -> Ticket:
     """Take a file up as a worker does."""
     ticket = ticket_of(jobs, job, number)
-    assert jobs.start(ticket) is not None
+    assert jobs.start(ticket, worker) is not None
     return ticket
 
 
@@ -114,7 +116,7 @@ def test_what_is_accepted_is_on_disk_with_all_that_is_known_of_it(jobs: Jobs, tm
     assert other.find(job.job_id, ALICE) == job
     ticket = ticket_of(other, job)
     assert (ticket.principal, ticket.collection, ticket.source, ticket.attempt) == (ALICE, "default", "a.md", 1)
-    upload = other.start(ticket)
+    upload = other.start(ticket, WORKER)
     assert upload is not None
     assert (upload.source, upload.content, upload.collection) == ("a.md", b"one", "default")
     assert (upload.media_type, upload.metadata) == ("text/markdown", {"robot": "HX-3"})
@@ -237,10 +239,10 @@ def test_nobody_accepts_between_the_look_for_a_key_and_the_writing(
 
 
 def test_a_file_is_taken_up_by_one_of_ten(jobs: Jobs) -> None:
-    """Each comes with the ticket of another attempt, as conveyors of several processes would."""
+    """Some come with the ticket of another attempt, as conveyors of several processes would."""
     job = accept(jobs)
     ticket = ticket_of(jobs, job)
-    found = at_once(10, lambda place: jobs.start(replace(ticket, attempt=place + 1)))
+    found = at_once(10, lambda place: jobs.start(replace(ticket, attempt=1 + place // 2), f"worker {place}"))
     assert sum(upload is not None for upload in found) == 1
 
 
@@ -289,7 +291,7 @@ def test_a_second_sending_changes_nothing(jobs: Jobs, tmp_path: Path, state: str
     jobs.supply(job.job_id, ALICE, {0: b"one"})
     ticket = ticket_of(jobs, job)
     if state != "queued":
-        jobs.start(ticket)
+        jobs.start(ticket, WORKER)
     if state == "done":
         end(jobs, ticket)
     before = kept(tmp_path)
@@ -350,17 +352,16 @@ def test_the_first_word_stands(jobs: Jobs) -> None:
     assert jobs.find(job.job_id, ALICE) == first
 
 
-def test_a_worker_that_was_given_up_has_no_word(jobs: Jobs, tmp_path: Path) -> None:
+def test_a_worker_that_was_given_up_has_no_word(jobs: Jobs) -> None:
     job = accept(jobs)
     zombie = take(jobs, job)
-    let_pass(tmp_path, LEASE_SECONDS + 1)
-    assert jobs.revive() == []
+    assert jobs.revive({WORKER}) == []
     second = take(jobs, job)
     assert second.attempt == 2
     end(jobs, zombie, "failed")
     jobs.requeue(zombie, "too late")
     assert (states(jobs, job), file_of(jobs, job).reason) == (["running"], "its worker ended; taken up again")
-    assert jobs.start(zombie) is None
+    assert jobs.start(zombie, WORKER) is None
     end(jobs, second)
     assert states(jobs, job) == ["done"]
 
@@ -378,7 +379,7 @@ def test_a_file_may_be_taken_up_again_in_the_same_attempt(jobs: Jobs) -> None:
     """The step that takes it up is done again while a store is away."""
     job = accept(jobs)
     ticket = take(jobs, job)
-    assert jobs.start(ticket) is not None
+    assert jobs.start(ticket, WORKER) is not None
     assert file_of(jobs, job).attempts == 1
 
 
@@ -405,12 +406,59 @@ def test_beating_says_the_stage_and_when_it_began(jobs: Jobs, tmp_path: Path) ->
     assert file_of(jobs, job).beat_at == second.beat_at
 
 
-def test_a_heart_that_beats_is_left_alone(jobs: Jobs, tmp_path: Path) -> None:
-    job = accept(jobs)
-    ticket = take(jobs, job)
-    let_pass(tmp_path, LEASE_SECONDS + 1)
-    jobs.beat({ticket.key: "parse"})
-    assert (jobs.revive(), states(jobs, job)) == ([], ["running"])
+def test_only_what_the_dead_hold_is_taken_from_them(jobs: Jobs) -> None:
+    """However long ago the others beat."""
+    job = accept(jobs, sent("a.md"), sent("b.md"), sent("c.md"))
+    assert jobs.holders() == set()
+    for number, worker in enumerate(("worker 1", "worker 2")):
+        jobs.start(ticket_of(jobs, job, number), worker)
+    assert jobs.holders() == {"worker 1", "worker 2"}
+    assert (jobs.revive({"worker 2", "somebody", ""}), states(jobs, job)) == ([], ["running", "queued", "queued"])
+    jobs.start(ticket_of(jobs, job, 1), "worker 1")
+    assert jobs.holders() == {"worker 1"}
+    for number, attempt in ((0, 1), (1, 2)):
+        jobs.settle([Outcome(job.job_id, number, "done", receipt=RECEIPT, attempt=attempt)])
+    assert jobs.holders() == set()
+
+
+def test_a_list_of_jobs_of_an_older_nexus_goes_on(tmp_path: Path) -> None:
+    """Whoever worked then does not work now."""
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as db:
+        db.executescript(module.MIGRATIONS[0])
+        for job_id, kind in (("upload", "upload"), ("bulk", "bulk")):
+            values = (
+                job_id,
+                "acme",
+                "alice",
+                "[]",
+                "default",
+                kind,
+                "running",
+                None,
+                None,
+                "",
+                0,
+                1.0,
+                None,
+                1.0,
+                2,
+            )
+            db.execute(f"INSERT INTO jobs VALUES ({', '.join('?' * len(values))})", values)
+            for number, state in enumerate(("running", "running" if kind == "bulk" else "queued")):
+                db.execute(
+                    "INSERT INTO files (job_id, number, source, digest, size, metadata, state, attempts) VALUES"
+                    " (?, ?, 'a.md', '', 1, '{}', ?, 1)",
+                    (job_id, number, state),
+                )
+        db.execute("INSERT INTO contents VALUES ('upload', 0, x'00'), ('upload', 1, x'00')")
+        db.commit()
+    with closing(Jobs(tmp_path)) as jobs:
+        outcomes = jobs.revive(jobs.holders())
+        assert {(one.job_id, one.number, one.state) for one in outcomes} == {
+            ("bulk", 0, "failed"),
+            ("bulk", 1, "failed"),
+        }
+        assert [file.state for file in jobs.files("upload", ALICE, None, -1, 10)] == ["queued", "queued"]
 
 
 def test_after_three_dead_workers_a_file_is_failed_with_its_stage_and_last_heartbeat(
@@ -422,25 +470,24 @@ def test_after_three_dead_workers_a_file_is_failed_with_its_stage_and_last_heart
         assert ticket.attempt == attempt
         jobs.beat({ticket.key: "embed"})
         query(tmp_path, "UPDATE files SET beat_at = 86400.0 WHERE number = 0")
-        outcomes = jobs.revive()
+        outcomes = jobs.revive({WORKER})
         assert len(outcomes) == (attempt == 3)
     file = file_of(jobs, job)
     assert (file.state, file.stage, file.code, file.attempts) == ("failed", "embed", "stuck", 3)
     assert "'embed'" in (file.reason or "") and "1970-01-02 00:00:00 UTC" in (file.reason or "")
     assert (outcomes[0].reason, outcomes[0].state) == (file.reason, "failed")
     assert states(jobs, job) == ["failed", "queued"]
-    assert jobs.revive() == []
+    assert jobs.revive({WORKER}) == []
 
 
-def test_a_bulk_run_that_ended_early_fails_what_it_left(jobs: Jobs, tmp_path: Path) -> None:
-    job = accept(jobs, announced("a.md"), announced("b.md", b"two"), kind="bulk")
+def test_a_bulk_run_that_ended_early_fails_what_it_left(jobs: Jobs) -> None:
+    job = accept(jobs, announced("a.md"), announced("b.md", b"two"), kind="bulk", holder=WORKER)
     assert (states(jobs, job), jobs.waiting(10)) == (["running", "running"], [])
     jobs.settle([Outcome(job.job_id, 0, "done", receipt=RECEIPT)])
-    let_pass(tmp_path, 6 * LEASE_SECONDS + 1)
-    jobs.beat_job(job.job_id)
-    assert jobs.revive() == []
-    let_pass(tmp_path, 6 * LEASE_SECONDS + 1)
-    assert [outcome.number for outcome in jobs.revive()] == [1]
+    assert jobs.holders() == {WORKER}
+    assert jobs.revive({"worker 2", ""}) == []
+    assert [outcome.number for outcome in jobs.revive({WORKER})] == [1]
+    assert jobs.holders() == set()
     assert (states(jobs, job), jobs.find(job.job_id, ALICE).state) == (["done", "failed"], "done")
 
 
@@ -557,7 +604,7 @@ def test_cancelling_ends_what_has_not_ended(jobs: Jobs, tmp_path: Path) -> None:
     assert states(jobs, job) == ["done", "failed", "cancelled", "cancelled", "cancelled"]
     assert (cancelled.state, cancelled.ended) == ("done", 5)
     assert set(kept(tmp_path)) == {(job.job_id, 1)}
-    assert (jobs.start(running), jobs.start(queued), jobs.waiting(10)) == (None, None, [])
+    assert (jobs.start(running, WORKER), jobs.start(queued, WORKER), jobs.waiting(10)) == (None, None, [])
     end(jobs, running)
     assert file_of(jobs, job, 2).state == "cancelled"
     assert jobs.cancel(job.job_id, ALICE) == cancelled
@@ -612,7 +659,7 @@ def test_a_deleted_document_leaves_no_bytes_behind(jobs: Jobs, tmp_path: Path) -
     other, elsewhere = accept(jobs, sent("b.md")), accept(jobs, sent("a.md"), collection="other")
     end(jobs, take(jobs, failed), "failed")
     ticket = replace(ticket_of(jobs, queued), job_id=running.job_id)
-    assert jobs.start(ticket) is not None
+    assert jobs.start(ticket, WORKER) is not None
     assert jobs.forget("acme", "default", ["a.md"]) == 2
     assert set(kept(tmp_path)) == {(job.job_id, 0) for job in (running, other, elsewhere)}
     assert (file_of(jobs, failed).state, file_of(jobs, running).state) == ("failed", "running")
@@ -681,7 +728,7 @@ def test_faults_name_jobs_that_cannot_be_as_they_are(jobs: Jobs, tmp_path: Path)
     query(tmp_path, "UPDATE files SET state = 'done' WHERE job_id = ?", open_ended.job_id)
     query(tmp_path, "DELETE FROM contents WHERE job_id = ?", byteless.job_id)
     assert set(jobs.faults()) == {open_ended.job_id, byteless.job_id}
-    let_pass(tmp_path, 6 * LEASE_SECONDS + 1)
+    let_pass(tmp_path, SILENT_SECONDS + 1)
     assert set(jobs.faults()) == {lost.job_id, open_ended.job_id, byteless.job_id}
 
 
@@ -690,7 +737,7 @@ def test_no_question_looks_at_files_that_have_ended(jobs: Jobs) -> None:
     db, asked = jobs._connect(), []
     db.set_trace_callback(asked.append)
     jobs.waiting(10)
-    jobs.revive()
+    jobs.revive(jobs.holders())
     accept(jobs, announced(unchanged=RECEIPT))
     db.set_trace_callback(None)
     plans = [row[3] for one in asked if "files" in one for row in db.execute(f"EXPLAIN QUERY PLAN {one}")]
@@ -798,7 +845,7 @@ class JobsMachine(RuleBasedStateMachine):
         for ticket in self.jobs.waiting(limit):
             known = self.model[ticket.key]
             assert (known.state, ticket.attempt) == ("queued", known.attempts + 1)
-            upload = self.jobs.start(ticket)
+            upload = self.jobs.start(ticket, WORKER)
             assert upload is not None and upload.content == known.content
             known.state, known.attempts = "running", ticket.attempt
 
@@ -824,8 +871,8 @@ class JobsMachine(RuleBasedStateMachine):
         if found := self.pick(seed, "running"):
             (job_id, number), known = found
             where = "WHERE job_id = ? AND number = ?"
-            query(Path(self.home.name), f"UPDATE files SET beat_at = 1.0 {where}", job_id, number)
-            outcomes = self.jobs.revive()
+            query(Path(self.home.name), f"UPDATE files SET holder = 'the dead' {where}", job_id, number)
+            outcomes = self.jobs.revive({"the dead"})
             known.state = "failed" if known.attempts >= MAX_ATTEMPTS else "queued"
             assert [(one.job_id, one.number) for one in outcomes] == [(job_id, number)] * (known.state == "failed")
 

@@ -166,17 +166,7 @@ class SqliteDocuments(Database):
     def __init__(self, path: str, shared_metadata: Sequence[str]) -> None:
         super().__init__(path, "the document store", ("journal_mode = WAL", "cache_size = -16384"))
         self._shared_metadata = shared_metadata
-        self._migrate()
-
-    def _migrate(self) -> None:
-        with self._transaction("EXCLUSIVE") as db:
-            (done,) = db.execute("PRAGMA user_version").fetchone()
-            if done > len(MIGRATIONS):
-                raise ConfigError("the document store was written by a newer Nexus; upgrade Nexus to open it")
-            for number, script in enumerate(MIGRATIONS[done:], done + 1):
-                for statement in script.split(";"):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {number}")
+        self._migrate(MIGRATIONS)
 
     def check(self) -> None:
         with self._reading() as db:

@@ -1,0 +1,110 @@
+"""The voters for code that blocks: who works is a lease, and where a collection is searched is a key."""
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from actors import coordinator
+from cluster.catalog import LeaseGone
+from cluster.client import Client
+from nexus.coordination import LEASE_SECONDS
+from nexus.errors import TryAgain
+from nexus.ports import LiveIndex
+
+log = logging.getLogger("nexus.coordination")
+Result = TypeVar("Result")
+
+WORKERS = "workers/"  # and a name, for as long as its lease
+COLLECTIONS = "collections/"  # and a name: its live index
+LOOK_SECONDS = 1.0
+
+
+class Coordination:
+    """The port `Coordinator` of nexus/ports.py. Any thread may call; the asking is done on a loop of its own."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Client]] = coordinator.connect) -> None:
+        self._connect = connect
+        self._client: Client | None = None
+        self._leases: dict[str, int] = {}
+        self._live: dict[str, LiveIndex] = {}
+        self._looking: asyncio.Task[None] | None = None  # goes on for ever, once it has looked for the first time
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True).start()
+
+    def stay(self, worker: str) -> None:
+        self._run(self._stay(worker))
+
+    def leave(self, worker: str) -> None:
+        self._run(self._leave(worker))
+
+    def working(self) -> set[str]:
+        return self._run(self._working())
+
+    def live_index(self, collection: str) -> LiveIndex | None:
+        if self._looking is None:
+            self._run(self._begin_to_look())
+        return self._live.get(collection)
+
+    def point(self, collection: str, to: LiveIndex) -> LiveIndex:
+        return self._run(self._point(collection, to))
+
+    def _run(self, asking: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(asking, self._loop).result()
+
+    async def _voters(self) -> Client:
+        if self._client is None:
+            self._client = await self._connect()
+        return self._client
+
+    async def _stay(self, worker: str) -> None:
+        voters = await self._voters()
+        if worker in self._leases:
+            try:
+                return await voters.keep_alive(self._leases[worker])
+            except LeaseGone:
+                log.warning("this worker fell silent for so long that others may have taken up what it held")
+        lease = await voters.grant(LEASE_SECONDS)
+        await voters.put(f"{WORKERS}{worker}", b"", lease)
+        self._leases[worker] = lease
+
+    async def _leave(self, worker: str) -> None:
+        if lease := self._leases.pop(worker, 0):
+            await (await self._voters()).revoke(lease)
+
+    async def _working(self) -> set[str]:
+        found = await (await self._voters()).range(WORKERS)
+        return {key.removeprefix(WORKERS) for key, _, _ in found}
+
+    async def _point(self, collection: str, to: LiveIndex) -> LiveIndex:
+        voters, key = await self._voters(), f"{COLLECTIONS}{collection}"
+        await voters.compare_and_set(key, 0, json.dumps(asdict(to)).encode())
+        found = await voters.get(key)
+        assert found is not None  # nothing removes such a key
+        self._live[collection] = _read(found[0])
+        return self._live[collection]
+
+    async def _begin_to_look(self) -> None:
+        if self._looking is None:
+            await self._look()
+            self._looking = asyncio.create_task(self._keep_looking())
+
+    async def _keep_looking(self) -> None:
+        """Keep a copy of what any voter has: a search asks nobody, and goes on while there is no quorum."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self._look()
+            except TryAgain as error:
+                log.warning("which indexes are live is not known anew: %s", error)
+
+    async def _look(self) -> None:
+        found = await (await self._voters()).range(COLLECTIONS, fresh=False)
+        self._live = {key.removeprefix(COLLECTIONS): _read(value) for key, value, _ in found}
+
+
+def _read(value: bytes) -> LiveIndex:
+    return LiveIndex(**json.loads(value))
