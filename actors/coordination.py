@@ -33,7 +33,8 @@ class Coordination:
         self._live: dict[str, LiveIndex] = {}
         self._looking: asyncio.Task[None] | None = None  # goes on for ever, once it has looked for the first time
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
+        self._thread.start()
 
     def stay(self, worker: str) -> None:
         self._run(self._stay(worker))
@@ -51,6 +52,13 @@ class Coordination:
 
     def point(self, collection: str, to: LiveIndex) -> LiveIndex:
         return self._run(self._point(collection, to))
+
+    def close(self) -> None:
+        """Nobody may be asking it."""
+        self._run(self._stop_looking())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     def _run(self, asking: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(asking, self._loop).result()
@@ -100,6 +108,11 @@ class Coordination:
                 await self._look()
             except TryAgain as error:
                 log.warning("which indexes are live is not known anew: %s", error)
+
+    async def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait({self._looking})
 
     async def _look(self) -> None:
         found = await (await self._voters()).range(COLLECTIONS, fresh=False)

@@ -7,7 +7,8 @@ import random
 import shutil
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -16,11 +17,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from actors import coordination
+from actors.coordination import Coordination
 from actors.coordinator import Client, Operator, Placement, connect, find_voter, find_voters, start
 from cluster.client import Absent
 from cluster.raft import Role
 from cluster.voter import Pace
 from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
+from nexus.ports import LiveIndex
 from tests.linearizability import UNKNOWN, Kind, Operation, Verdict, check, check_versions
 
 pytestmark = [
@@ -296,3 +300,72 @@ def test_without_a_quorum_nothing_is_promised_and_what_is_known_can_be_read(home
             assert found is not None and found[0] == b"1"
 
     asyncio.run(story())
+
+
+# As the rest of Nexus asks it
+
+
+@pytest.fixture
+def several(home: Path) -> Iterator[list[Coordination]]:
+    """What three processes would have, with a client of its own each."""
+
+    asyncio.run(start(PLACES, home, PACE))
+    each = [Coordination() for _ in range(3)]
+    yield each
+    for one in each:
+        one.close()
+
+
+def test_who_works_is_known_to_all_until_they_leave_or_fall_silent(
+    several: list[Coordination], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, another, third = several
+    one.stay("a")
+    one.stay("a")
+    another.stay("b")
+    assert one.working() == another.working() == third.working() == {"a", "b"}
+    another.leave("b")
+    another.leave("b")
+    assert third.working() == {"a"}
+    monkeypatch.setattr(coordination, "LEASE_SECONDS", 0.5)
+    another.stay("silent")
+    while third.working() != {"a"}:
+        pass  # the test's own timeout ends it
+    monkeypatch.undo()
+    another.stay("silent")
+    assert third.working() == {"a", "silent"}
+
+
+def test_all_agree_on_one_live_index_and_keep_to_it_without_a_quorum(several: list[Coordination], home: Path) -> None:
+    with ThreadPoolExecutor(12) as threads:
+        places = range(12)
+        assert several[0].live_index("manuals") is None
+        told = list(
+            threads.map(lambda n: several[n % 2].point("manuals", LiveIndex(f"index {n}", f"model {n}")), places)
+        )
+    assert len(set(told)) == 1 and all(one.live_index("manuals") == told[0] for one in several[:2])
+    assert several[2].live_index("manuals") == told[0]
+
+    async def end_most() -> None:
+        client = await connect()
+        await until(lambda: is_level(client, 3))
+        leader = await leader_of(client)
+        for id in PLACES:
+            if id != leader:
+                ray.kill(find_voter(id))
+
+    asyncio.run(end_most())
+    with pytest.raises(Unavailable, match="read-only: 1 of"):
+        several[0].stay("worker")
+    assert several[0].live_index("manuals") == told[0]
+    with closing(Coordination()) as new:
+        assert new.live_index("manuals") == told[0]
+
+
+def test_what_was_agreed_on_elsewhere_is_known_in_a_while(several: list[Coordination]) -> None:
+    one, another, _ = several
+    assert another.live_index("late") is None
+    live = one.point("late", LiveIndex("index", "model"))
+    while another.live_index("late") is None:
+        pass  # the test's own timeout ends it
+    assert another.live_index("late") == live

@@ -426,23 +426,7 @@ def test_a_list_of_jobs_of_an_older_nexus_goes_on(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / DATABASE)) as db:
         db.executescript(module.MIGRATIONS[0])
         for job_id, kind in (("upload", "upload"), ("bulk", "bulk")):
-            values = (
-                job_id,
-                "acme",
-                "alice",
-                "[]",
-                "default",
-                kind,
-                "running",
-                None,
-                None,
-                "",
-                0,
-                1.0,
-                None,
-                1.0,
-                2,
-            )
+            values = (job_id, "acme", "alice", "[]", "default", kind, "running", None, None, "", 0, 1.0, None, 1.0, 2)
             db.execute(f"INSERT INTO jobs VALUES ({', '.join('?' * len(values))})", values)
             for number, state in enumerate(("running", "running" if kind == "bulk" else "queued")):
                 db.execute(
