@@ -24,7 +24,8 @@ class Database:
         self._memory = self._path == ":memory:"
         self._local = threading.local()
         self._only: sqlite3.Connection | None = None
-        self._connections: list[sqlite3.Connection] = []
+        self._in_use: dict[sqlite3.Connection, threading.Lock] = {}
+        self._is_closed = False
         self._lock = threading.RLock()
 
     def _connect(self) -> sqlite3.Connection:
@@ -42,7 +43,9 @@ class Database:
             self._local.connection = connection
             with self._lock:
                 self._only = connection if self._memory else None
-                self._connections.append(connection)
+                self._in_use[connection] = threading.Lock()
+                if self._is_closed:
+                    connection.close()
         return connection
 
     def _migrate(self, scripts: Sequence[str]) -> None:
@@ -66,15 +69,18 @@ class Database:
             self._lock.acquire()
         try:
             connection = self._connect()
-            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            connection.execute(f"BEGIN {mode}")
-            try:
-                yield connection
-            except BaseException:
-                if connection.in_transaction:  # a full disk has ended it already
-                    connection.execute("ROLLBACK")
-                raise
-            connection.execute("COMMIT")
+            with self._in_use[connection]:
+                if self._is_closed:
+                    raise Unavailable(f"{self._called} is closed")
+                connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                connection.execute(f"BEGIN {mode}")
+                try:
+                    yield connection
+                except BaseException:
+                    if connection.in_transaction:  # a full disk has ended it already
+                        connection.execute("ROLLBACK")
+                    raise
+                connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
             full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
             raise Unavailable(
@@ -90,9 +96,10 @@ class Database:
         return self._transaction("DEFERRED")
 
     def close(self) -> None:
-        """End every connection, of whichever thread."""
+        """End every connection, of whichever thread, once its transaction is over; there will be no other."""
         with self._lock:
-            for connection in self._connections:
-                connection.close()
-            self._connections.clear()
+            self._is_closed = True
+            for connection, in_use in self._in_use.items():
+                with in_use:  # SQLite crashes under who is closed in the middle of a statement
+                    connection.close()
             self._only = None

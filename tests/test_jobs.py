@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -251,6 +252,29 @@ def test_jobs_open_at_once_on_a_new_home(tmp_path: Path) -> None:
     assert all(isinstance(one, Jobs) for one in found), found
     for one in found:
         one.close()
+
+
+def test_closing_waits_for_whoever_is_in_a_transaction(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, count = accept(jobs), module._counts
+    reached, go_on = threading.Event(), threading.Event()
+
+    def count_long(db: sqlite3.Connection, job_id: str) -> dict[str, int]:
+        reached.set()
+        assert go_on.wait(60)
+        return count(db, job_id)
+
+    monkeypatch.setattr(module, "_counts", count_long)
+    with ThreadPoolExecutor(2) as threads:
+        asking = threads.submit(jobs.find, job.job_id, ALICE)
+        assert reached.wait(60)
+        closing_ = threads.submit(jobs.close)
+        while not jobs._is_closed:
+            pass
+        go_on.set()
+        assert asking.result() == job
+        closing_.result()
+    with pytest.raises(Unavailable, match="closed"):
+        jobs.find(job.job_id, ALICE)
 
 
 # ── bytes that come later ───────────────────────────────────────────────────────────────────────
