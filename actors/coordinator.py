@@ -4,10 +4,12 @@ A voter speaks to the others over handles that it holds; `connect` gives the cli
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import os
 import random
+import shutil
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -343,23 +345,33 @@ class Operator:
         return await (await connect()).snapshot()
 
 
-def restore(snapshot: Snapshot, data_dir: str | Path) -> Path | None:
+def restore(snapshot: Snapshot, data_dir: str | Path, named: Iterable[NodeId] = ()) -> Path | None:
     """Make a coordinator of one voter that holds this, in the place of what is there: where that was moved to.
 
-    Nobody may use `data_dir` meanwhile. The number of the new voter is one that was never used.
+    Nobody may use `data_dir` meanwhile. The number of the new voter is one that was never used, and none of those that
+    the settings name: they may have been used on disks that are lost. Until all is made, nothing is moved.
     """
-    register, aside = _Register(Path(data_dir)), None
-    used = max(register.read(), default=0)
-    if register.folder.exists():
-        aside = register.folder.with_name(f"{register.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-        register.folder.rename(aside)
-    id, seat = used + 1, _Seat(uuid.uuid4().hex, is_founded=True)
-    disk = Storage(register.folder / f"voter-{id}", seat.identity)
+    folder = Path(data_dir)
+    id, seat = max([*_Register(folder).read(), *named], default=0) + 1, _Seat(uuid.uuid4().hex, is_founded=True)
+    draft = _Register(folder.with_name(f"{folder.name}.new"))
+    shutil.rmtree(draft.folder, ignore_errors=True)  # of a restore that was cut short
+    disk = Storage(draft.folder / f"voter-{id}", seat.identity)
     found(disk, Members(frozenset({id})), snapshot)
     disk.close()
     retired = {one: _Seat("", is_founded=True, is_retired=True) for one in range(1, id)}
-    register.write({**retired, id: seat})
+    draft.write({**retired, id: seat})
+    aside = _aside(folder) if folder.exists() else None
+    if aside is not None:
+        folder.rename(aside)
+    draft.folder.rename(folder)
     return aside
+
+
+def _aside(folder: Path) -> Path:
+    """A name beside it, with the time, that nothing has."""
+    dated = f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([dated], (f"{dated}-{count}" for count in itertools.count(2)))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
 
 
 class RayVoters:

@@ -1,14 +1,37 @@
 """What is kept of a coordinator, and how another begins from it: the file, the new voter's disk, who has a seat."""
 
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors import coordinator
+from actors.coordinator import restore
 from cluster import backup
-from cluster.catalog import Catalog, Clock, Command, Delete, Grant, OpenSession, Put, decode_response, encode
-from cluster.raft import Members, Snapshot
-from cluster.voter import Pace
+from cluster.catalog import (
+    AlreadyAnswered,
+    Catalog,
+    Clock,
+    Command,
+    CompareAndSet,
+    Delete,
+    Grant,
+    OpenSession,
+    Put,
+    decode_response,
+    encode,
+)
+from cluster.raft import Members, Role, Snapshot
+from cluster.raft.storage import Storage, StorageFailed
+from cluster.voter import Pace, Voter, found
 from nexus.errors import InvalidRequest
+from tests.voting import run, until
 
 PACE = Pace(tick_seconds=0.01, election_ticks=10, snapshot_entries=1_000_000)
 SESSION, LEASE = 1, 2
@@ -81,6 +104,130 @@ def test_a_catalog_that_another_version_wrote_is_refused(data: bytes) -> None:
 
 
 # A coordinator restored
+
+
+def seats(folder: Path) -> dict[str, dict[str, Any]]:
+    held: dict[str, dict[str, Any]] = json.loads((folder / "voters.json").read_text())
+    return held
+
+
+def alone(folder: Path) -> int:
+    """The number of the only voter that has a seat still; every lower one is retired."""
+    held = seats(folder)
+    (left,) = [int(id) for id, seat in held.items() if not seat["is_retired"]]
+    assert sorted(map(int, held)) == list(range(1, left + 1))
+    assert held[str(left)]["is_founded"]
+    return left
+
+
+@asynccontextmanager
+async def restored(folder: Path) -> AsyncIterator[tuple[Voter, Catalog]]:
+    """The restored voter, alive, and its catalog."""
+    id = alone(folder)
+    disk, catalog = Storage(folder / f"voter-{id}", seats(folder)[str(id)]["identity"]), Catalog()
+    voter = Voter(id, disk, catalog, lambda messages: None, random.Random(1), PACE)
+    running = asyncio.create_task(voter.run())
+    try:
+        yield voter, catalog
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        disk.close()
+
+
+def a_register(folder: Path, *numbers: int) -> None:
+    """As that of voters that were founded, each with something on its disk."""
+    folder.mkdir()
+    for id in numbers:
+        disk = Storage(folder / f"voter-{id}", f"disk-{id}")
+        found(disk, Members(frozenset(numbers)))
+        disk.close()
+    seat = {"labels": {"nexus.io/node": "sark"}, "is_founded": True, "is_retired": False}
+    (folder / "voters.json").write_text(json.dumps({id: {"identity": f"disk-{id}", **seat} for id in numbers}))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_restored_voter_holds_what_the_snapshot_held_and_goes_on_from_there(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with restored(folder) as (voter, catalog):
+            assert catalog.snapshot() == SNAPSHOT.data
+            await until(lambda: voter.status().role is Role.LEADER)
+            status = voter.status()
+            assert status.members == Members(frozenset({status.id})) and status.term > SNAPSHOT.term
+
+            async def answer(command: Command, sequence: int, unanswered: int) -> int | None:
+                return decode_response(await voter.propose(encode(command, SESSION, sequence, unanswered)))
+
+            assert catalog.get("kept") == (b"1", 1) and catalog.get("gone") is None
+            assert await answer(Put("leased", b"again"), 4, 3) == 3  # sent once more: told what was told then
+            with pytest.raises(AlreadyAnswered):
+                await answer(Put("kept", b"again"), 2, 2)
+            assert await answer(CompareAndSet("kept", 1, b"new"), 6, 6) == 5
+            assert catalog.get("leased") == (b"\0\xff", 3)
+            await voter.propose(encode(Clock(5_000)))
+            assert catalog.get("leased") is None
+            assert (await voter.snapshot()).index == voter.status().applied > SNAPSHOT.index
+
+    folder = tmp_path / "coordinator"
+    assert restore(backup.read(FILE), folder) is None
+    run(main)
+
+
+@pytest.mark.parametrize(("numbers", "named", "new"), [
+    ((), (), 1), ((1,), (), 2), ((1, 2, 3), (1, 2, 3), 4), ((2, 7), (), 8), ((1, 2), (1, 2, 5), 6), ((), (1, 2, 3), 4),
+])  # fmt: skip
+def test_the_new_voter_has_a_number_never_used(
+    tmp_path: Path, numbers: tuple[int, ...], named: tuple[int, ...], new: int
+) -> None:
+    folder = tmp_path / "coordinator"
+    if numbers:
+        a_register(folder, *numbers)
+    restore(SNAPSHOT, folder, named)
+    assert alone(folder) == new
+    assert restore(SNAPSHOT, folder, named) is not None
+    assert alone(folder) == new + 1
+
+
+def test_what_was_there_is_kept_aside_whole_however_fast_one_restores_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator.time, "strftime", lambda layout: "20300101-000000")
+    folder = tmp_path / "home" / "coordinator"
+    folder.parent.mkdir()
+    a_register(folder, 1, 2)
+    kept = []
+    for _ in range(3):
+        before = contents(folder)
+        aside = restore(SNAPSHOT, folder)
+        assert aside is not None and aside.parent == folder.parent
+        kept.append((aside, before))
+    assert len({aside for aside, _ in kept}) == 3
+    assert all(contents(aside) == before for aside, before in kept)
+    assert {one.name for one in folder.parent.iterdir()} == {"coordinator", *(aside.name for aside, _ in kept)}
+    assert alone(folder) == 5
+
+
+def test_a_restore_that_fails_leaves_all_as_it_was_and_may_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1, 2, 3)
+    before = contents(folder)
+
+    def fail(*_: object) -> None:
+        raise StorageFailed("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(StorageFailed):
+        patch.setattr(coordinator, "found", fail)
+        restore(SNAPSHOT, folder)
+    assert contents(folder) == before
+    assert restore(SNAPSHOT, folder) is not None
+    assert alone(folder) == 4
+    assert {one.name for one in folder.iterdir()} == {"voter-4", "voters.json"}
 
 
 # Who has a seat
