@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 from ray.actor import ActorHandle
 from ray.exceptions import PendingCallsLimitExceeded, RayActorError
 
@@ -431,6 +432,9 @@ class _Seat:
     is_retired: bool = False
 
 
+_SEATS = TypeAdapter(dict[PositiveInt, _Seat])
+
+
 class _Register:
     """Who has a seat: the one thing that tells a disk that was lost from one that is new."""
 
@@ -438,9 +442,15 @@ class _Register:
         self.folder = folder
 
     def read(self) -> dict[NodeId, _Seat]:
-        """Empty before the first were founded."""
+        """Empty before the first were founded. Raises ConfigError."""
         file = self.folder / REGISTER
-        return {int(id): _Seat(**seat) for id, seat in json.loads(file.read_text()).items()} if file.exists() else {}
+        try:
+            return _SEATS.validate_json(file.read_bytes()) if file.exists() else {}
+        except ValidationError:
+            raise ConfigError(
+                f"{REGISTER} in the coordinator's folder is damaged: put a copy of it back; where there is none, move "
+                "the folder away and `nexus coordinator restore` a snapshot"
+            ) from None
 
     def write(self, seats: Mapping[NodeId, _Seat]) -> None:
         """Whole, or not at all."""

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from actors import coordinator
-from actors.coordinator import restore
+from actors.coordinator import Operator, Placement, restore, start
 from cluster import backup
 from cluster.catalog import (
     AlreadyAnswered,
@@ -27,10 +27,11 @@ from cluster.catalog import (
     decode_response,
     encode,
 )
-from cluster.raft import Members, Role, Snapshot
+from cluster.client import Client
+from cluster.raft import NOBODY, Members, Role, Snapshot, Status
 from cluster.raft.storage import Storage, StorageFailed
 from cluster.voter import Pace, Voter, found
-from nexus.errors import InvalidRequest
+from nexus.errors import ConfigError, Conflict, InvalidRequest, NotFound
 from tests.voting import run, until
 
 PACE = Pace(tick_seconds=0.01, election_ticks=10, snapshot_entries=1_000_000)
@@ -230,4 +231,148 @@ def test_a_restore_that_fails_leaves_all_as_it_was_and_may_be_tried_again(
     assert {one.name for one in folder.iterdir()} == {"voter-4", "voters.json"}
 
 
+def test_the_next_start_takes_the_settings_of_the_voters_that_were_lost(tmp_path: Path, actors: dict[str, Any]) -> None:
+    folder = tmp_path / "coordinator"
+    named = {id: Placement({"rack": str(id)}) for id in (1, 2, 3)}
+    restore(SNAPSHOT, folder, named)
+    actors["next"] = Handle(status=there())
+    asyncio.run(start(named, folder))
+    assert actors["made"] == {4: {}} and actors["next"].asked == ["status"]
+
+
 # Who has a seat
+
+DAMAGED = [
+    b"", b"{", b"\xff\xfe", b"\0" * 40, b"[]", b"null", b'{"1": null}', b'{"1": {}}', b'{"1": {"identity": 1}}',
+    b'{"one": {"identity": "x"}}', b'{"-1": {"identity": "x"}}', b'{"1": {"identity": "x", "labels": ["a"]}}',
+    b'{"1": {"identity": "x", "is_retired": "perhaps"}}', b'{"1": {"identity": "x"}} ]',
+]  # fmt: skip
+
+
+class Handle:
+    """A voter's actor, as far as an operator sees it: each method answers one thing, or raises it, or does it."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+
+    def __getattr__(self, method: str) -> Any:
+        async def remote(*_: object) -> Any:
+            self.asked.append(method)
+            answer = self.answers.get(method)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer() if callable(answer) else answer
+
+        return type("Method", (), {"remote": staticmethod(remote)})
+
+
+class Leading:
+    """The client of a coordinator that does what it is told."""
+
+    def __init__(self, *voters: int) -> None:
+        self.members = Members(frozenset(voters))
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    async def leader(self) -> Status:
+        return Status(1, Role.LEADER, 1, NOBODY, 1, 0, 0, 0, self.members, {})
+
+    async def change(self, members: Members) -> None:
+        self.meanwhile()
+        self.members = members
+
+    async def level(self, learner: int) -> None:
+        assert learner in self.members.learners
+
+    async def transfer(self, to: int) -> None: ...
+
+
+@pytest.fixture
+def actors(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is found, made and killed in place of Ray's actors; voters 1 to 3 agree."""
+    played: dict[str, Any] = {"client": Leading(1, 2, 3), "made": {}, "killed": [], "next": Handle(status=None)}
+
+    def make(register: object, id: int, seat: Any, pace: Pace) -> Handle:
+        played["made"][id] = dict(seat.labels)
+        handle: Handle = played["next"]
+        return handle
+
+    async def connect() -> Client:
+        client: Client = played["client"]
+        return client
+
+    monkeypatch.setattr(coordinator, "connect", connect)
+    monkeypatch.setattr(coordinator._Register, "make", make)
+    monkeypatch.setattr(coordinator, "find_voter", lambda id: played["next"] if id in played["made"] else None)
+    monkeypatch.setattr(coordinator.ray, "kill", played["killed"].append)
+    monkeypatch.setattr(coordinator, "START_SECONDS", 5.0)
+    return played
+
+
+def there(id: int = 4) -> Status:
+    return Status(id, Role.FOLLOWER, 0, NOBODY, NOBODY, 0, 0, 0, Members(frozenset()), {})
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda folder: restore(SNAPSHOT, folder),
+        lambda folder: asyncio.run(start({1: Placement()}, folder)),
+        lambda folder: asyncio.run(Operator(folder).add(4, {})),
+        lambda folder: asyncio.run(Operator(folder).remove(3)),
+    ],
+    ids=["restore", "start", "add", "remove"],
+)
+def test_a_damaged_register_is_named_and_nothing_is_done(
+    tmp_path: Path, actors: dict[str, Any], content: bytes, act: Callable[[Path], object]
+) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1)
+    (folder / "voters.json").write_bytes(content)
+    before = contents(folder)
+    with pytest.raises(ConfigError, match=r"voters\.json.*damaged") as refused:
+        act(folder)
+    assert str(tmp_path) not in refused.value.message
+    assert contents(folder) == before
+    assert not actors["made"] and not actors["killed"] and not list(tmp_path.glob("coordinator.*"))
+
+
+def test_a_voter_that_was_added_has_a_seat(tmp_path: Path, actors: dict[str, Any]) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1, 2, 3)
+    actors["next"] = Handle(status=there())
+    asyncio.run(Operator(folder).add(4, {"rack": "b"}))
+    assert actors["client"].members == Members(frozenset({1, 2, 3, 4}))
+    assert actors["next"].asked == ["status", "found", "status"]
+    new = seats(folder)["4"]
+    assert (new["labels"], new["is_founded"], new["is_retired"]) == ({"rack": "b"}, True, False)
+    assert len({seat["identity"] for seat in seats(folder).values()}) == 4
+
+
+def test_a_removed_voter_keeps_its_number_to_itself(tmp_path: Path, actors: dict[str, Any]) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1, 2, 3)
+    asyncio.run(Operator(folder).remove(3))
+    assert actors["client"].members == Members(frozenset({1, 2})) and seats(folder)["3"]["is_retired"]
+    with pytest.raises(Conflict, match=r"3 has been used.*take 4"):
+        asyncio.run(Operator(folder).add(3, {}))
+    for number in (3, 9):
+        with pytest.raises(NotFound, match=f"no voter {number}"):
+            asyncio.run(Operator(folder).remove(number))
+
+
+def test_a_register_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1)
+    register = coordinator._Register(folder)
+    held, before = register.read(), contents(folder)
+
+    def fail(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(coordinator.os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        register.write({**held, 2: held[1]})
+    assert (folder / "voters.json").read_bytes() == before["voters.json"]
+    assert register.read() == held
