@@ -29,7 +29,7 @@ from cluster.client import Absent, Client, Doubtful, Elsewhere, Query
 from cluster.raft import ConfChangeRefused, Members, Message, NodeId, NotLeader, ProposalDropped, Role, Snapshot, Status
 from cluster.raft.storage import Storage
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
-from nexus.errors import ConfigError, Conflict, NotFound, OperatorError, Unavailable
+from nexus.errors import ConfigError, Conflict, InvalidRequest, NotFound, OperatorError, Unavailable
 
 __all__ = ["Client", "Compacted", "Coordinator", "Operator", "Placement", "connect", "restore", "start"]
 
@@ -275,6 +275,11 @@ async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: 
     if strangers := sorted(set(voters) - set(seats)):
         raise ConfigError(f"{strangers[0]} is no voter: nexus coordinator add {strangers[0]} makes it one")
     labels = {id: dict(placement.labels) for id, placement in voters.items()}
+    for id in voters:
+        try:
+            _maker(id, labels[id])
+        except ValueError as error:
+            raise ConfigError(f"coordinator.voters: {error}") from None
     seats = {id: replace(seat, labels=labels.get(id, seat.labels)) for id, seat in seats.items()}
     register.write(seats)
     handles = {id: register.make(id, seat, pace) for id, seat in seats.items() if not seat.is_retired}
@@ -306,12 +311,16 @@ class Operator:
     async def add(self, id: NodeId, labels: Mapping[str, str]) -> None:
         """A new voter, on a machine with these labels: it learns until it is level, then votes.
 
-        Raises Conflict for a number used before.
+        Raises Conflict for a number used before, and InvalidRequest.
         """
         client, seats = await connect(), self._register.read()
         members = (await client.leader()).members
         if id in members.voters or seats.get(id, _Seat("")).is_retired:
             raise Conflict(f"the number {id} has been used, and none is used twice: take {max(seats) + 1}")
+        try:
+            _maker(id, labels)
+        except ValueError as error:
+            raise InvalidRequest(str(error), pointer="/labels") from None
         seats.setdefault(id, _Seat(uuid.uuid4().hex, dict(labels), is_founded=True))
         self._register.write(seats)
         handle = self._register.make(id, seats[id], self._pace)
@@ -464,9 +473,13 @@ class _Register:
 
     def make(self, id: NodeId, seat: _Seat, pace: Pace) -> "ActorHandle[Any]":
         """The actor of a voter, which may be there already."""
-        options = {"label_selector": dict(seat.labels)} if seat.labels else {}
-        maker = ray.remote(Coordinator).options(
-            name=f"{NAME}{id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
-            max_restarts=-1, max_task_retries=0, max_concurrency=10_000, max_pending_calls=PENDING_CALLS, **options,
-        )  # fmt: skip
-        return maker.remote(id, str(self.folder / f"voter-{id}"), seat.identity, pace)
+        return _maker(id, seat.labels).remote(id, str(self.folder / f"voter-{id}"), seat.identity, pace)
+
+
+def _maker(id: NodeId, labels: Mapping[str, str]) -> Any:
+    """Raises ValueError for labels that no machine can have."""
+    options = {"label_selector": dict(labels)} if labels else {}
+    return ray.remote(Coordinator).options(
+        name=f"{NAME}{id}", namespace=NAMESPACE, lifetime="detached", get_if_exists=True, num_cpus=0,
+        max_restarts=-1, max_task_retries=0, max_concurrency=10_000, max_pending_calls=PENDING_CALLS, **options,
+    )  # fmt: skip

@@ -362,6 +362,20 @@ def test_a_removed_voter_keeps_its_number_to_itself(tmp_path: Path, actors: dict
             asyncio.run(Operator(folder).remove(number))
 
 
+@pytest.mark.parametrize("labels", [{"": "x"}, {"two words": "x"}, {"rack": "two words"}, {"rack": "-"}])
+def test_labels_that_no_machine_can_have_are_refused_before_anything_is_written(
+    tmp_path: Path, actors: dict[str, Any], labels: dict[str, str]
+) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1, 2, 3)
+    before = contents(folder)
+    with pytest.raises(InvalidRequest, match=r"[Ii]nvalid label"):
+        asyncio.run(Operator(folder).add(4, labels))
+    with pytest.raises(ConfigError, match=r"coordinator\.voters.*[Ii]nvalid label"):
+        asyncio.run(start({1: Placement(labels)}, folder))
+    assert contents(folder) == before and not actors["made"]
+
+
 def test_a_register_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "coordinator"
     a_register(folder, 1)
