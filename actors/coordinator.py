@@ -311,7 +311,8 @@ class Operator:
     async def add(self, id: NodeId, labels: Mapping[str, str]) -> None:
         """A new voter, on a machine with these labels: it learns until it is level, then votes.
 
-        Raises Conflict for a number used before, and InvalidRequest.
+        Raises Conflict for a number used before, InvalidRequest, and Unavailable where no machine has the labels; its
+        seat is then free again, or the next start would wait for it.
         """
         client, seats = await connect(), self._register.read()
         members = (await client.leader()).members
@@ -321,14 +322,16 @@ class Operator:
             _maker(id, labels)
         except ValueError as error:
             raise InvalidRequest(str(error), pointer="/labels") from None
-        seats.setdefault(id, _Seat(uuid.uuid4().hex, dict(labels), is_founded=True))
-        self._register.write(seats)
-        handle = self._register.make(id, seats[id], self._pace)
-        await _is_there(id, handle)
-        if id not in members.learners:  # one that learns already must not begin anew: the leader knows what it had
-            await handle.found.remote(Members(frozenset()))
-        if not isinstance(status := await handle.status.remote(), Status):
-            raise Conflict(f"voter {id} cannot be added: {status}")
+        seat = replace(seats.get(id) or _Seat(uuid.uuid4().hex, is_founded=True), labels=dict(labels))
+        self._register.change(id, seat)
+        handle = self._register.make(id, seat, self._pace)
+        try:
+            await _begin(id, handle, is_new=id not in members.learners)
+        except (Conflict, Unavailable, asyncio.CancelledError):
+            if id not in members.learners:
+                ray.kill(handle)
+                self._register.change(id, None)
+            raise
         await client.change(Members(members.voters, members.learners | {id}))
         await client.level(id)
         await client.change(Members(members.voters | {id}, members.learners - {id}))
@@ -337,12 +340,13 @@ class Operator:
         """It votes no more and its process ends; its number is not used again. Raises NotFound and Conflict."""
         client, seats = await connect(), self._register.read()
         leader = await client.leader()
-        if id not in leader.members.everyone:
+        if id in leader.members.everyone:
+            if leader.id == id and len(leader.members.voters) > 1:
+                await client.transfer(min(leader.members.voters - {id}))
+            await client.change(Members(leader.members.voters - {id}, leader.members.learners - {id}))
+        elif id not in seats or seats[id].is_retired:  # else it was on its way in, or out, when somebody was cut short
             raise NotFound(f"there is no voter {id}: there are {sorted(leader.members.everyone)}")
-        if leader.id == id and len(leader.members.voters) > 1:
-            await client.transfer(min(leader.members.voters - {id}))
-        await client.change(Members(leader.members.voters - {id}, leader.members.learners - {id}))
-        self._register.write({**seats, id: replace(seats[id], is_retired=True)})
+        self._register.change(id, replace(seats[id], is_retired=True))
         if handle := await asyncio.to_thread(find_voter, id):
             ray.kill(handle)
 
@@ -431,6 +435,15 @@ async def _is_there(id: NodeId, handle: "ActorHandle[Any]") -> None:
         raise Unavailable(f"voter {id} does not start: is there a machine with its labels, and its disk?") from error
 
 
+async def _begin(id: NodeId, handle: "ActorHandle[Any]", is_new: bool) -> None:
+    """Let a voter wait for a leader. One that learns already must not begin anew: the leader knows what it had."""
+    await _is_there(id, handle)
+    if is_new:
+        await handle.found.remote(Members(frozenset()))
+    if not isinstance(status := await handle.status.remote(), Status):
+        raise Conflict(f"voter {id} cannot be added: {status}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Seat:
     """A voter's place: its disk, its machine, and whether it was founded, or removed for good."""
@@ -470,6 +483,11 @@ class _Register:
             file.flush()
             os.fsync(file.fileno())
         draft.replace(self.folder / REGISTER)
+
+    def change(self, id: NodeId, seat: _Seat | None) -> None:
+        """One seat, or free it; the others stay as they are by now."""
+        others = {one: held for one, held in self.read().items() if one != id}
+        self.write(others if seat is None else {**others, id: seat})
 
     def make(self, id: NodeId, seat: _Seat, pace: Pace) -> "ActorHandle[Any]":
         """The actor of a voter, which may be there already."""

@@ -31,7 +31,7 @@ from cluster.client import Client
 from cluster.raft import NOBODY, Members, Role, Snapshot, Status
 from cluster.raft.storage import Storage, StorageFailed
 from cluster.voter import Pace, Voter, found
-from nexus.errors import ConfigError, Conflict, InvalidRequest, NotFound
+from nexus.errors import ConfigError, Conflict, InvalidRequest, NotFound, Unavailable
 from tests.voting import run, until
 
 PACE = Pace(tick_seconds=0.01, election_ticks=10, snapshot_entries=1_000_000)
@@ -374,6 +374,61 @@ def test_labels_that_no_machine_can_have_are_refused_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"coordinator\.voters.*[Ii]nvalid label"):
         asyncio.run(start({1: Placement(labels)}, folder))
     assert contents(folder) == before and not actors["made"]
+
+
+@pytest.mark.parametrize(
+    ("handle", "error"),
+    [
+        (Handle(status=TimeoutError()), Unavailable),
+        (Handle(status="this is the data of another disk"), Conflict),
+        (Handle(status=asyncio.CancelledError()), asyncio.CancelledError),
+    ],
+    ids=["no machine", "no disk of its own", "given up"],
+)
+def test_a_voter_that_cannot_be_added_leaves_nothing_that_the_next_start_would_wait_for(
+    tmp_path: Path, actors: dict[str, Any], handle: Handle, error: type[BaseException]
+) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1, 2, 3)
+    before = contents(folder)
+    actors["next"] = handle
+    with pytest.raises(error):
+        asyncio.run(Operator(folder).add(4, {"rack": "mistyped"}))
+    assert actors["client"].members == Members(frozenset({1, 2, 3}))
+    assert actors["killed"] == [handle]
+    assert contents(folder) == before
+    actors["next"] = Handle(status=there())
+    asyncio.run(Operator(folder).add(4, {"rack": "b"}))
+    assert actors["made"][4] == seats(folder)["4"]["labels"] == {"rack": "b"}
+
+
+def test_a_seat_that_an_interrupted_change_left_can_be_removed(tmp_path: Path, actors: dict[str, Any]) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1, 2, 3, 4)
+    actors["made"][4] = {}
+    asyncio.run(Operator(folder).remove(4))
+    assert seats(folder)["4"]["is_retired"] and actors["killed"] == [actors["next"]]
+    assert actors["client"].members == Members(frozenset({1, 2, 3}))
+
+
+@pytest.mark.parametrize("is_added", [True, False])
+def test_what_another_changes_meanwhile_stays(tmp_path: Path, actors: dict[str, Any], is_added: bool) -> None:
+    folder = tmp_path / "coordinator"
+    a_register(folder, 1, 2, 3)
+
+    def meanwhile() -> object:
+        held = seats(folder)
+        (folder / "voters.json").write_text(json.dumps({**held, "5": held["1"]}))
+        return "this is the data of another disk"
+
+    if is_added:
+        actors["next"] = Handle(status=meanwhile)
+        with pytest.raises(Conflict):
+            asyncio.run(Operator(folder).add(4, {}))
+    else:
+        actors["client"].meanwhile = meanwhile
+        asyncio.run(Operator(folder).remove(3))
+    assert seats(folder).keys() == {"1", "2", "3", "5"}
 
 
 def test_a_register_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
