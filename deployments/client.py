@@ -38,7 +38,10 @@ class Client:
     def call(self, method: str, path: str, **arguments: Any) -> tuple[int, Any]:
         """The status and the JSON of an answer below 400."""
         response = self._request(method, path, **arguments)
-        return response.status_code, response.json()
+        try:
+            return response.status_code, response.json()
+        except ValueError:
+            raise _error(response) from None
 
     def download(self, method: str, path: str) -> bytes:
         """The bytes of an answer below 400."""

@@ -1,15 +1,18 @@
 """`nexus coordinator …`: the voters who keep what the machines agree on."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cluster import bootstrap
+from cluster import backup, bootstrap
 from deployments.client import Client
 from nexus.config import load_config
-from nexus.errors import AlreadyRunning, InvalidRequest, NotFound
+from nexus.errors import AlreadyRunning, InvalidRequest
+
+CHANGE_SECONDS = 180.0  # a new voter has to start, and to learn all there is
 
 app = typer.Typer(help="The voters who keep what the machines agree on.", no_args_is_help=True)
 
@@ -35,8 +38,8 @@ def add(
 ) -> None:
     """Add a voter under a number that was never used; returns once it votes."""
     labels = dict(one.partition("=")[::2] for one in label or ())
-    if not all(key and value for key, value in labels.items()):
-        raise InvalidRequest("a label is given as KEY=VALUE")
+    if len(labels) < len(label or ()) or not all(key and value for key, value in labels.items()):
+        raise InvalidRequest("a label is given as KEY=VALUE, each KEY once")
     _ask("POST", "/coordinator/voters", {"id": number, "labels": labels})
 
 
@@ -57,21 +60,28 @@ def snapshot(file: Annotated[Path, typer.Argument(help="Where to write it.")]) -
     """Keep all that the voters agree on in a file."""
     with Client() as nexus:
         content = nexus.download("POST", "/coordinator/snapshot")
-    draft = file.with_name(f"{file.name}.new")
-    draft.write_bytes(content)
-    draft.replace(file)
+    backup.read(content)  # what is not whole takes no older one's place
+    draft = Path(f"{file}.new")
+    try:
+        draft.touch(0o600)
+        draft.write_bytes(content)
+        draft.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise InvalidRequest(f"{file} cannot be written: {error.strerror}") from None
     typer.echo(f"{file}: {len(content)} bytes")
 
 
 @app.command()
 def restore(file: Annotated[Path, typer.Argument(help="What `nexus coordinator snapshot` wrote.")]) -> None:
     """Begin anew from a snapshot, with one voter: for when most of the disks are lost. Nexus must be down."""
-    if not file.is_file():
-        raise NotFound(f"there is no file {file}")
     from actors import coordinator  # with all of Ray: not at every start of the command line
-    from cluster import backup
 
-    held = backup.read(file.read_bytes())
+    try:
+        held = backup.read(file.read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"{file} cannot be read: {error.strerror}") from None
     config = load_config()
     home = Path(config.home)
     bootstrap.prepare_home(home)
@@ -86,7 +96,7 @@ def restore(file: Annotated[Path, typer.Argument(help="What `nexus coordinator s
 
 def _ask(method: str, path: str, body: dict[str, Any] | None = None) -> None:
     with Client() as nexus:
-        typer.echo(lines(nexus.call(method, path, json=body)[1]))
+        typer.echo(lines(nexus.call(method, path, json=body, timeout=CHANGE_SECONDS)[1]))
 
 
 def lines(shown: dict[str, Any]) -> str:
