@@ -176,6 +176,7 @@ class Coordinator:
         if self._voter is None:
             return Elsewhere()
         try:
+            await self._voter.read()  # a leader that was just elected takes no change before it has committed something
             await self._voter.change(members)
         except NotLeader as error:
             return Elsewhere(error.leader)

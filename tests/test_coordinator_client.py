@@ -19,7 +19,7 @@ from cluster.catalog import (
     encode,
 )
 from cluster.client import ATTEMPT_SECONDS, Client, Doubtful, Elsewhere
-from cluster.raft import Role
+from cluster.raft import Members, Role
 from nexus.errors import NotFound, Unavailable
 from tests.voting import CLIENTS, EVENTS_KEPT, Cluster, cluster, run, until, world
 
@@ -107,6 +107,24 @@ def test_leadership_is_handed_over_on_request(tmp_path: Path) -> None:
 
 
 # Together
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_leader_that_was_just_elected_takes_a_change_of_members(seed: int, tmp_path: Path) -> None:
+    """As soon as it may: until it has committed in its own term it would have to refuse."""
+
+    async def main() -> None:
+        async with cluster(tmp_path) as whole:
+            client = whole.client()
+            await client.put("a", b"1")
+            await whole.kill(whole.leader())
+            while not whole.leader():
+                await asyncio.sleep(0.0001)
+            members = Members(frozenset(whole.ids), frozenset({9}))
+            assert await whole.processes[whole.leader()].answer("change", members) == ""
+            assert (await client.leader()).members == members
+
+    run(main, seed)
 
 
 def test_what_is_asked_together_is_one_call(tmp_path: Path) -> None:
