@@ -17,13 +17,13 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from actors import coordination
+from actors import coordination, coordinator
 from actors.coordination import Coordination
 from actors.coordinator import Client, Operator, Placement, connect, find_voter, find_voters, start
 from cluster.client import Absent
 from cluster.raft import Role
 from cluster.voter import Pace
-from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
+from nexus.errors import ConfigError, Conflict, InvalidRequest, NotFound, Unavailable
 from nexus.ports import LiveIndex
 from tests.linearizability import UNKNOWN, Kind, Operation, Verdict, check, check_versions
 
@@ -254,6 +254,28 @@ def test_a_voter_without_its_disk_takes_no_part_and_a_new_one_takes_its_place(ho
                 await operator.transfer(9)
             with pytest.raises(ConfigError, match="7 is no voter"):
                 await start({**PLACES, 7: Placement()}, home, PACE)
+
+    asyncio.run(story())
+
+
+def test_a_voter_that_no_machine_takes_hinders_neither_the_next_start_nor_its_own_return(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        async with three(home) as client:
+            operator = Operator(home, PACE)
+            with monkeypatch.context() as patch, pytest.raises(Unavailable, match="voter 4 does not start"):
+                patch.setattr(coordinator, "START_SECONDS", 1.0)
+                await operator.add(4, {"nexus.io/node": "nowhere"})
+            with pytest.raises(InvalidRequest, match="two words"):
+                await operator.add(4, {"nexus.io/node": "two words"})
+            await start(PLACES, home, PACE)
+            await until(is_nobody)
+            await operator.add(4, PLACES[1].labels)
+            assert (await client.leader()).members.voters == {1, 2, 3, 4}
+
+    async def is_nobody() -> bool:
+        return find_voter(4) is None
 
     asyncio.run(story())
 
