@@ -311,9 +311,11 @@ def answering(patch: pytest.MonkeyPatch, content: bytes, length: int) -> Iterato
         serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         serving.start()
         patch.setenv("NEXUS_URL", f"http://127.0.0.1:{server.server_port}")
-        yield
-        server.shutdown()
-        serving.join()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            serving.join()
 
 
 def is_complaint(code: int, out: str, err: str, words: str) -> bool:
