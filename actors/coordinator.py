@@ -269,7 +269,8 @@ async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: 
 
     The first time these are founded together. From then on a file beside the folders says who the voters are, where,
     and which disk is whose; `voters` may name other machines for them, but a new one has to be added.
-    Raises ConfigError, and Unavailable for one that does not start.
+    Raises ConfigError, and Unavailable where a new one, or most of those founded before, do not start: the others do
+    when their machines come.
     """
     register = _Register(Path(data_dir))
     seats = register.read() or {id: _Seat(uuid.uuid4().hex) for id in voters}
@@ -284,8 +285,9 @@ async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: 
     seats = {id: replace(seat, labels=labels.get(id, seat.labels)) for id, seat in seats.items()}
     register.write(seats)
     handles = {id: register.make(id, seat, pace) for id, seat in seats.items() if not seat.is_retired}
-    await asyncio.gather(*(_is_there(id, handle) for id, handle in handles.items()))
-    if not all(seat.is_founded for seat in seats.values()):
+    are_founded = all(seat.is_founded for seat in seats.values())
+    await _are_there(handles, len(handles) // 2 + 1 if are_founded else len(handles))
+    if not are_founded:
         await asyncio.gather(*(handle.found.remote(Members(frozenset(seats))) for handle in handles.values()))
         register.write({id: replace(seat, is_founded=True) for id, seat in seats.items()})
 
@@ -426,6 +428,23 @@ def find_voter(id: NodeId) -> "ActorHandle[Any] | None":
     with suppress(ValueError):
         return ray.get_actor(f"{NAME}{id}", NAMESPACE)
     return None
+
+
+async def _are_there(handles: Mapping[NodeId, "ActorHandle[Any]"], needed: int) -> None:
+    """Return once so many answer. Raises Unavailable once too few can."""
+    asking = {asyncio.create_task(_is_there(id, handle)) for id, handle in handles.items()}
+    waiting, answered = asking, 0
+    try:
+        while answered < needed:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            refusals = [error for one in done if (error := one.exception())]
+            answered += len(done) - len(refusals)
+            if answered + len(waiting) < needed:
+                raise refusals[0]
+    finally:
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def _is_there(id: NodeId, handle: "ActorHandle[Any]") -> None:

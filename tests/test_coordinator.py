@@ -300,6 +300,21 @@ def test_all_stopped_and_started_again_know_everything_by_snapshot_and_log(home:
     asyncio.run(story())
 
 
+def test_with_one_machine_away_the_others_start_and_agree(home: Path) -> None:
+    async def story() -> None:
+        async with three(home) as client:
+            await client.put("before", b"1")
+            for handle in find_voters().values():
+                ray.kill(handle)
+            await until(lambda: are_gone())
+        await start({**PLACES, 2: Placement({"nexus.io/node": "away"})}, home, PACE)
+        client = await connect()
+        assert (await client.get("before") or (b"",))[0] == b"1"
+        assert [isinstance(one, Absent) for one in await client.describe()] == [False, True, False]
+
+    asyncio.run(story())
+
+
 async def are_gone() -> bool:
     return not find_voters()
 
