@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
-from time import monotonic
 
 import pytest
 import ray
@@ -25,7 +24,8 @@ from cluster.raft import Role
 from cluster.voter import Pace
 from nexus.errors import ConfigError, Conflict, InvalidRequest, NotFound, Unavailable
 from nexus.ports import LiveIndex
-from tests.linearizability import UNKNOWN, Kind, Operation, Verdict, check, check_versions
+from tests.histories import History
+from tests.linearizability import Verdict, check, check_versions
 
 pytestmark = [
     pytest.mark.system,
@@ -126,55 +126,19 @@ async def gone(client: Client, key: str) -> bool:
     return await client.get(key) is None
 
 
-class Historian:
-    """A client that writes down what it asked and was told. An answer that did not come is unknown."""
-
-    def __init__(self, client: Client, number: int, history: list[Operation], seed: int) -> None:
-        self._client, self._number, self._history = client, number, history
-        self._dice = random.Random(seed)
-
-    async def act(self) -> None:
-        key = f"k{self._dice.randrange(3)}"
-        kind = self._dice.choice([Kind.PUT, Kind.GET, Kind.GET, Kind.COMPARE_AND_SET, Kind.DELETE])
-        value = f"{self._number}-{self._dice.getrandbits(32)}"
-        argument: object = None
-        called = monotonic()
-        try:
-            match kind:
-                case Kind.PUT:
-                    argument, result = value, await self._client.put(key, value.encode())
-                case Kind.GET:
-                    found = await self._client.get(key)
-                    result = (found[0].decode(), found[1]) if found else None
-                case Kind.DELETE:
-                    result = await self._client.delete(key)
-                case Kind.COMPARE_AND_SET:
-                    found = await self._client.get(key)
-                    expected = found[1] if found else 0
-                    argument, called = (expected, value), monotonic()
-                    result = await self._client.compare_and_set(key, expected, value.encode())
-        except Unavailable:
-            result = UNKNOWN
-        self._history.append(Operation(self._number, key, kind, argument, result, called, monotonic()))
-
-
 def test_what_clients_see_is_linearizable_while_leaders_are_killed(home: Path) -> None:
-    history: list[Operation] = []
+    history = History()
 
     async def story() -> None:
         async with three(home) as client:
             over = asyncio.Event()
-
-            async def go_on(number: int) -> None:
-                own = Historian(await connect(), number, history, seed=number)
-                while not over.is_set():
-                    await own.act()
-                    await asyncio.sleep(0.02)  # so that a history stays short enough to be judged
-
-            tasks = [asyncio.create_task(go_on(number)) for number in range(5)]
+            tasks = [
+                asyncio.create_task(history.of(name, await connect(), random.Random(name), over.is_set, pauses=(0.02,)))
+                for name in range(5)
+            ]
             for _ in range(KILLS):
                 await until(lambda: is_alive(client, 3))
-                before = len(history)
+                before = history.known()
                 await kill(await leader_of(client))
                 await until(partial(enough, history, before + 10))
             over.set()
@@ -182,7 +146,7 @@ def test_what_clients_see_is_linearizable_while_leaders_are_killed(home: Path) -
 
     asyncio.run(story())
     for judge in (check, check_versions):
-        judgement = judge(history)
+        judgement = judge(history.operations)
         assert judgement.verdict is Verdict.LEGAL, judgement.explanation
 
 
@@ -190,8 +154,8 @@ async def is_alive(client: Client, voters: int) -> bool:
     return len(await client.status()) == voters
 
 
-async def enough(history: list[Operation], number: int) -> bool:
-    return len([one for one in history if one.result is not UNKNOWN]) >= number
+async def enough(history: History, number: int) -> bool:
+    return history.known() >= number
 
 
 def test_no_acknowledged_write_is_lost_and_none_done_twice_while_leaders_are_killed(home: Path) -> None:

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -717,3 +718,19 @@ def test_an_identity_fits_its_sector(path: Path) -> None:
     Storage(path, "x" * 256).close()
     with pytest.raises(ValueError, match="256"):
         Storage(path, "x" * 257)
+
+
+def test_a_large_snapshot_is_copied_nowhere_on_its_way_to_the_disk(storage: Storage, path: Path) -> None:
+    """A voter writes one every so often, and what it takes meanwhile its process keeps."""
+    snapshot = Snapshot(3, 1, MEMBERS, os.urandom(2**24))
+    tracemalloc.start()
+    try:
+        storage.compact(snapshot)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < len(snapshot.data) / 4
+    storage.close()
+    saved = loaded(path)
+    assert saved is not None and saved.snapshot == snapshot
+    assert [entry.index for entry in saved.entries] == [4, 5]

@@ -4,69 +4,21 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.client import Client
 from cluster.voter import Pace
-from nexus.errors import Unavailable
-from tests.linearizability import UNKNOWN, Kind, Operation, Verdict, check, check_versions
+from tests.histories import Diary, History, check_diaries
+from tests.linearizability import Verdict, check, check_versions
 from tests.voting import CLIENTS, Cluster, Weather, cluster, run, until, world
 
 CUTS = 200
 SNAPPY = Pace(tick_seconds=0.02, election_ticks=10, snapshot_entries=40)
-KEYS = ("a", "b", "c")
 
 
 # Power cuts
-
-
-@dataclass
-class Diary:
-    """What a client was told for certain, and what not."""
-
-    kept: dict[str, int] = field(default_factory=dict)  # key -> the revision its one put was given
-    unsure: set[str] = field(default_factory=set)
-    counted: int = 0
-    maybe_counted: int = 0
-
-    async def write(self, client: Client, name: str) -> None:
-        for number in count():
-            key = f"{name}/{number}"
-            try:
-                self.kept[key] = await client.put(key, key.encode())
-            except Unavailable:
-                self.unsure.add(key)
-            with suppress(Unavailable):
-                await self._count_up(client)
-
-    async def _count_up(self, client: Client) -> None:
-        """One step of a counter that all share."""
-        found = await client.get("counter")
-        value, revision = found or (b"0", 0)
-        try:
-            won = await client.compare_and_set("counter", revision, b"%d" % (int(value) + 1))
-        except Unavailable:
-            self.maybe_counted += 1
-        else:
-            self.counted += won is not None
-
-
-async def check_diaries(whole: Cluster, diaries: list[Diary]) -> None:
-    """Those who write may go on meanwhile: each waits for one answer at most."""
-    await whole.level()
-    kept = {key: (key.encode(), revision) for diary in diaries for key, revision in diary.kept.items()}
-    sure = sum(diary.counted for diary in diaries)
-    found = {key: (value, revision) for key, value, revision in await whole.client().range("")}
-    counted = int(found.pop("counter", (b"0", 0))[0])
-    assert sure <= counted <= sum(diary.counted + diary.maybe_counted + 1 for diary in diaries)
-    assert {key: found.get(key) for key in kept} == kept  # a second put would have given it another revision
-    told = {key for diary in diaries for key in (*diary.kept, *diary.unsure)}
-    assert len(set(found) - told) <= len(diaries)
 
 
 @pytest.mark.parametrize("seed", [11, 12])
@@ -89,11 +41,13 @@ def test_power_cuts_lose_nothing_and_repeat_nothing(seed: int, tmp_path: Path) -
                 in_the_middle += whole.out.is_set()
                 await whole.lose_power()
                 if number % 10 == 9:
-                    await check_diaries(whole, diaries)
+                    await whole.level()
+                    await check_diaries(whole.client(), diaries)
             for writer in writers:
                 writer.cancel()
             await asyncio.gather(*writers, return_exceptions=True)
-            await check_diaries(whole, diaries)
+            await whole.level()
+            await check_diaries(whole.client(), diaries)
             assert in_the_middle > CUTS // 10
             assert sum(diary.counted for diary in diaries) > CUTS
 
@@ -101,46 +55,6 @@ def test_power_cuts_lose_nothing_and_repeat_nothing(seed: int, tmp_path: Path) -
 
 
 # Linearizability
-
-
-@dataclass
-class History:
-    """What clients asked and were told, in the order of one counter."""
-
-    operations: list[Operation] = field(default_factory=list)
-    moments: Any = field(default_factory=count)
-
-    async def of(self, name: int, client: Client, chance: random.Random, has_ended: Callable[[], bool]) -> None:
-        """One client's: an operation after another; of some it does not wait for the end."""
-        revisions = dict.fromkeys(KEYS, 0)
-        for number in count():
-            if has_ended():
-                return
-            key, value = chance.choice(KEYS), f"{name}.{number}"
-            kind = chance.choices(list(Kind), weights=(3, 4, 3, 1))[0]
-            argument: Any = {Kind.PUT: value, Kind.COMPARE_AND_SET: (revisions[key], value)}.get(kind)
-            called = next(self.moments)
-            try:
-                async with asyncio.timeout(0.01 if chance.random() < 0.03 else None):
-                    result = await ask(client, key, kind, argument)
-            except (Unavailable, TimeoutError):
-                self.operations.append(Operation(name, key, kind, argument, UNKNOWN, called))
-            else:
-                self.operations.append(Operation(name, key, kind, argument, result, called, next(self.moments)))
-                if result and kind is not Kind.DELETE:
-                    revisions[key] = result[1] if kind is Kind.GET else result
-            await asyncio.sleep(chance.choice((0, 0, 0.1)))
-
-
-async def ask(client: Client, key: str, kind: Kind, argument: Any) -> Any:
-    if kind is Kind.PUT:
-        return await client.put(key, argument.encode())
-    if kind is Kind.COMPARE_AND_SET:
-        return await client.compare_and_set(key, argument[0], argument[1].encode())
-    if kind is Kind.DELETE:
-        return await client.delete(key)
-    found = await client.get(key)
-    return found and (found[0].decode(), found[1])
 
 
 async def kill_one(whole: Cluster, chance: random.Random) -> None:
@@ -201,11 +115,7 @@ async def write_history(folder: Path) -> History:
         is_calm.set()
         await asyncio.gather(*clients)
         await whole.level()
-        last = whole.client()
-        for key in KEYS:
-            called = next(history.moments)
-            result = await ask(last, key, Kind.GET, None)
-            history.operations.append(Operation("last", key, Kind.GET, None, result, called, next(history.moments)))
+        await history.look("last", whole.client())
     return history
 
 

@@ -194,7 +194,8 @@ class Storage:
     def _append(self, hard_state: HardState, entries: Sequence[Entry]) -> None:
         """One more record, durable and acknowledged."""
         place = _place(self._base.index, len(self._entries), entries)
-        record, digest = _record(self._digest, _body(hard_state, None, entries))
+        parts, digest = _record(self._digest, _body(hard_state, None, entries))
+        record = b"".join(parts)
         end = self._end + len(record)
         with self._or_end():
             if end > self._room:
@@ -217,14 +218,18 @@ class Storage:
 
     def _begin_file(self, snapshot: Snapshot | None) -> None:
         """A new log of one record, everything there is, in the place of the old one; empty without a snapshot."""
-        record, self._digest, self._count = b"", _ORIGIN, 0
+        parts: list[bytes] = []
+        self._digest, self._count = _ORIGIN, 0
         if snapshot is not None:
-            record, self._digest = _record(_ORIGIN, _body(self._hard_state, snapshot, self._entries))
+            parts, self._digest = _record(_ORIGIN, _body(self._hard_state, snapshot, self._entries))
             self._count = 1
-        self._end = self._room = _HEADER_BYTES + len(record)
+        self._end = self._room = _HEADER_BYTES + sum(map(len, parts))
         self._open(os.open(self._folder / "log.new", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
         self._write_header()
-        _write(self._file, record, _HEADER_BYTES)
+        at = _HEADER_BYTES
+        for part in parts:
+            _write(self._file, part, at)
+            at += len(part)
         os.fsync(self._file)
         os.replace(self._folder / "log.new", self._folder / "log")
         _sync_folder(self._folder)
@@ -314,10 +319,11 @@ def _read_header(content: bytes) -> _Header:
     return max(copies, key=lambda header: header.turn)
 
 
-def _record(before: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """A record, and the digest that the next one builds on."""
-    digest = _digest(_RECORD.pack(len(body), before), body)
-    return _RECORD.pack(len(body), digest) + body, digest
+def _record(before: bytes, body: Sequence[bytes]) -> tuple[list[bytes], bytes]:
+    """The parts of a record, and the digest that the next one builds on."""
+    length = sum(map(len, body))
+    digest = _digest(_RECORD.pack(length, before), *body)
+    return [_RECORD.pack(length, digest), *body], digest
 
 
 def _read_records(content: bytes) -> _Records:
@@ -325,9 +331,10 @@ def _read_records(content: bytes) -> _Records:
     count, digest, end = 0, _ORIGIN, _HEADER_BYTES
     snapshot, hard_state = NOTHING, HardState()
     entries: list[Entry] = []
+    view = memoryview(content)
     while end + _RECORD.size <= len(content):
         length, claimed = _RECORD.unpack_from(content, end)
-        body = content[end + _RECORD.size : end + _RECORD.size + length]
+        body = view[end + _RECORD.size : end + _RECORD.size + length]
         if len(body) < length or _digest(_RECORD.pack(length, digest), body) != claimed:
             break
         hard_state, replaced, new = _read_body(body)
@@ -338,37 +345,39 @@ def _read_records(content: bytes) -> _Records:
     return _Records(count, digest, end, snapshot, hard_state, entries)
 
 
-def _body(hard_state: HardState, snapshot: Snapshot | None, entries: Sequence[Entry]) -> bytes:
-    parts = [_BODY.pack(hard_state.term, hard_state.vote, hard_state.commit, snapshot is not None)]
+def _body(hard_state: HardState, snapshot: Snapshot | None, entries: Sequence[Entry]) -> list[bytes]:
+    """In parts: a snapshot's data is large, and is copied nowhere on its way to the file."""
+    first = _BODY.pack(hard_state.term, hard_state.vote, hard_state.commit, snapshot is not None)
+    data = b""
     if snapshot is not None:
-        members = snapshot.members.to_bytes()
-        parts += [_SNAPSHOT.pack(snapshot.index, snapshot.term, len(members), len(snapshot.data))]
-        parts += [members, snapshot.data]
+        members, data = snapshot.members.to_bytes(), snapshot.data
+        first += _SNAPSHOT.pack(snapshot.index, snapshot.term, len(members), len(data)) + members
+    rest = []
     for entry in entries:
-        parts += [_ENTRY.pack(entry.term, entry.index, entry.kind.value, len(entry.data)), entry.data]
-    return b"".join(parts)
+        rest += [_ENTRY.pack(entry.term, entry.index, entry.kind.value, len(entry.data)), entry.data]
+    return [first, data, b"".join(rest)]
 
 
-def _read_body(body: bytes) -> tuple[HardState, Snapshot | None, list[Entry]]:
+def _read_body(body: memoryview) -> tuple[HardState, Snapshot | None, list[Entry]]:
     term, vote, commit, has_snapshot = _BODY.unpack_from(body)
     at = _BODY.size
     snapshot = None
     if has_snapshot:
         index, its_term, length, size = _SNAPSHOT.unpack_from(body, at)
         at += _SNAPSHOT.size
-        members = Members.from_bytes(body[at : at + length])
-        snapshot = Snapshot(index, its_term, members, body[at + length : at + length + size])
+        members = Members.from_bytes(bytes(body[at : at + length]))
+        snapshot = Snapshot(index, its_term, members, bytes(body[at + length : at + length + size]))
         at += length + size
     entries = []
     while at < len(body):
         its_term, index, kind, size = _ENTRY.unpack_from(body, at)
         at += _ENTRY.size
-        entries.append(Entry(its_term, index, body[at : at + size], EntryKind(kind)))
+        entries.append(Entry(its_term, index, bytes(body[at : at + size]), EntryKind(kind)))
         at += size
     return HardState(term, vote, commit), snapshot, entries
 
 
-def _digest(*parts: bytes) -> bytes:
+def _digest(*parts: bytes | memoryview) -> bytes:
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
     for part in parts:
         digest.update(part)

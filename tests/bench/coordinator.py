@@ -1,12 +1,16 @@
 """The coordinator beside what it could be: committed puts, over bare fsyncs on the same disk and over etcd, in one run.
 
-    python -m tests.bench.coordinator                 puts, watches, and 100 kills of the leader
+    python -m tests.bench.coordinator                 puts, watches, 100 kills of the leader, 100,000 keys
     python -m tests.bench.coordinator --kills 0       without the kills, which take minutes
+    python -m tests.bench.coordinator --keys 0        without the many keys
+    python -m tests.bench.coordinator --only-keys     nothing else; needs no etcd
 
 etcd is Debian's `etcd-server`, on loopback, asked over gRPC. "64 clients" are 64 tasks that put one after another
 and share what a process shares: our client, or a channel to etcd. Rounds alternate between the two.
 A kill is SIGKILL to the leader's process under the load of eight tasks; what is timed is how long after it the next
 write was acknowledged.
+The many keys are put through one client into three voters; then come a snapshot of them, a follower killed and
+restarted by Ray, and a new voter that begins with an empty disk in the place of one removed.
 """
 
 import argparse
@@ -21,12 +25,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import grpc
 import httpx
+import psutil
 import ray
 
-from actors.coordinator import Client, Placement, connect, find_voter, start
+from actors.coordinator import Client, Operator, Placement, connect, find_voter, start
+from cluster.raft import Status
 from cluster.voter import Pace
 from nexus.errors import Unavailable
 from tests.bench.harness import percentile, print_result, print_table
@@ -37,6 +44,7 @@ SECONDS = 4.0  # of one round
 VALUE = b"v" * 100
 PACE = Pace(tick_seconds=0.015)  # an election begins after 150 to 300 ms without a leader
 WATCHED = 200
+FILLERS = 512  # tasks that put one key after another
 Put = Callable[[str, bytes], Awaitable[object]]
 
 
@@ -169,8 +177,7 @@ async def kill_leaders(client: Client, kills: int) -> list[float]:
     took = []
     for _ in range(kills):
         leader = await settled(client)
-        handle = await asyncio.to_thread(find_voter, leader)
-        pid = await handle.__ray_call__.remote(lambda self: os.getpid())
+        pid = await process_of(leader)
         killed = time.perf_counter()
         os.kill(pid, signal.SIGKILL)
         while not acknowledged or acknowledged[-1] < killed + 0.002:  # what was on its way does not count
@@ -188,6 +195,12 @@ async def kill_leaders(client: Client, kills: int) -> list[float]:
     return took
 
 
+async def process_of(voter: int) -> int:
+    handle = await asyncio.to_thread(find_voter, voter)
+    pid: int = await handle.__ray_call__.remote(lambda self: os.getpid())
+    return pid
+
+
 async def settled(client: Client) -> int:
     """The leader, once all three are level with it."""
     while True:
@@ -200,7 +213,98 @@ async def settled(client: Client) -> int:
         await asyncio.sleep(0.05)
 
 
-async def measure(folder: Path, kills: int) -> dict[str, float]:
+# Many keys
+
+
+async def memory_of(voter: int) -> float:
+    """MiB resident."""
+    return psutil.Process(await process_of(voter)).memory_info().rss / 2**20
+
+
+async def fill(client: Client, keys: int) -> None:
+    numbers = iter(range(keys))
+
+    async def work() -> None:
+        for number in numbers:
+            await client.put(f"many/{number:07}", VALUE)
+
+    await asyncio.gather(*(work() for _ in range(FILLERS)))
+
+
+async def longest_put(client: Client, is_over: asyncio.Event) -> float:
+    """Milliseconds that the slowest put took, of one after another."""
+    longest = 0.0
+    while not is_over.is_set():
+        began = time.perf_counter()
+        await client.put("beside", VALUE)
+        longest = max(longest, time.perf_counter() - began)
+    return longest * 1000
+
+
+async def answers(voter: int, client: Client) -> Status:
+    """What it says of itself, as soon as it does."""
+    while True:
+        for status in await client.status():
+            if status.id == voter:
+                return status
+        await asyncio.sleep(0.01)
+
+
+async def comes_back(voter: int, client: Client) -> None:
+    """Return once it answers, and has applied all that was committed then."""
+    await answers(voter, client)
+    goal = (await client.leader()).commit
+    while (await answers(voter, client)).applied < goal:
+        await asyncio.sleep(0.01)
+
+
+class Step:
+    """What is measured while one thing is done to voters that are written to."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.rows: list[list[object]] = []
+        self.figures: dict[str, float] = {}
+
+    async def time(self, name: str, work: Awaitable[Any]) -> Any:
+        """What the work returns. A put after another goes on beside it."""
+        term, is_over, began = (await self._client.leader()).term, asyncio.Event(), time.perf_counter()
+        beside = asyncio.create_task(longest_put(self._client, is_over))
+        result = await work
+        seconds = time.perf_counter() - began
+        is_over.set()
+        longest, elections = await beside, (await self._client.leader()).term - term
+        self.rows.append([name, seconds, longest, elections])
+        self.figures |= {f"keys_{name}_s": seconds, f"keys_{name}_put_ms_max": longest}
+        return result
+
+
+async def measure_keys(folder: Path, keys: int) -> dict[str, float]:
+    """Seconds of what a coordinator with so many keys does, and MiB of its voters."""
+    await start({id: Placement() for id in range(1, 4)}, folder, PACE)
+    client, operator, weights = await connect(), Operator(folder, PACE), {}
+    leader = await settled(client)
+    killed, removed = (id for id in (1, 2, 3) if id != leader)
+    step = Step(client)
+    weights["before"] = await memory_of(leader)
+    await step.time("fill", fill(client, keys))
+    weights["filled"] = await memory_of(leader)
+    snapshot = await step.time("snapshot", operator.snapshot())
+    weights["snapshot"] = await memory_of(leader)
+    os.kill(await process_of(killed), signal.SIGKILL)
+    await step.time("restart", comes_back(killed, client))
+    weights["restarted"] = await memory_of(killed)
+    await operator.remove(removed)
+    await step.time("catch_up", operator.add(4, {}))
+    weights["new"] = await memory_of(4)
+    end_voters(4)
+    size = len(snapshot.data) / 2**20
+    print_table([f"{keys} keys", "s", "slowest put ms", "elections"], step.rows)
+    print_table(["voter", "MiB"], [["(the snapshot's bytes)", size], *map(list, weights.items())])
+    return step.figures | {f"keys_mib_{name}": mib for name, mib in weights.items()} | {"keys_snapshot_mib": size}
+
+
+async def measure_puts(folder: Path, kills: int) -> dict[str, float]:
     figures: dict[str, float] = {}
     bare = fsyncs_per_second(folder)
     rows: list[list[object]] = []
@@ -233,12 +337,18 @@ def end_voters(voters: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="of the leader")
-    kills = parser.parse_args(arguments).kills
-    if shutil.which("etcd") is None:
+    parser.add_argument("--keys", type=int, default=100_000, help="put, carried in a snapshot, caught up with")
+    parser.add_argument("--only-keys", action="store_true", help="nothing else")
+    asked = parser.parse_args(arguments)
+    if shutil.which("etcd") is None and not asked.only_keys:
         parser.exit(2, "etcd is not here: it is Debian's package etcd-server\n")
     with tempfile.TemporaryDirectory(prefix="nxb") as name:
         ray.init(namespace="nexus", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
-        figures = asyncio.run(measure(Path(name), kills))
+        figures: dict[str, float] = {}
+        if not asked.only_keys:
+            figures |= asyncio.run(measure_puts(Path(name), asked.kills))
+        if asked.keys:
+            figures |= asyncio.run(measure_keys(Path(name) / "keys", asked.keys))
         ray.shutdown()
     print_result("coordinator", figures, ("ray",))
 
