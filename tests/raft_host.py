@@ -9,14 +9,16 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
-from cluster.raft import Entry, EntryKind, HardState, Members, NodeId, RaftNode, Ready, Role, Saved, Snapshot
+from cluster.raft import Entry, HardState, Members, NodeId, RaftNode, Ready, Role, Saved, Snapshot
+from cluster.raft.messages import CHANGE, FOLLOWER
 
 
-def link(previous: bytes, entry: Entry) -> bytes:
+def link(previous: bytes, entry: Entry, answer: bytes = b"") -> bytes:
     """The hash of a log up to and including this entry: equal for two logs only if all before is equal."""
-    kind = b"c" if entry.kind is EntryKind.CHANGE else b"e"
-    return hashlib.blake2b(previous + b"%d" % entry.term + kind + entry.data, digest_size=8).digest()
+    kind = b"c" if entry.kind is CHANGE else b"e"
+    return hashlib.blake2b(b"%b%d%b%b|%b" % (previous, entry.term, kind, entry.data, answer), digest_size=8).digest()
 
 
 class Disk:
@@ -56,7 +58,8 @@ class Disk:
             self.hard_state = ready.hard_state
         if ready.snapshot:
             self.install(ready.snapshot, chain_of_snapshot)
-        self.append(ready.entries)
+        if ready.entries:
+            self.append(ready.entries)
         if ready.must_sync:
             self.synced = self.hard_state
 
@@ -73,8 +76,6 @@ class Disk:
         self.synced = self.hard_state
 
     def append(self, entries: tuple[Entry, ...]) -> None:
-        if not entries:
-            return
         kept = entries[0].index - self.snapshot.index - 1
         del self.entries[kept:], self.chains[kept + 1 :]
         for entry in entries:
@@ -114,8 +115,8 @@ class Machine:
     def apply(self, entry: Entry) -> tuple[bytes, bytes] | None:
         """Who asked and what is answered, for a client's command."""
         self.applied = entry.index
-        self.digest = link(self.digest, entry)
-        if entry.kind is EntryKind.CHANGE or not entry.data:
+        if entry.kind is CHANGE or not entry.data:
+            self.digest = link(self.digest, entry)
             return None
         who, key, value = entry.data.split(b"|")
         answer = self.answers.get(who)
@@ -124,7 +125,7 @@ class Machine:
             previous = self.registers.get(key, b"")
             self.registers[key] = value
             answer = self.answers[who] = b"%d %d %b" % (entry.index, self.executed, previous)
-            self.digest = link(self.digest, Entry(0, 0, answer))
+        self.digest = link(self.digest, entry, answer)
         return who, answer
 
     def snapshot(self) -> bytes:
@@ -136,11 +137,24 @@ class Machine:
             self.applied, self.digest, self.executed, self.answers, self.registers = marshal.loads(data)
 
 
+class Watched(RaftNode):
+    """A node that shows one by one what `status` shows all at once: at every event, that took a tenth of all time."""
+
+    role = property(attrgetter("_role"))
+    term = property(attrgetter("_term"))
+    vote = property(attrgetter("_vote"))
+    commit = property(attrgetter("_log.commit"))
+    applied = property(attrgetter("_log.applied"))
+    last_index = property(attrgetter("_log.last_index"))
+    members = property(attrgetter("_tracker.members"))
+    followers = property(attrgetter("_tracker.followers"))  # as `Status.progress` has them
+
+
 @dataclass(slots=True)
 class Seen:
     """What the referee remembers of one run of a node, from start to crash."""
 
-    role: Role = Role.FOLLOWER
+    role: Role = FOLLOWER
     term: int = 0
     commit: int = 0
     heard_term: int = 0  # the highest that a message brought, but for terms that are only asked about
@@ -159,7 +173,7 @@ class Seen:
 class Host:
     id: NodeId
     disk: Disk
-    node: RaftNode | None = None  # None while it is down
+    node: Watched | None = None  # None while it is down
     machine: Machine = field(default_factory=Machine)
     members: Members = field(default_factory=lambda: Members(frozenset()))
     seen: Seen = field(default_factory=Seen)

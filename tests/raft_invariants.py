@@ -1,32 +1,39 @@
 """What must hold at every event of the Raft swarm, whatever the weather: the invariants I1 to I14, seen from outside.
 
-The referee reads what a driver can see: `status()`, every Ready, every message that leaves, and the disks. Only
-the host that an event touched is examined. Where a check is stricter than the paper's sentence the reason stands there.
+The referee reads what a driver can see: what `status()` shows, every Ready, every message that leaves, and the disks.
+Only the host that an event touched is examined. Where a check is stricter than the paper's sentence the reason stands
+there.
 """
 
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.raft import (
-    NOBODY,
-    Entry,
-    EntryKind,
-    HardState,
-    Members,
-    Message,
-    MessageType,
-    NodeId,
-    Ready,
-    Role,
-    Snapshot,
-    Status,
+from cluster.raft import NOBODY, Entry, HardState, Members, Message, NodeId, Ready, Snapshot, Status
+from cluster.raft.messages import (
+    APPEND,
+    APPEND_REPLY,
+    CANDIDATE,
+    CHANGE,
+    FOLLOWER,
+    HEARTBEAT,
+    HEARTBEAT_REPLY,
+    LEADER,
+    PRE_CANDIDATE,
+    PRE_VOTE,
+    PRE_VOTE_REPLY,
+    READ_INDEX,
+    READ_INDEX_REPLY,
+    SNAPSHOT,
+    TIMEOUT_NOW,
+    VOTE,
+    VOTE_REPLY,
 )
-from tests.raft_host import Host, Seen, link
+from tests.raft_host import Host, Seen, Watched, link
 
-LEADERS_ALONE = {MessageType.APPEND, MessageType.HEARTBEAT, MessageType.SNAPSHOT, MessageType.TIMEOUT_NOW}
-STANDING = {Role.PRE_CANDIDATE, Role.CANDIDATE}
-READS = {MessageType.READ_INDEX, MessageType.READ_INDEX_REPLY}
+LEADERS_ALONE = (APPEND, HEARTBEAT, SNAPSHOT, TIMEOUT_NOW)
+STANDING = (PRE_CANDIDATE, CANDIDATE)
+READS = (READ_INDEX, READ_INDEX_REPLY)
 
 
 class Violation(Exception):
@@ -87,48 +94,47 @@ class Referee:
     # What a node shows after each event that touched it.
 
     def started(self, host: Host) -> None:
-        assert host.node is not None
-        status = host.node.status()
-        saved = host.disk.hard_state
+        node = host.node
+        assert node is not None
+        status, saved = node.status(), host.disk.hard_state
         host.seen = Seen(status.role, status.term, status.commit, heard_term=saved.term, handed=host.machine.applied)
-        self.require(status.role is Role.FOLLOWER, "5.2", f"{host.id} starts as {status.role}")
+        self.require(status.role is FOLLOWER, "5.2", f"{host.id} starts as {status.role}")
         self.require((status.term, status.vote) == (saved.term, saved.vote), "I8", f"{host.id} forgot {saved}")
         self.require(status.last_index == host.disk.last_index, "I7", f"{host.id} forgot a part of its log")
 
-    def hears(self, host: Host, message: Message) -> None:
-        """Before the message is given to the node."""
+    def hears(self, host: Host, message: Message) -> Status | None:
+        """Before the message is given to the node: what must still be so after a message of an earlier term (5.1)."""
         seen, kind = host.seen, message.type
-        if kind is MessageType.PRE_VOTE_REPLY and not message.reject:
+        if kind is PRE_VOTE_REPLY and not message.reject:
             seen.grants.setdefault(message.term, set()).add(message.sender)
-        elif kind is not MessageType.PRE_VOTE and message.term > seen.heard_term:
+        elif kind is not PRE_VOTE and message.term > seen.heard_term:
             seen.heard_term = message.term
-        if kind is MessageType.TIMEOUT_NOW:
+        if kind is TIMEOUT_NOW:
             seen.asked_to_stand = message.term
-        elif kind is MessageType.HEARTBEAT_REPLY:
+        elif kind is HEARTBEAT_REPLY:
             if message.term == seen.term and (left := seen.beats.get(message.context)):
                 seen.answered[message.sender] = max(left, seen.answered.get(message.sender, 0))
-        elif kind is MessageType.APPEND_REPLY and message.reject:
+        elif kind is APPEND_REPLY and message.reject:
             seen.windows.pop(message.sender, None)
-
-    def before_what_is_over(self, host: Host, message: Message) -> Status | None:
-        """What must still be so after a message of an earlier term (5.1); reads are right in any."""
+        if message.term >= seen.term or kind in READS:  # reads are right in any term
+            return None
         assert host.node is not None
-        is_over = message.term < host.seen.term and message.type not in READS
-        return host.node.status() if is_over else None
+        return host.node.status()
 
-    def examine(self, host: Host) -> Status:
-        assert host.node is not None
-        status, seen = host.node.status(), host.seen
-        if status.term != seen.term:
-            self._term_moved(host, status)
-        if status.role is not seen.role or status.term != seen.term:
-            self._role_changed(host, status)
-        if status.commit != seen.commit:
-            self._commit_moved(host, status)
-        seen.role, seen.term, seen.commit = status.role, status.term, status.commit
-        return status
+    def examine(self, host: Host) -> Watched:
+        node, seen = host.node, host.seen
+        assert node is not None
+        role, term, commit = node.role, node.term, node.commit
+        if term != seen.term:
+            self._term_moved(host, node)
+        if role is not seen.role or term != seen.term:
+            self._role_changed(host, node)
+        if commit != seen.commit:
+            self._commit_moved(host, node)
+        seen.role, seen.term, seen.commit = role, term, commit
+        return node
 
-    def _term_moved(self, host: Host, status: Status) -> None:
+    def _term_moved(self, host: Host, status: Watched) -> None:
         seen = host.seen
         if status.term <= seen.term:
             raise self.broken("I8", f"{host.id}: the term fell from {seen.term} to {status.term}")
@@ -143,8 +149,8 @@ class Referee:
                 "I13", f"{host.id} raised the term to {status.term} with pre-votes of {sorted(granted)} only"
             )
 
-    def _role_changed(self, host: Host, status: Status) -> None:
-        if status.role is Role.LEADER:
+    def _role_changed(self, host: Host, status: Watched) -> None:
+        if status.role is LEADER:
             self._is_leader(host.id, status.term)
             self.require(status.vote == host.id, "I1", f"{host.id} leads term {status.term} and voted {status.vote}")
             seen = host.seen
@@ -160,7 +166,7 @@ class Referee:
         if known != node:
             raise self.broken("I1", f"two leaders of term {term}: {known} and {node}")
 
-    def _commit_moved(self, host: Host, status: Status) -> None:
+    def _commit_moved(self, host: Host, status: Watched) -> None:
         commit, last = status.commit, status.last_index
         if commit < host.seen.commit:
             raise self.broken("I6", f"{host.id}: commit fell from {host.seen.commit} to {commit}")
@@ -169,7 +175,7 @@ class Referee:
         if commit <= self.proven:
             return
         # A leader learns first; it must be able to show a quorum of disks, its own included only if it votes.
-        if status.role is not Role.LEADER:
+        if status.role is not LEADER:
             raise self.broken("I6", f"{host.id} commits {commit}, which no leader committed")
         term = host.disk.term_at(commit)
         if term is None:
@@ -187,41 +193,51 @@ class Referee:
         first_unsaved = unsaved[0].index if unsaved else upto + 1
         saved = (host.disk.entry_at(index) for index in range(after + 1, min(upto + 1, first_unsaved)))
         entries = [*saved, *(entry for entry in unsaved if after < entry.index <= upto)]
-        return [entry.index for entry in entries if entry and entry.kind is EntryKind.CHANGE]
+        return [entry.index for entry in entries if entry and entry.kind is CHANGE]
 
     # What a node hands out.
 
     def handed_out(self, host: Host, ready: Ready) -> None:
-        status, seen, disk = self.examine(host), host.seen, host.disk
-        now = ready.hard_state or disk.hard_state
-        if now.term < disk.hard_state.term:
-            raise self.broken("I8", f"{host.id} saves term {now.term} after {disk.hard_state}")
-        if now.term == disk.hard_state.term and disk.hard_state.vote not in (NOBODY, now.vote):
-            raise self.broken("I8", f"{host.id} changes its vote: {disk.hard_state} to {now}")
-        showing = (status.term, status.vote)
-        if (now.term, now.vote) != showing:
-            raise self.broken("I8", f"{host.id} is at {showing} and saves {now}")
-        if now.commit < disk.hard_state.commit:
-            raise self.broken("I6", f"{host.id} saves {now} after {disk.hard_state}")
-        moved = (now.term, now.vote) != (disk.synced.term, disk.synced.vote)
-        if (moved or ready.entries or ready.snapshot) and not ready.must_sync:
-            raise self.broken("I9", f"{host.id} hands out what must be synced and does not say so")
-        right = ready.snapshot.members if ready.snapshot else host.members
-        if status.members != right:
-            raise self.broken("I10", f"{host.id} counts {status.members} where its log says {right}")
-        self._log_grows(host, ready, status)
-        self._to_apply(host, ready, status)
+        node, seen, disk = self.examine(host), host.seen, host.disk
+        term, is_leader = node.term, node.role is LEADER
+        now, synced = disk.hard_state, disk.synced
+        if ready.hard_state:
+            now = ready.hard_state
+            self._state_moves(host, now)
+        if now.term != term or now.vote != node.vote:
+            raise self.broken("I8", f"{host.id} is at {(term, node.vote)} and saves {now}")
+        if not ready.must_sync:
+            moved = now.term != synced.term or now.vote != synced.vote
+            if moved or ready.entries or ready.snapshot:
+                raise self.broken("I9", f"{host.id} hands out what must be synced and does not say so")
+        members, right = node.members, ready.snapshot.members if ready.snapshot else host.members
+        if members is not right and members != right:
+            raise self.broken("I10", f"{host.id} counts {members} where its log says {right}")
+        if ready.entries or ready.snapshot:
+            self._log_grows(host, ready, node)
+        self._to_apply(host, ready, node)
         if ready.leader:
-            known = self.leader_of.get(status.term, ready.leader)
+            known = self.leader_of.get(term, ready.leader)
             if known != ready.leader:
-                raise self.broken("I1", f"{host.id} follows {ready.leader} in term {status.term} of {known}")
-        if status.role is Role.LEADER and seen.led_term != status.term:
-            self._leader_is_complete(host, ready, status.term)
-        seen.led_term = status.term if status.role is Role.LEADER else 0
-        if status.role is Role.LEADER and self.max_inflight <= 8:
-            self._window(host, ready, status)
+                raise self.broken("I1", f"{host.id} follows {ready.leader} in term {term} of {known}")
+        if is_leader and seen.led_term != term:
+            self._leader_is_complete(host, ready, term)
+        seen.led_term = term if is_leader else 0
+        if is_leader and self.max_inflight <= 8:
+            appends = [each for each in ready.messages if each.type is APPEND and each.entries]
+            if appends:
+                self._window(host, appends, node)
 
-    def _log_grows(self, host: Host, ready: Ready, status: Status) -> None:
+    def _state_moves(self, host: Host, now: HardState) -> None:
+        before = host.disk.hard_state
+        if now.term < before.term:
+            raise self.broken("I8", f"{host.id} saves term {now.term} after {before}")
+        if now.term == before.term and before.vote not in (NOBODY, now.vote):
+            raise self.broken("I8", f"{host.id} changes its vote: {before} to {now}")
+        if now.commit < before.commit:
+            raise self.broken("I6", f"{host.id} saves {now} after {before}")
+
+    def _log_grows(self, host: Host, ready: Ready, status: Watched) -> None:
         disk = host.disk
         last = disk.last_index
         if ready.snapshot:
@@ -239,7 +255,7 @@ class Referee:
             raise self.broken("I3", f"{host.id} leaves a gap between {last} and {first}")
         if first <= max(disk.hard_state.commit, host.seen.handed):
             raise self.broken("I6", f"{host.id} overwrites {first}, which it had committed ({disk.hard_state})")
-        if status.role is Role.LEADER and host.seen.led_term == status.term and first <= disk.last_index:
+        if status.role is LEADER and host.seen.led_term == status.term and first <= disk.last_index:
             raise self.broken("I2", f"leader {host.id} overwrites its own log at {first}")
         expected = range(first, first + len(ready.entries))
         if [e.index for e in ready.entries] != list(expected):
@@ -255,7 +271,7 @@ class Referee:
         if members != right:
             raise self.broken("I10", f"{host.id}: snapshot {index} names {members}, not {right}")
 
-    def _to_apply(self, host: Host, ready: Ready, status: Status) -> None:
+    def _to_apply(self, host: Host, ready: Ready, status: Watched) -> None:
         seen = host.seen
         if ready.snapshot:
             seen.handed = ready.snapshot.index
@@ -282,11 +298,9 @@ class Referee:
             chain == self.truth[must].chain, "I4", f"leader {host.id} of term {term} lacks the committed {must}"
         )
 
-    def _window(self, host: Host, ready: Ready, status: Status) -> None:
-        for message in ready.messages:
-            if message.type is not MessageType.APPEND or not message.entries:
-                continue
-            progress = status.progress.get(message.to)
+    def _window(self, host: Host, appends: list[Message], status: Watched) -> None:
+        for message in appends:
+            progress = status.followers.get(message.to)
             window = host.seen.windows.setdefault(message.to, deque())
             if progress is None or progress.state != "replicate" or message.term != status.term:
                 window.clear()
@@ -309,31 +323,34 @@ class Referee:
             known = self.chain_of.setdefault((entry.index, entry.term), chain)
             if known != chain:
                 raise self.broken("I3", f"{host.id}: another log ends at ({entry.index}, {entry.term})")
-            if entry.kind is EntryKind.CHANGE and not Members.from_bytes(entry.data).voters:
+            if entry.kind is CHANGE and not Members.from_bytes(entry.data).voters:
                 raise self.broken("I10", f"{host.id} saves a change to no voters")
 
     def sending(self, host: Host, message: Message, with_entries: bool) -> None:
         """I9, and who may say what. All that leaves rests on what is synced by now."""
         kind, term, durable = message.type, message.term, host.disk.synced
-        if kind is MessageType.HEARTBEAT:
+        if kind is HEARTBEAT:
             self._heartbeat(host, message)
         if kind in LEADERS_ALONE:
             self._is_leader(host.id, term)
             if message.sender != host.id:
                 raise self.broken("I1", f"{host.id} speaks as leader {message.sender}")
-        elif kind is MessageType.VOTE:
+        elif kind is VOTE:
             self.stood[host.id, term] = (message.log_term, message.index)
             if durable.term < term:
                 raise self.broken("I9", f"{host.id} stands in term {term} before it saved it")
             self._votes(host, term, host.id, durable)
-        elif kind is MessageType.VOTE_REPLY and not message.reject:
+        elif kind is VOTE_REPLY and not message.reject:
             self._votes(host, term, message.to, durable)
             if not with_entries:
                 self._vote_goes_to_the_up_to_date(host, message)
-        elif kind is MessageType.APPEND_REPLY and not message.reject:
+        elif kind is APPEND_REPLY and not message.reject:
             self._acknowledges(host, message, durable)
-        asked_only = kind is MessageType.PRE_VOTE or (kind is MessageType.PRE_VOTE_REPLY and not message.reject)
-        if not asked_only and term > durable.term:
+        if term > durable.term:
+            if kind is PRE_VOTE or (
+                kind is PRE_VOTE_REPLY and not message.reject
+            ):  # of a term that is only asked about
+                return
             raise self.broken("I9", f"{host.id} speaks in term {term} before it saved it: {durable}")
 
     def _heartbeat(self, host: Host, message: Message) -> None:
@@ -382,10 +399,10 @@ class Referee:
         first = entry.index == len(self.truth)
         if first:
             self.truth.append(Committed(entry, link(self.truth[-1].chain, entry), digest))
-            if entry.kind is EntryKind.CHANGE:
+            if entry.kind is CHANGE:
                 self._members_follow(entry)
         true = self.truth[entry.index]
-        if entry != true.entry:
+        if entry is not true.entry and entry != true.entry:
             raise self.broken("I5", f"{host.id} applies {entry}, others {true.entry}")
         if chain not in (None, true.chain):
             raise self.broken("I3", f"{host.id} has another log up to {entry.index}")
@@ -415,7 +432,7 @@ class Referee:
     def accepted(self, host: Host, index: int, size: int) -> None:
         """I14: open payload stays within the limit and one proposal."""
         seen = host.seen
-        if seen.role is not Role.LEADER:
+        if seen.role is not LEADER:
             raise self.broken("I1", f"{host.id} takes a proposal and does not lead")
         while seen.proposed and seen.proposed[0][0] <= seen.commit:
             seen.proposed.popleft()
@@ -441,7 +458,7 @@ class Referee:
     def asked_to_read(self, host: Host, context: bytes) -> None:
         assert host.node is not None
         self.moment += 1
-        if host.node.status().role is Role.LEADER and len(host.members.voters) > 1:
+        if host.node.role is LEADER and len(host.members.voters) > 1:
             host.seen.asked[context] = self.moment
 
     def read_answered(self, host: Host, context: bytes, index: int, floor: int) -> None:

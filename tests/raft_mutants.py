@@ -123,8 +123,8 @@ MUTANTS = (
     Mutant(
         "M1 a vote is not saved",
         NODE,
-        "            hard_state=None if state == self._told else state,",
-        "            hard_state=None if state == self._told else HardState(state.term, NOBODY, state.commit),",
+        "            hard_state=None if state is told else state,",
+        "            hard_state=None if state is told else HardState(state.term, NOBODY, state.commit),",
         PAPER + "5_2_a_candidate_that_crashed_does_not_vote_for_another_in_its_term",
         5,
     ),
@@ -186,11 +186,13 @@ MUTANTS = (
         "M7b what follows a conflict stays",
         LOG,
         "                self._truncate(entry.index)\n"
-        "                self._entries += entries[entry.index - entries[0].index :]\n",
+        "                self._entries += entries[entry.index - entries[0].index :]\n"
+        "                self.last_index = entries[-1].index\n",
         "                self.saved = min(self.saved, entry.index - 1)\n"
         "                new = entries[entry.index - entries[0].index :]\n"
         "                at = entry.index - self.first_index\n"
-        "                self._entries[at : at + len(new)] = new\n",
+        "                self._entries[at : at + len(new)] = new\n"
+        "                self.last_index = self.snapshot.index + len(self._entries)\n",
         PAPER + "5_3_a_conflicting_entry_goes_with_all_that_follow_it",
         25,
     ),
@@ -222,7 +224,7 @@ MUTANTS = (
         NODE,
         "        committed = self._log.unapplied()\n",
         "        committed = self._log.unapplied()\n"
-        "        if self._messages and self._role is not Role.LEADER:\n"
+        "        if self._messages and self._role is not LEADER:\n"
         "            entries = ()\n",
         CONTRACT + "must_sync_tells_what_the_next_message_stands_on",
         5,
@@ -248,7 +250,7 @@ MUTANTS = (
         "M12 an acknowledgement of an earlier term counts",
         NODE,
         "        if message.term < self._term and message.type not in _READS:",
-        "        if message.term < self._term and message.type not in (*_READS, MessageType.APPEND_REPLY):",
+        "        if message.term < self._term and message.type not in (*_READS, APPEND_REPLY):",
         PAPER + "5_1_a_reply_of_an_older_term_counts_for_nothing",
         60,
     ),
@@ -287,7 +289,7 @@ MUTANTS = (
     Mutant(
         "M16 a follower answers a read by what it knows",
         NODE,
-        "            self._send(MessageType.READ_INDEX, self._leader, context=context)",
+        "            self._send(READ_INDEX, self._leader, context=context)",
         "            self._answers.append(ReadState(self._log.commit, context))",
         CONTRACT + "a_read_on_a_follower_or_learner_is_forwarded",
         5,
@@ -320,7 +322,7 @@ MUTANTS = (
         NODE,
         "        if self._log.has_change(self._log.last_index):",
         "        log = self._log\n"
-        "        if any(e.kind is EntryKind.CHANGE for e in log.between(log.commit + 1, log.last_index)):",
+        "        if any(e.kind is CHANGE for e in log.between(log.commit + 1, log.last_index)):",
         CONTRACT + "a_change_is_refused_while_an_earlier_one_is_unapplied",
     ),
     Mutant(
@@ -378,16 +380,15 @@ MUTANTS = (
     Mutant(
         "M25 a pre-candidate moves its term",
         NODE,
-        "        self._take_role(Role.PRE_CANDIDATE, NOBODY)\n",
-        "        self._take_role(Role.PRE_CANDIDATE, NOBODY)\n"
-        "        self._term, self._vote = self._term + 1, NOBODY\n",
+        "        self._take_role(PRE_CANDIDATE, NOBODY)\n",
+        "        self._take_role(PRE_CANDIDATE, NOBODY)\n        self._term, self._vote = self._term + 1, NOBODY\n",
         CONTRACT + "a_pre_candidate_does_not_move_its_term",
         5,
     ),
     Mutant(
         "M25b who is asked for a pre-vote takes its term over",
         NODE,
-        "        if message.term > self._term and message.type is MessageType.VOTE:",
+        "        if message.term > self._term and message.type is VOTE:",
         "        if message.term > self._term:",
         CONTRACT + "a_granting_pre_vote_reply_repeats_the_term_and_binds_nobody",
         5,
@@ -433,8 +434,8 @@ MUTANTS = (
     Mutant(
         "N6 a learner counts to a majority",
         TRACKER,
-        "for id in self.members.voters), reverse=True)",
-        "for id in self.members.everyone), reverse=True)",
+        "for id in self.members.voters])[-self.quorum]",
+        "for id in self.members.everyone])[-self.quorum]",
         CONTRACT + "a_learner_is_sent_everything_counts_for_nothing_and_becomes_a_voter",
         5,
     ),
@@ -485,9 +486,9 @@ MUTANTS = (
     Mutant(
         "N13 a change counts when it is appended",
         NODE,
-        "        return self._append(members.to_bytes(), EntryKind.CHANGE)",
+        "        return self._append(members.to_bytes(), CHANGE)",
         "        self._tracker.change(members, self._log.last_index)\n"
-        "        return self._append(members.to_bytes(), EntryKind.CHANGE)",
+        "        return self._append(members.to_bytes(), CHANGE)",
         CONTRACT + "a_change_counts_from_when_it_is_applied",
     ),
     Mutant(

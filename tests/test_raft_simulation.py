@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-from cluster.raft import Entry, HardState, Members, RaftNode, Ready, Snapshot
-from tests.raft_host import Disk, Machine
+from cluster.raft import Config, Entry, HardState, Members, Progress, Ready, Saved, Snapshot
+from tests.raft_host import Disk, Machine, Watched
 from tests.raft_invariants import Violation
 from tests.raft_simulation import Outcome, run_seed, run_seeds
 
@@ -71,7 +71,7 @@ def first_violation(seeds: range, **planted: type) -> Violation:
     raise AssertionError(f"none of {seeds} sees what is planted in {planted}")
 
 
-class ForgetsWhoItVotedFor(RaftNode):
+class ForgetsWhoItVotedFor(Watched):
     """Its term is saved, its vote is not."""
 
     def ready(self) -> Ready:
@@ -82,7 +82,7 @@ class ForgetsWhoItVotedFor(RaftNode):
         return done
 
 
-class CountsAMemberTooFew(RaftNode):
+class CountsAMemberTooFew(Watched):
     """It takes a change of members for done without the newcomers."""
 
     def apply_conf_change(self, members: Members) -> None:
@@ -98,13 +98,29 @@ class ForgetsWhatItAnswered(Machine):
 
 
 @pytest.mark.parametrize("planted", [ForgetsWhoItVotedFor, CountsAMemberTooFew])
-def test_a_planted_fault_of_the_node_is_seen(planted: type[RaftNode]) -> None:
+def test_a_planted_fault_of_the_node_is_seen(planted: type[Watched]) -> None:
     violation = first_violation(range(20), node_class=planted)
     assert f"python -m tests.raft_simulation {violation.seed}" in str(violation)
 
 
 def test_a_state_machine_that_forgets_its_clients_is_seen() -> None:
     assert first_violation(range(60), machine_class=ForgetsWhatItAnswered).invariant in {"I5", "I7", "I12"}
+
+
+def test_a_watched_node_shows_what_its_status_says() -> None:
+    """The referee of the swarm looks there instead."""
+    members = Members(frozenset({1}), frozenset({2}))
+    node = Watched(Config(1), Saved(Snapshot(4, 2, members), HardState(3, 1, 4)), random.Random(1))
+    node.campaign()
+    while node.has_ready():
+        ready = node.ready()
+        node.advance(ready)
+    node.propose(b"not saved yet")
+    status = node.status()
+    for name in ("role", "term", "vote", "commit", "applied", "last_index", "members"):
+        assert getattr(node, name) == getattr(status, name), name
+    assert status.last_index > status.commit == status.applied > 4 and len(status.progress) == 2
+    assert {id: Progress(each.match, each.next, each.state) for id, each in node.followers.items()} == status.progress
 
 
 def test_the_disk_keeps_what_was_synced_and_may_lose_a_commit() -> None:

@@ -25,7 +25,25 @@ from typing import Any
 
 from cluster.raft.log import Log
 from cluster.raft.messages import (
+    APPEND,
+    APPEND_REPLY,
+    CANDIDATE,
+    CHANGE,
+    COMMAND,
+    FOLLOWER,
+    HEARTBEAT,
+    HEARTBEAT_REPLY,
+    LEADER,
     NOBODY,
+    PRE_CANDIDATE,
+    PRE_VOTE,
+    PRE_VOTE_REPLY,
+    READ_INDEX,
+    READ_INDEX_REPLY,
+    SNAPSHOT,
+    TIMEOUT_NOW,
+    VOTE,
+    VOTE_REPLY,
     ConfChangeRefused,
     Config,
     Entry,
@@ -47,15 +65,15 @@ from cluster.raft.messages import (
 from cluster.raft.tracker import Tracker
 
 TRANSFER = b"transfer"
-_FROM_LEADERS = (MessageType.APPEND, MessageType.HEARTBEAT, MessageType.SNAPSHOT)
-_BALLOTS = (MessageType.PRE_VOTE, MessageType.VOTE)
-_READS = (MessageType.READ_INDEX, MessageType.READ_INDEX_REPLY)  # right whenever they arrive, in whichever term
+_FROM_LEADERS = (APPEND, HEARTBEAT, SNAPSHOT)
+_BALLOTS = (PRE_VOTE, VOTE)
+_READS = (READ_INDEX, READ_INDEX_REPLY)  # right whenever they arrive, in whichever term
 _REPLY = {
-    MessageType.PRE_VOTE: MessageType.PRE_VOTE_REPLY,
-    MessageType.VOTE: MessageType.VOTE_REPLY,
-    MessageType.APPEND: MessageType.APPEND_REPLY,
-    MessageType.HEARTBEAT: MessageType.HEARTBEAT_REPLY,
-    MessageType.SNAPSHOT: MessageType.APPEND_REPLY,
+    PRE_VOTE: PRE_VOTE_REPLY,
+    VOTE: VOTE_REPLY,
+    APPEND: APPEND_REPLY,
+    HEARTBEAT: HEARTBEAT_REPLY,
+    SNAPSHOT: APPEND_REPLY,
 }
 
 
@@ -66,10 +84,11 @@ class RaftNode:
         """As it was when `saved` was written, a follower. `rng` draws election timeouts, and nothing else."""
         self._config, self._rng = config, rng
         self._id = config.id
+        self._timeouts = range(config.election_ticks, 2 * config.election_ticks)
         self._log = Log(saved)
         self._tracker = Tracker(saved.snapshot.members)
         self._term, self._vote = saved.hard_state.term, saved.hard_state.vote
-        self._role, self._leader = Role.FOLLOWER, NOBODY
+        self._role, self._leader = FOLLOWER, NOBODY
         self._votes: dict[NodeId, bool] = {}
         self._is_asked_to_stand = False
         self._elapsed = 0  # ticks since the leader was heard, or a vote given; a leader hears itself
@@ -93,7 +112,7 @@ class RaftNode:
 
     def tick(self) -> None:
         """One unit of time has passed."""
-        if self._role is Role.LEADER:
+        if self._role is LEADER:
             self._tick_leader()
             return
         self._elapsed += 1
@@ -126,13 +145,13 @@ class RaftNode:
         self._must_take_proposals()
         if reason := self._reason_against(members):
             raise ConfChangeRefused(reason)
-        return self._append(members.to_bytes(), EntryKind.CHANGE)
+        return self._append(members.to_bytes(), CHANGE)
 
     def apply_conf_change(self, members: Members) -> None:
         """The driver has reached a CHANGE in what is committed: from now on it counts (thesis 4.1)."""
         last = max(1, self._log.last_index)
         self._tracker.change(members, next_index=last)  # so that a new one is asked about it
-        if self._role is not Role.LEADER:
+        if self._role is not LEADER:
             return
         if self._id not in members.voters:
             self._leave()
@@ -147,21 +166,21 @@ class RaftNode:
 
         Raises NotLeader when no leader is known. A context must be unique on this node.
         """
-        if self._role is Role.LEADER:
+        if self._role is LEADER:
             self._read(self._id, context)
         elif self._leader == NOBODY:
             raise NotLeader(NOBODY)
         else:
-            self._send(MessageType.READ_INDEX, self._leader, context=context)
+            self._send(READ_INDEX, self._leader, context=context)
 
     def campaign(self) -> None:
         """Stand for election, asking first whether there is a chance. Nothing happens where this node may not."""
-        if self._role is not Role.LEADER and self._may_campaign():
+        if self._role is not LEADER and self._may_campaign():
             self._become_pre_candidate()
 
     def transfer_leader(self, to: NodeId) -> None:
         """Hand over to this voter once it is level. To oneself: stay, whatever was asked before (thesis 3.10)."""
-        if self._role is not Role.LEADER or to not in self._tracker.members.voters or to == self._transfer_to:
+        if self._role is not LEADER or to not in self._tracker.members.voters or to == self._transfer_to:
             return
         self._transfer_to, self._transfer_elapsed = NOBODY if to == self._id else to, 0
         self._hand_over_if_level()
@@ -184,25 +203,26 @@ class RaftNode:
             return False
         if self._messages or self._answers or self._told_leader != self._leader:
             return True
-        log, told = self._log, self._told
-        if (log.commit, self._term, self._vote) != (told.commit, told.term, told.vote) or log.has_work():
+        if self._log.has_work() or not self._is_state_told():
             return True
-        return any(map(self._has_news_for, self._tracker.followers))
+        return self._role is LEADER and bool(self._behind())
 
     def ready(self) -> Ready:
         """All there is to do now. `advance` must be called with it before the next."""
         assert self._handed_out is None, "the last Ready was not advanced"
-        for id in self._tracker.followers:
-            while self._has_news_for(id):
-                self._send_append(id)
-        state, entries, snapshot = self._hard_state, self._log.unsaved(), self._log.unsaved_snapshot
+        if self._role is LEADER:
+            for id in self._behind():
+                self._send_appends(id)
+        told = self._told
+        state = told if self._is_state_told() else HardState(self._term, self._vote, self._log.commit)
+        entries, snapshot = self._log.unsaved(), self._log.unsaved_snapshot
         if snapshot:
             self._tracker.change(snapshot.members, next_index=0)
         committed = self._log.unapplied()
-        has_change = any(entry.kind is EntryKind.CHANGE for entry in committed)
-        is_vote_new = (state.term, state.vote) != (self._told.term, self._told.vote)
+        has_change = CHANGE in [entry.kind for entry in committed]
+        is_vote_new = state.term != told.term or state.vote != told.vote
         done = Ready(
-            hard_state=None if state == self._told else state,
+            hard_state=None if state is told else state,
             snapshot=snapshot,
             entries=entries,
             messages=tuple(self._messages),
@@ -229,9 +249,9 @@ class RaftNode:
             self._log.mark_applied(done.committed[-1].index)
         if done.entries:
             self._log.mark_saved(done.entries)
-        if self._role is Role.LEADER:
-            self._acknowledge_own_log()
-            self._commit_what_a_quorum_holds()
+            if self._role is LEADER:
+                self._acknowledge_own_log()
+                self._commit_what_a_quorum_holds()
         self._stand_if_asked()
 
     def status(self) -> Status:
@@ -246,22 +266,22 @@ class RaftNode:
     def _become_follower(self, term: int, leader: NodeId) -> None:
         if term != self._term:
             self._term, self._vote = term, NOBODY
-        self._take_role(Role.FOLLOWER, leader)
+        self._take_role(FOLLOWER, leader)
 
     def _become_pre_candidate(self) -> None:
         """Its term stays: only who can win moves it (thesis 9.6)."""
-        self._take_role(Role.PRE_CANDIDATE, NOBODY)
-        self._ask_for_votes(MessageType.PRE_VOTE, self._term + 1)
+        self._take_role(PRE_CANDIDATE, NOBODY)
+        self._ask_for_votes(PRE_VOTE, self._term + 1)
 
     def _become_candidate(self, context: bytes = b"") -> None:
         """To begin an election, increment the term, vote for oneself, ask all others (5.2)."""
         self._term, self._vote = self._term + 1, self._id
-        self._take_role(Role.CANDIDATE, NOBODY)
-        self._ask_for_votes(MessageType.VOTE, self._term, context)
+        self._take_role(CANDIDATE, NOBODY)
+        self._ask_for_votes(VOTE, self._term, context)
 
     def _become_leader(self) -> None:
         """An empty entry at once: what earlier terms left is committed with it (5.4.2, 8)."""
-        self._take_role(Role.LEADER, self._id)
+        self._take_role(LEADER, self._id)
         self._tracker.begin(self._log.last_index + 1)
         self._acknowledge_own_log()
         left = self._log.between(self._log.commit + 1, self._log.last_index)
@@ -285,7 +305,7 @@ class RaftNode:
 
     def _draw_timeout(self) -> None:
         """Each node waits a time of its own, so that split votes are rare (5.2)."""
-        self._timeout = self._rng.randrange(self._config.election_ticks, 2 * self._config.election_ticks)
+        self._timeout = self._rng.choice(self._timeouts)
 
     def _tick_leader(self) -> None:
         patience = self._config.election_ticks
@@ -309,7 +329,7 @@ class RaftNode:
         if message.type in _BALLOTS:
             return self._hears_candidate(message)
         if message.term > self._term:
-            if message.type is not MessageType.PRE_VOTE_REPLY or message.reject:
+            if message.type is not PRE_VOTE_REPLY or message.reject:
                 leads = message.type in _FROM_LEADERS
                 self._become_follower(message.term, message.sender if leads else NOBODY)
             return True
@@ -326,7 +346,7 @@ class RaftNode:
         heard_leader = self._leader != NOBODY and self._elapsed < self._config.election_ticks
         if heard_leader and message.context != TRANSFER:
             return False
-        if message.term > self._term and message.type is MessageType.VOTE:
+        if message.term > self._term and message.type is VOTE:
             self._become_follower(message.term, NOBODY)
         return True
 
@@ -342,7 +362,7 @@ class RaftNode:
         The other one proposed that, so its log holds all that is in this one.
         """
         log = self._log
-        changes = (entry for entry in log.between(log.commit + 1, log.last_index) if entry.kind is EntryKind.CHANGE)
+        changes = (entry for entry in log.between(log.commit + 1, log.last_index) if entry.kind is CHANGE)
         return len(self._tracker.members.voters) == 2 and any(
             self._id not in Members.from_bytes(change.data).voters for change in changes
         )
@@ -363,7 +383,7 @@ class RaftNode:
     def _count_vote(self, voter: NodeId, granted: bool) -> None:
         self._votes.setdefault(voter, granted)
         if self._tracker.is_won(self._votes):
-            if self._role is Role.PRE_CANDIDATE:
+            if self._role is PRE_CANDIDATE:
                 self._become_candidate()
             else:
                 self._become_leader()
@@ -372,12 +392,12 @@ class RaftNode:
 
     def _handle_ballot(self, message: Message) -> None:
         """One vote a term, first come, first served, and only for a log at least as up-to-date (5.2, 5.4.1)."""
-        is_ahead = message.type is MessageType.PRE_VOTE and message.term > self._term
+        is_ahead = message.type is PRE_VOTE and message.term > self._term
         is_free = self._vote == NOBODY and self._leader == NOBODY
         if (is_ahead or is_free or self._vote == message.sender) and self._log.is_current(
             message.index, message.log_term
         ):
-            if message.type is MessageType.VOTE:
+            if message.type is VOTE:
                 self._vote = message.sender
                 self._restart_timer()
             self._send(_REPLY[message.type], message.sender, term=message.term)
@@ -385,15 +405,15 @@ class RaftNode:
             self._send(_REPLY[message.type], message.sender, reject=True)
 
     def _handle_vote_reply(self, message: Message) -> None:
-        wanted = MessageType.PRE_VOTE_REPLY if self._role is Role.PRE_CANDIDATE else MessageType.VOTE_REPLY
-        is_asking = self._role in (Role.PRE_CANDIDATE, Role.CANDIDATE) and message.type is wanted
-        is_late = wanted is MessageType.PRE_VOTE_REPLY and not message.reject and message.term != self._term + 1
+        wanted = PRE_VOTE_REPLY if self._role is PRE_CANDIDATE else VOTE_REPLY
+        is_asking = self._role in (PRE_CANDIDATE, CANDIDATE) and message.type is wanted
+        is_late = wanted is PRE_VOTE_REPLY and not message.reject and message.term != self._term + 1
         if is_asking and not is_late:
             self._count_vote(message.sender, not message.reject)
 
     def _handle_timeout_now(self, message: Message) -> None:
         """The leader asks this one to stand, and would vote for it (thesis 3.10)."""
-        self._is_asked_to_stand = self._role is Role.FOLLOWER
+        self._is_asked_to_stand = self._role is FOLLOWER
         self._stand_if_asked()
 
     def _stand_if_asked(self) -> None:
@@ -407,9 +427,9 @@ class RaftNode:
 
     def _follow(self, message: Message) -> None:
         """A leader speaks. Who is one itself, in this term, hears nothing: there is one leader a term (5.2)."""
-        if self._role is Role.LEADER:
+        if self._role is LEADER:
             return
-        if self._role is Role.FOLLOWER:
+        if self._role is FOLLOWER:
             self._leader = message.sender
             self._restart_timer()
         else:
@@ -433,7 +453,7 @@ class RaftNode:
     def _handle_heartbeat(self, message: Message) -> None:
         if message.commit <= self._log.last_index:
             self._log.commit_to(message.commit)
-        self._send(MessageType.HEARTBEAT_REPLY, message.sender, context=message.context)
+        self._send(HEARTBEAT_REPLY, message.sender, context=message.context)
 
     def _handle_snapshot(self, message: Message) -> None:
         """What is here already stays, with all that follows it; else begin anew from the snapshot (figure 13)."""
@@ -449,22 +469,22 @@ class RaftNode:
     def _refuse(self, message: Message, agreed: int) -> None:
         """The logs may agree up to there, not further."""
         self._send(
-            MessageType.APPEND_REPLY, message.sender, index=message.index, reject=True,
+            APPEND_REPLY, message.sender, index=message.index, reject=True,
             hint=agreed, log_term=self._log.term_at(agreed) or 0,
         )  # fmt: skip
 
     def _acknowledge(self, message: Message, index: int) -> None:
-        self._send(MessageType.APPEND_REPLY, message.sender, index=index)
+        self._send(APPEND_REPLY, message.sender, index=index)
 
     # Leaders: replication (5.3), commitment (5.4.2)
 
     def _must_take_proposals(self) -> None:
-        if self._role is not Role.LEADER:
+        if self._role is not LEADER:
             raise NotLeader(self._leader)
         if self._transfer_to:
             raise ProposalDropped(f"leadership goes to {self._transfer_to}")
 
-    def _append(self, data: bytes, kind: EntryKind = EntryKind.COMMAND) -> int:
+    def _append(self, data: bytes, kind: EntryKind = COMMAND) -> int:
         entry = Entry(self._term, self._log.last_index + 1, data, kind)
         self._log.append(entry)
         self._uncommitted_bytes += len(data)
@@ -474,11 +494,22 @@ class RaftNode:
         """A leader counts as a follower of itself, by what is on its disk."""
         self._tracker.followers[self._id].acknowledge(self._log.saved, self._log.first_index)
 
-    def _has_news_for(self, id: NodeId) -> bool:
+    def _behind(self) -> list[NodeId]:
+        """The followers that have not been told everything, and may be told more before they answer."""
+        last, commit, window = self._log.last_index, self._log.commit, self._config.max_inflight_messages
+        return [
+            id
+            for id, follower in self._tracker.followers.items()
+            if (follower.next <= last or follower.told_commit < commit)
+            and not follower.is_paused(window)
+            and id != self._id
+        ]
+
+    def _send_appends(self, id: NodeId) -> None:
         follower = self._tracker.followers[id]
-        if id == self._id or follower.is_paused(self._config.max_inflight_messages):
-            return False
-        return follower.next <= self._log.last_index or follower.told_commit < self._log.commit
+        self._send_append(id)
+        while follower.next <= self._log.last_index and not follower.is_paused(self._config.max_inflight_messages):
+            self._send_append(id)
 
     def _send_append(self, id: NodeId) -> None:
         """The next entries for this follower, or the snapshot where they are compacted (7)."""
@@ -486,12 +517,12 @@ class RaftNode:
         previous = follower.next - 1
         term = log.term_at(previous)
         if term is None:
-            self._send(MessageType.SNAPSHOT, id, snapshot=log.snapshot)
+            self._send(SNAPSHOT, id, snapshot=log.snapshot)
             follower.send_snapshot(log.snapshot.index)
             return
         last = min(log.last_index, previous + self._config.max_entries_per_message)
         entries = log.between(follower.next, last)
-        self._send(MessageType.APPEND, id, index=previous, log_term=term, entries=entries, commit=log.commit)
+        self._send(APPEND, id, index=previous, log_term=term, entries=entries, commit=log.commit)
         follower.sent(last, log.commit, self._round)
 
     def _send_heartbeats(self) -> None:
@@ -501,7 +532,7 @@ class RaftNode:
         for id, follower in self._tracker.followers.items():
             if id != self._id:
                 commit = min(follower.match, self._log.commit)
-                self._send(MessageType.HEARTBEAT, id, commit=commit, context=self._round.to_bytes(8))
+                self._send(HEARTBEAT, id, commit=commit, context=self._round.to_bytes(8))
 
     def _handle_append_reply(self, message: Message) -> None:
         follower = self._tracker.followers.get(message.sender)
@@ -557,10 +588,10 @@ class RaftNode:
             if id == self._id:
                 self._answers.append(answer)
             else:
-                self._send(MessageType.READ_INDEX_REPLY, id, index=answer.index, context=answer.context)
+                self._send(READ_INDEX_REPLY, id, index=answer.index, context=answer.context)
 
     def _handle_read_index(self, message: Message) -> None:
-        if self._role is Role.LEADER:
+        if self._role is LEADER:
             self._read(message.sender, message.context)
 
     def _handle_read_index_reply(self, message: Message) -> None:
@@ -570,7 +601,7 @@ class RaftNode:
 
     def _hand_over_if_level(self) -> None:
         if self._transfer_to and self._tracker.followers[self._transfer_to].match == self._log.last_index:
-            self._send(MessageType.TIMEOUT_NOW, self._transfer_to)
+            self._send(TIMEOUT_NOW, self._transfer_to)
 
     def _reason_against(self, members: Members) -> str:
         now = self._tracker.members.voters
@@ -593,29 +624,29 @@ class RaftNode:
         voters = {id: self._tracker.followers[id].match for id in sorted(self._tracker.members.voters)}
         foremost = max(voters, key=lambda id: voters[id])
         if voters[foremost] == self._log.last_index:
-            self._send(MessageType.TIMEOUT_NOW, foremost)
+            self._send(TIMEOUT_NOW, foremost)
         self._become_follower(self._term, NOBODY)
 
     # Small things
 
-    @property
-    def _hard_state(self) -> HardState:
-        return HardState(self._term, self._vote, self._log.commit)
+    def _is_state_told(self) -> bool:
+        told = self._told
+        return self._log.commit == told.commit and self._term == told.term and self._vote == told.vote
 
     def _send(self, kind: MessageType, to: NodeId, *, term: int | None = None, **fields: Any) -> None:
         self._messages.append(Message(kind, to, self._id, self._term if term is None else term, **fields))
 
     _handlers: Mapping[MessageType, Callable[["RaftNode", Message], None]] = {
-        MessageType.PRE_VOTE: _handle_ballot,
-        MessageType.VOTE: _handle_ballot,
-        MessageType.PRE_VOTE_REPLY: _handle_vote_reply,
-        MessageType.VOTE_REPLY: _handle_vote_reply,
-        MessageType.APPEND: _handle_append,
-        MessageType.HEARTBEAT: _handle_heartbeat,
-        MessageType.SNAPSHOT: _handle_snapshot,
-        MessageType.APPEND_REPLY: _handle_append_reply,
-        MessageType.HEARTBEAT_REPLY: _handle_heartbeat_reply,
-        MessageType.READ_INDEX: _handle_read_index,
-        MessageType.READ_INDEX_REPLY: _handle_read_index_reply,
-        MessageType.TIMEOUT_NOW: _handle_timeout_now,
+        PRE_VOTE: _handle_ballot,
+        VOTE: _handle_ballot,
+        PRE_VOTE_REPLY: _handle_vote_reply,
+        VOTE_REPLY: _handle_vote_reply,
+        APPEND: _handle_append,
+        HEARTBEAT: _handle_heartbeat,
+        SNAPSHOT: _handle_snapshot,
+        APPEND_REPLY: _handle_append_reply,
+        HEARTBEAT_REPLY: _handle_heartbeat_reply,
+        READ_INDEX: _handle_read_index,
+        READ_INDEX_REPLY: _handle_read_index_reply,
+        TIMEOUT_NOW: _handle_timeout_now,
     }

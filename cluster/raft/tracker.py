@@ -126,8 +126,7 @@ class Tracker:
 
     def reached(self, how_far: Callable[[Follower], int]) -> int:
         """What a quorum of the voters has reached, at least."""
-        values = sorted((how_far(self.followers[id]) for id in self.members.voters), reverse=True)
-        return values[self.quorum - 1]
+        return sorted([how_far(self.followers[id]) for id in self.members.voters])[-self.quorum]
 
     def is_won(self, votes: Mapping[NodeId, bool]) -> bool:
         """Whether a majority of the voters said yes (5.2)."""
