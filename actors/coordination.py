@@ -31,7 +31,7 @@ class Coordination:
         self._client: Client | None = None
         self._leases: dict[str, int] = {}
         self._live: dict[str, LiveIndex] = {}
-        self._looking: asyncio.Task[None] | None = None  # goes on for ever, once it has looked for the first time
+        self._looking: asyncio.Task[None] | None = None  # goes on, once it has looked for the first time
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
         self._thread.start()
@@ -46,7 +46,7 @@ class Coordination:
         return self._run(self._working())
 
     def live_index(self, collection: str) -> LiveIndex | None:
-        if self._looking is None:
+        if self._looking is None or self._looking.done():
             self._run(self._begin_to_look())
         return self._live.get(collection)
 
@@ -70,14 +70,16 @@ class Coordination:
 
     async def _stay(self, worker: str) -> None:
         voters = await self._voters()
-        if worker in self._leases:
-            try:
+        try:
+            if worker in self._leases:
                 return await voters.keep_alive(self._leases[worker])
-            except LeaseGone:
-                log.warning("this worker fell silent for so long that others may have taken up what it held")
-        lease = await voters.grant(LEASE_SECONDS)
-        await voters.put(f"{WORKERS}{worker}", b"", lease)
-        self._leases[worker] = lease
+            lease = await voters.grant(LEASE_SECONDS)
+            await voters.put(f"{WORKERS}{worker}", b"", lease)
+            self._leases[worker] = lease
+        except LeaseGone:
+            log.warning("this worker fell silent for so long that others may have taken up what it held")
+            self._leases.pop(worker, None)
+            await self._stay(worker)
 
     async def _leave(self, worker: str) -> None:
         if lease := self._leases.pop(worker, 0):
@@ -96,8 +98,8 @@ class Coordination:
         return self._live[collection]
 
     async def _begin_to_look(self) -> None:
-        if self._looking is None:
-            await self._look()
+        await self._look()
+        if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._keep_looking())
 
     async def _keep_looking(self) -> None:

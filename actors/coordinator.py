@@ -38,6 +38,7 @@ log = logging.getLogger("nexus.coordinator")
 NAMESPACE = "nexus"
 NAME = "nexus-coordinator-"  # and the number of the voter
 CLOCK_SECONDS = 0.5
+LONGEST_TICK_SECONDS = 2.0  # of the clock; what is longer, the voter was stopped or stuck, and heard of no lease
 PENDING_CALLS = 1_000  # to one voter that takes none; what comes on top is lost, as on any network
 SILENCE_SECONDS = 2.0
 LOOK_SECONDS = 0.2  # between two look-ups of a voter that has no actor yet
@@ -211,19 +212,21 @@ class Coordinator:
     async def _keep_time(self, voter: Voter) -> None:
         """A leader tells the catalog how much time has passed, on its own clock, when something waits for that.
 
-        Time between two leaders is not counted, nor is any counted twice: leases may live longer, never shorter.
+        Time between two leaders is not counted, nor that in which this one stood still, nor is any counted twice:
+        leases may live longer, never shorter.
         """
-        term, since = 0, 0.0
+        term, elapsed, before = 0, 0.0, time.monotonic()
         while True:
             await asyncio.sleep(CLOCK_SECONDS)
             status, now = voter.status(), time.monotonic()
+            elapsed, before = elapsed + min(now - before, LONGEST_TICK_SECONDS), now
             if status.role is not Role.LEADER:
                 continue
             if status.term != term:
-                term, since = status.term, now
-            elapsed_ms = min(int((now - since) * 1000), LONGEST_STEP_MS)
+                term, elapsed = status.term, 0.0
+            elapsed_ms = min(int(elapsed * 1000), LONGEST_STEP_MS)
             if self._catalog.awaits_clock(elapsed_ms):
-                since += elapsed_ms / 1000
+                elapsed -= elapsed_ms / 1000
                 with suppress(NotLeader, ProposalDropped, Unanswered):
                     await voter.propose(encode(Clock(elapsed_ms)))
 

@@ -6,8 +6,9 @@ written again. Each change is one `Event`; the last of them are kept, in snapsho
 
 **Time** is what CLOCK entries add up to; nothing else moves it. The leader proposes one every so often, with the time
 since its last one (the first: since it was elected), measured on its own monotonic clock, so what is counted once is
-never counted again by its successor. A lease's time starts at the first clock entry after its grant or last
-keep-alive, and a session's after its last use: both live at least as long as promised, and one entry longer at most.
+never counted again by its successor; time in which it stood still, and heard nobody, is not counted. A lease's time
+starts at the first clock entry after its grant or last keep-alive, and a session's after its last use: both live at
+least as long as promised, and one entry longer at most.
 
 **Exactly once** (Ongaro's thesis 6.3). A session is opened by an entry and called by its index, so no name is used
 twice. Each of its commands carries a sequence number of the client's choice, counted upwards; they may arrive in any

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from cluster.catalog import (
@@ -354,31 +355,30 @@ class _Batches(Generic[Asked, Value]):
 
     def _call(self) -> None:
         if self._waiting and len(self._calls) < CALLS_AT_ONCE:
-            task = asyncio.create_task(self._run())
+            batch: list[tuple[Asked, asyncio.Future[Value]]] = []
+            task = asyncio.create_task(self._run(batch))
             self._calls.add(task)
-            task.add_done_callback(self._ended)
+            task.add_done_callback(partial(self._ended, batch))
 
-    def _ended(self, task: "asyncio.Task[None]") -> None:
-        self._calls.discard(task)
-        self._call()
-
-    async def _run(self) -> None:
-        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), ASKED_AT_ONCE))]
-        batch = [(asked, future) for asked, future in batch if not future.cancelled()]
+    async def _run(self, batch: list[tuple[Asked, asyncio.Future[Value]]]) -> None:
+        some = [self._waiting.popleft() for _ in range(min(len(self._waiting), ASKED_AT_ONCE))]
+        batch += [(asked, future) for asked, future in some if not future.cancelled()]
         if not batch:
             return
-        try:
-            for (_, future), value in zip(batch, await self._send([asked for asked, _ in batch]), strict=True):
-                if future.cancelled():
-                    continue
-                if isinstance(value, Exception):
-                    future.set_exception(value)
-                else:
-                    future.set_result(value)
-        except NexusError as error:
-            for _, future in batch:
-                if not future.done():
-                    future.set_exception(error)
-        finally:
-            for _, future in batch:
-                future.cancel()
+        for (_, future), value in zip(batch, await self._send([asked for asked, _ in batch]), strict=True):
+            if future.cancelled():
+                continue
+            if isinstance(value, Exception):
+                future.set_exception(value)
+            else:
+                future.set_result(value)
+
+    def _ended(self, batch: Sequence[tuple[Asked, asyncio.Future[Value]]], task: "asyncio.Task[None]") -> None:
+        """Whatever ended it, a fault too, those who wait are told: who is cancelled instead, ends without a word."""
+        self._calls.discard(task)
+        error = None if task.cancelled() else task.exception()
+        for _, future in batch:
+            if error and not future.done():
+                future.set_exception(error)
+            future.cancel()
+        self._call()

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import ray
 import typer
+from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 
@@ -31,6 +32,7 @@ from cluster import bootstrap
 from deployments.app import APPLICATION, vectors_address
 from deployments.cli import guarded, progress_bar
 from deployments.listing import Listed, list_all
+from deployments.shapes import CollectionName
 from nexus.access import PERMISSIONS
 from nexus.config import Config, load_config
 from nexus.errors import InvalidRequest, Unavailable
@@ -59,6 +61,7 @@ def main(
 ) -> None:
     """Ingest everything that the sources hold. Exit code 1 if a file failed."""
     os.nice(NICENESS)
+    _check_collection(collection)
     config = load_config()
     principal = Principal(tenant, "bulk", PERMISSIONS)
     with _connected(config) as address:
@@ -67,14 +70,15 @@ def main(
         jobs, coordinator, worker = Jobs(Path(config.home)), Coordination(), uuid.uuid4().hex
         unchanged = _find_unchanged(run, listed)
         announced = [Announced(one.source, "", one.size, unchanged=unchanged.get(one.source)) for one in listed]
-        coordinator.stay(worker)
-        job, _ = jobs.accept(principal, collection, announced, accepted_at=run.accepted_at, kind="bulk", holder=worker)
-        tasks = [Task(job.job_id, number, one.url, one.source, one.size) for number, one in enumerate(listed)]
-        ended = [Outcome(job.job_id, t.number, "unchanged") for t in tasks if t.source in unchanged]
-        changed = [task for task in tasks if task.source not in unchanged]
-        if changed:
-            with _working(jobs, job.job_id, coordinator, worker), progress_bar(len(changed)) as show:
-                ended += _ingest(run, jobs, changed, show)
+        with _working(coordinator, worker):
+            accepted_at = run.accepted_at
+            job, _ = jobs.accept(principal, collection, announced, accepted_at=accepted_at, kind="bulk", holder=worker)
+            tasks = [Task(job.job_id, number, one.url, one.source, one.size) for number, one in enumerate(listed)]
+            ended = [Outcome(job.job_id, t.number, "unchanged") for t in tasks if t.source in unchanged]
+            changed = [task for task in tasks if task.source not in unchanged]
+            if changed:
+                with _repeating(partial(jobs.beat_job, job.job_id)), progress_bar(len(changed)) as show:
+                    ended += _ingest(run, jobs, changed, show)
         removed = _prune(run, jobs, roots, {one.source for one in listed}) if prune else []
     _report(job.job_id, tasks, ended, removed, collection, as_json)
 
@@ -101,6 +105,16 @@ def _connected(config: Config) -> Iterator[str]:
         yield vectors_address(config, instance.vectors_port)
     finally:
         ray.shutdown()
+
+
+def _check_collection(name: str) -> None:
+    try:
+        TypeAdapter[str](CollectionName).validate_python(name)
+    except ValidationError:
+        raise InvalidRequest(
+            "a collection's name has 1 to 64 letters, digits, dots, hyphens and underscores, and begins with a letter"
+            " or a digit"
+        ) from None
 
 
 def _plan(config: Config, address: str, principal: Principal, collection: str) -> Run:
@@ -186,25 +200,34 @@ def _ingest(run: Run, jobs: Jobs, tasks: Sequence[Task], show: Any) -> list[Outc
 
 
 @contextmanager
-def _working(jobs: Jobs, job_id: str, coordinator: Coordinator, worker: str) -> Iterator[None]:
-    """Say that this job is worked on for as long as the block runs; when that stops, it is ended as interrupted."""
+def _working(coordinator: Coordinator, worker: str) -> Iterator[None]:
+    """Be known to work for as long as the block runs; when that stops, its job is ended as interrupted."""
+    coordinator.stay(worker)
+    try:
+        with _repeating(partial(coordinator.stay, worker)):
+            yield
+    finally:
+        with suppress(Unavailable):
+            coordinator.leave(worker)
+
+
+@contextmanager
+def _repeating(say: Callable[[], None]) -> Iterator[None]:
+    """Say it again and again, for as long as the block runs, in a thread that waits for nothing else."""
     over = threading.Event()
 
-    def beat() -> None:
+    def repeat() -> None:
         while not over.wait(BEAT_SECONDS):
-            for say in (partial(jobs.beat_job, job_id), partial(coordinator.stay, worker)):
-                with suppress(Unavailable):  # it beats again in a moment
-                    say()
+            with suppress(Unavailable):  # it is said again in a moment
+                say()
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        with suppress(Unavailable):
-            coordinator.leave(worker)
 
 
 def _prune(run: Run, jobs: Jobs, roots: Sequence[str], present: set[str]) -> list[str]:

@@ -34,6 +34,7 @@ Result = TypeVar("Result")
 LONGEST_PAUSE_SECONDS = 15.0
 POLL_SECONDS = 1.0  # how long a lost wake-up may go unnoticed
 BEAT_SECONDS = 2.0
+STAY_SECONDS = LEASE_SECONDS / 3  # at most, before it says or tries to say again that it works
 IDLE_SECONDS = 0.5  # without new files before what was written is flushed
 COMMIT_AHEAD = 16  # embedded documents waiting to be committed: what a crash makes to be embedded again
 THREADS = 64
@@ -96,7 +97,8 @@ class Conveyor:
 
     async def run(self) -> None:
         """Work until cancelled. What others hold who work no more, is taken up too."""
-        await self._patiently(self._stay)  # first: who holds a file and is not known to work, is taken for dead
+        # First: who holds a file and is not known to work, is taken for dead.
+        await self._patiently(self._stay, STAY_SECONDS)
         async with asyncio.TaskGroup() as group:
             for _ in range(self.pace.readers):
                 group.create_task(self._read_files())
@@ -269,7 +271,7 @@ class Conveyor:
             raise error
         return error
 
-    async def _patiently(self, step: Callable[[], Result]) -> Result:
+    async def _patiently(self, step: Callable[[], Result], longest_pause: float = LONGEST_PAUSE_SECONDS) -> Result:
         """For the list of jobs itself, and the coordinator: without them there is nothing to do but wait."""
         pause = 0.25
         while True:
@@ -280,7 +282,7 @@ class Conveyor:
                 return result
             log.warning("waiting: %s", result.message)
             await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, longest_pause)
 
     def _mark(self, batch: Iterable[Item], stage: str) -> None:
         for item in batch:
@@ -317,8 +319,8 @@ class Conveyor:
 
     async def _keep_lease(self) -> None:
         while True:
-            await asyncio.sleep(LEASE_SECONDS / 3)
-            await self._patiently(self._stay)
+            await asyncio.sleep(STAY_SECONDS)
+            await self._patiently(self._stay, STAY_SECONDS)
 
     def _stay(self) -> None:
         self.ingestor.hades.coordinator.stay(self.worker)
@@ -335,8 +337,9 @@ class Conveyor:
             await asyncio.sleep(BEAT_SECONDS)
 
     def _revive(self) -> list[Outcome]:
-        holders = self.jobs.holders()  # before it is asked who works: they said so before they held anything
-        dead = holders - self.ingestor.hades.coordinator.working() if holders else set()
+        others = self.jobs.holders() - {self.worker}  # its own lease may have ended while it was stopped
+        # Asked after that: they said that they work before they held anything.
+        dead = others - self.ingestor.hades.coordinator.working() if others else set()
         return self.jobs.revive(dead) if dead else []
 
     async def _flush_when_idle(self) -> None:

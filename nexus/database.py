@@ -25,6 +25,7 @@ class Database:
         self._local = threading.local()
         self._only: sqlite3.Connection | None = None
         self._in_use: dict[sqlite3.Connection, threading.Lock] = {}
+        self._owners: dict[sqlite3.Connection, threading.Thread] = {}  # where each thread has its own
         self._is_closed = False
         self._lock = threading.RLock()
 
@@ -44,12 +45,25 @@ class Database:
             with self._lock:
                 self._only = connection if self._memory else None
                 self._in_use[connection] = threading.Lock()
+                if not self._memory:
+                    self._close_what_was_left()
+                    self._owners[connection] = threading.current_thread()
                 if self._is_closed:
                     connection.close()
         return connection
 
+    def _close_what_was_left(self) -> None:
+        """By threads that have ended: each would keep its files open for as long as the process lives."""
+        for connection in [one for one, owner in self._owners.items() if not owner.is_alive()]:
+            connection.close()
+            del self._owners[connection], self._in_use[connection]
+
     def _migrate(self, scripts: Sequence[str]) -> None:
         """Bring the file to the form that this Nexus knows; each script takes it one step on. Raises ConfigError."""
+        with self._reading() as db:
+            (done,) = db.execute("PRAGMA user_version").fetchone()
+        if done == len(scripts):
+            return  # without waiting for whoever writes
         with self._transaction("EXCLUSIVE") as db:
             (done,) = db.execute("PRAGMA user_version").fetchone()
             if done > len(scripts):

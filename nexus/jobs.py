@@ -181,9 +181,12 @@ class Jobs(Database):
     """All jobs of a home, in one SQLite file that the processes of the machine share."""
 
     def __init__(self, home: Path) -> None:
-        # Pages that the contents leave are given back; that is heeded only before the first table.
-        pragmas = ("auto_vacuum = INCREMENTAL", "journal_mode = WAL", "foreign_keys = ON")
-        super().__init__(home / DATABASE, "the list of jobs", pragmas)
+        path = home / DATABASE
+        pragmas: tuple[str, ...] = ("journal_mode = WAL", "foreign_keys = ON")
+        if not path.exists() or not path.stat().st_size:
+            # Pages that the contents leave are given back. On any other file it is not heeded, and waits to write.
+            pragmas = ("auto_vacuum = INCREMENTAL", *pragmas)
+        super().__init__(path, "the list of jobs", pragmas)
         self._migrate(MIGRATIONS)
 
     # ── accepting ───────────────────────────────────────────────────────────────────────────────

@@ -329,6 +329,54 @@ def test_a_worker_that_still_says_that_it_works_keeps_its_files(line: Line) -> N
     line.check_at_rest()
 
 
+def test_a_worker_takes_nothing_from_itself(line: Line) -> None:
+    """Its lease may have ended while it was stopped, or while nobody could be told that it works."""
+    gate = line.steps.embedder = Gate(line.steps.embedder)
+    job = line.accept("a.md")
+
+    async def run() -> None:
+        async with line.running():
+            await gate.is_reached()
+            line.house.hades.coordinator.leave(line.conveyor.worker)
+            assert await asyncio.to_thread(line.conveyor._revive) == []
+            assert line.states(job) == ["running"]
+            gate.opened.set()
+            assert all_are("done", await line.wait(job))
+
+    asyncio.run(run())
+    assert (file_of(line.jobs, job).attempts, gate.passes) == (1, 1)
+    line.check_at_rest()
+
+
+def test_however_long_nobody_could_be_told_a_worker_says_that_it_works_within_a_lease(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    sleep, is_told = asyncio.sleep, asyncio.Event()
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    def stay(_: str) -> None:
+        if len(pauses) < 30:
+            raise Unavailable("the voters are away")
+        loop.call_soon_threadsafe(is_told.set)
+
+    async def keep_lease() -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        keeping = asyncio.create_task(line.conveyor._keep_lease())
+        await is_told.wait()
+        keeping.cancel()
+
+    loop: asyncio.AbstractEventLoop
+    monkeypatch.setattr(line.house.hades.coordinator, "stay", stay)
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    asyncio.run(keep_lease())
+    assert max(pauses) <= module.LEASE_SECONDS / 3
+
+
 def test_a_conveyor_is_known_to_work_before_it_holds_a_file(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     start, known = line.jobs.start, []
 

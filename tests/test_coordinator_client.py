@@ -1,6 +1,7 @@
 """What a client of the coordinator can rely on, with one voter, with three, and with too few of them."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,28 @@ def test_what_comes_during_calls_waits_for_the_next(tmp_path: Path) -> None:
 
             await asyncio.gather(*(write(number) for number in range(64)))
             assert 2 <= len(calls(whole, "execute")) < 20
+
+    run(main)
+
+
+class Faulty:
+    """Voters that fail as nobody foresaw."""
+
+    def ids(self) -> list[int]:
+        return [1]
+
+    async def call(self, *_: object) -> object:
+        raise ValueError("a fault")
+
+
+@pytest.mark.parametrize("ask", [lambda client: client.get("a"), lambda client: client.put("a", b"")])
+def test_a_fault_is_told_to_all_who_wait(ask: Callable[[Client], Awaitable[object]]) -> None:
+    """As what it is: a thread or a task that is told that it was cancelled ends without a word."""
+
+    async def main() -> None:
+        client = Client(Faulty())
+        told = await asyncio.gather(*(ask(client) for _ in range(3)), return_exceptions=True)
+        assert [str(one) for one in told] == ["a fault"] * 3
 
     run(main)
 
@@ -441,6 +464,28 @@ def test_a_lease_ends_by_entries_and_never_by_a_voters_own_clock(tmp_path: Path)
                 await whole.kill(id)
             await asyncio.sleep(100)
             assert await client.get("leased", fresh=False)
+
+    run(main)
+
+
+def test_time_in_which_the_voters_stood_still_ends_no_lease(tmp_path: Path) -> None:
+    """Who kept it alive could not be heard."""
+
+    async def main() -> None:
+        async with cluster(tmp_path, 1) as whole:
+            client = whole.client()
+            lease = await client.grant(10)
+            await client.put("leased", b"", lease)
+            for _ in range(3):
+                await asyncio.sleep(3)
+                await client.keep_alive(lease)
+                whole.processes[1].suspend()
+                await asyncio.sleep(3)
+                kept = asyncio.create_task(client.keep_alive(lease))
+                await asyncio.sleep(11)
+                whole.processes[1].resume()
+                await kept
+            assert await client.get("leased")
 
     run(main)
 

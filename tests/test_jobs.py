@@ -1,5 +1,6 @@
 """The list of jobs: what is accepted is kept, each file ends exactly once, and nobody else's is seen."""
 
+import os
 import random
 import sqlite3
 import tempfile
@@ -252,6 +253,28 @@ def test_jobs_open_at_once_on_a_new_home(tmp_path: Path) -> None:
     assert all(isinstance(one, Jobs) for one in found), found
     for one in found:
         one.close()
+
+
+def test_opening_waits_for_nobody_who_writes(jobs: Jobs, tmp_path: Path) -> None:
+    """A job of a million files takes a while to be written, and a process that starts meanwhile must start."""
+    with closing(sqlite3.connect(tmp_path / DATABASE, isolation_level=None)) as writer:
+        writer.execute("BEGIN IMMEDIATE")
+        with closing(Jobs(tmp_path)) as another:
+            assert another.holders() == set()
+
+
+def test_threads_that_have_ended_leave_no_files_open(jobs: Jobs, tmp_path: Path) -> None:
+    def open_files() -> int:
+        return sum(os.path.realpath(one).startswith(str(tmp_path)) for one in Path("/proc/self/fd").iterdir())
+
+    def ask_in_a_thread() -> int:
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(jobs.holders).result() == set()
+        return open_files()
+
+    ask_in_a_thread()
+    assert len({ask_in_a_thread() for _ in range(20)}) == 1
+    assert jobs.holders() == set()
 
 
 def test_closing_waits_for_whoever_is_in_a_transaction(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

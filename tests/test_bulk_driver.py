@@ -1,0 +1,91 @@
+"""What a bulk run says of itself, in a process of its own: `ray.serve` cannot be imported in this one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+CHILD = """
+import sys
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import typer
+
+from deployments import bulk
+from nexus.coordination import Alone
+from nexus.jobs import Jobs, Outcome
+
+home = Path(sys.argv[1])
+said, beaten = threading.Semaphore(0), threading.Event()
+
+
+def is_said_thrice():
+    for _ in range(3):
+        assert said.acquire(timeout=30), "nobody says that the run works"
+
+
+class Coordinator(Alone):
+    def stay(self, worker):
+        super().stay(worker)
+        said.release()
+
+
+class Slow(Jobs):
+    def accept(self, *arguments, **named):
+        is_said_thrice()
+        return super().accept(*arguments, **named)
+
+    def beat_job(self, job_id):
+        assert beaten.wait(30)
+
+
+def ingest(run, jobs, tasks, show):
+    is_said_thrice()
+    assert coordinator.working() == jobs.holders() != set()
+    beaten.set()
+    outcomes = [Outcome(task.job_id, task.number, "failed", "parse") for task in tasks]
+    jobs.settle(outcomes)
+    return outcomes
+
+
+coordinator = Coordinator()
+bulk.BEAT_SECONDS = 0.01
+bulk.Coordination, bulk.Jobs, bulk._ingest = lambda: coordinator, Slow, ingest
+bulk.load_config = lambda: SimpleNamespace(home=str(home))
+bulk._connected = lambda config: nullcontext("")
+bulk._plan = lambda *_: SimpleNamespace(accepted_at=0)
+bulk._find_unchanged = lambda *_: {}
+try:
+    bulk.main([str(home / "note.md")], collection="default", prune=False, tenant="acme", as_json=False)
+except typer.Exit:
+    pass
+assert coordinator.working() == set()
+print("all was as it should be")
+"""
+
+
+def run(*command: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env={**os.environ, "NEXUS_HOME": str(home)}, capture_output=True,
+        text=True, check=False, timeout=120,
+    )  # fmt: skip
+
+
+def test_a_run_is_known_to_work_while_it_is_accepted_and_while_the_list_of_jobs_is_busy(tmp_path: Path) -> None:
+    """Both may take longer than a lease: a million files, or somebody else's million."""
+    (tmp_path / "note.md").write_text("a note")
+    done = run("-c", CHILD, str(tmp_path), home=tmp_path)
+    assert done.stdout.endswith("all was as it should be\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["with a space", "n" * 65, "", "é"])
+def test_a_collection_that_nobody_could_ask_is_refused(name: str, tmp_path: Path) -> None:
+    done = run("-m", "deployments.bulk", str(tmp_path), "-c", name, home=tmp_path)
+    assert done.returncode != 0 and "collection's name" in done.stderr
