@@ -416,7 +416,7 @@ class RayVoters:
             raise ConnectionError(f"voter {id} does not answer") from error
 
     async def look_up(self) -> None:
-        self._handles = await asyncio.to_thread(find_voters)
+        self._handles = await asyncio.to_thread(find_voters) or self._handles  # while Ray's head is away it knows none
 
 
 def find_voters() -> dict[NodeId, "ActorHandle[Any]"]:

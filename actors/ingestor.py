@@ -77,7 +77,8 @@ class Ingestor:
     async def flush(self, collection: str) -> None:
         """Make what was written to a collection cheap to search."""
         hades = (await self._conveyor()).ingestor.hades
-        await self._run(hades.vectors.flush, hades.find_collection(collection).index)
+        found = await self._run(hades.find_collection, collection)
+        await self._run(hades.vectors.flush, found.index)
 
     async def ready(self) -> bool:
         """True once the embedder pool and both stores answer. Raises Unavailable."""

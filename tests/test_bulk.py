@@ -154,7 +154,7 @@ def test_a_kill_during_a_bulk_run_costs_little_and_loses_nothing(nexus: Running,
 
 
 def expect_clean_but_running(nexus: Running) -> None:
-    """A dead driver's job is ended once its heart has stood still for a minute; until then it may be named."""
+    """A dead driver's job is ended once its lease is over; until then it may be named."""
     nexus.must("vacuum")
     faults = nexus.json("fsck")["faults"]
     assert [fault for fault in faults if fault["fault"] != "jobs that nobody works on"] == []
