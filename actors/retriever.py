@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from actors.coordination import Coordination
 from nexus.config import Config
 from nexus.hades import Hades
-from nexus.ports import Embedder, InputType
+from nexus.ports import Coordinator, Embedder, InputType
 from nexus.registry import open_model, open_part
 from nexus.reranking import Reranking, in_threads
 from nexus.retrieval import RetrievalSettings
@@ -28,10 +28,14 @@ class RerankerElsewhere(Protocol):
 class Retriever:
     """One hop from the gateway: embed the query here, ask the stores, fuse, ask HADES, rerank.
 
-    The reranker is opened here, unless one in another process is lent.
+    The reranker is opened here, unless one in another process is lent; the voters are asked, unless another
+    coordinator is given.
     """
 
-    def __init__(self, config: Config, vectors_address: str, reranker: RerankerElsewhere | None = None) -> None:
+    def __init__(
+        self, config: Config, vectors_address: str, reranker: RerankerElsewhere | None = None,
+        coordinator: Coordinator | None = None,
+    ) -> None:  # fmt: skip
         offered = config.models.of_task("embed")[0].offered()
         self._embedder: Embedder = open_model("embed", config.models.embedder, **offered, threads=1)
         home = Path(config.home)
@@ -40,7 +44,7 @@ class Retriever:
             open_part("stores", vectors_address, home=home),
             self._embedder.fingerprint,
             self._embedder.dimension,
-            Coordination(),
+            coordinator or Coordination(),
         )
         retrieval = config.retrieval
         settings = RetrievalSettings(

@@ -121,7 +121,7 @@ def test_a_closed_stream_stops_a_real_generation(model: Path) -> None:
         generator = openai.open(f"openai:{url}#tiny")
         async with aclosing(generator.stream(replace(HELLO, options={"ignore_eos": True}))) as deltas:
             await anext(deltas)
-        async with aclosing(generator.stream(replace(HELLO, max_tokens=2))) as deltas:
+        async with aclosing(generator.stream(replace(HELLO, max_tokens=2, options={"ignore_eos": True}))) as deltas:
             answer = [delta async for delta in deltas]
         await generator.close()
         return answer

@@ -490,7 +490,7 @@ def actor_over(config: Config, elsewhere: object, house: House, monkeypatch: pyt
 
     monkeypatch.setattr("actors.retriever.open_part", opened)
     monkeypatch.setattr("actors.retriever.open_model", opened_model)
-    return RetrieverActor(config, config.stores.vectors, elsewhere)
+    return RetrieverActor(config, config.stores.vectors, elsewhere, house.hades.coordinator)
 
 
 def test_a_reranker_in_another_process_is_given_up_when_its_time_is_over(
