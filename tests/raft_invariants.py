@@ -318,7 +318,7 @@ class Referee:
     def saved(self, host: Host, entries: tuple[Entry, ...]) -> None:
         for entry in entries:
             chain = host.disk.chain_at(entry.index)
-            if chain is None:  # a torn save left it out
+            if chain is None or not host.disk.holds(entry.index, entry.term):  # a torn save left it out
                 return
             known = self.chain_of.setdefault((entry.index, entry.term), chain)
             if known != chain:
