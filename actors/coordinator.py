@@ -12,7 +12,7 @@ import random
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -29,7 +29,7 @@ from cluster.client import Absent, Client, Doubtful, Elsewhere, Query
 from cluster.raft import ConfChangeRefused, Members, Message, NodeId, NotLeader, ProposalDropped, Role, Snapshot, Status
 from cluster.raft.storage import Storage
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
-from nexus.errors import ConfigError, Conflict, InvalidRequest, NotFound, OperatorError, Unavailable
+from nexus.errors import AlreadyRunning, ConfigError, Conflict, InvalidRequest, NotFound, OperatorError, Unavailable
 
 __all__ = ["Client", "Compacted", "Coordinator", "Operator", "Placement", "connect", "restore", "start"]
 
@@ -41,7 +41,7 @@ CLOCK_SECONDS = 0.5
 LONGEST_TICK_SECONDS = 2.0  # of the clock; what is longer, the voter was stopped or stuck, and heard of no lease
 PENDING_CALLS = 1_000  # to one voter that takes none; what comes on top is lost, as on any network
 SILENCE_SECONDS = 2.0
-LOOK_SECONDS = 0.2  # between two look-ups of a voter that has no actor yet
+LOOK_SECONDS = 0.2  # between two look-ups of a voter that has no actor yet, or of a disk that is in use
 START_SECONDS = 60.0
 FOLDER = "coordinator"  # in the home
 REGISTER = "voters.json"
@@ -66,23 +66,40 @@ class Coordinator:
         self._catalog = Catalog()
         self._peers = Peers()
         self._voter: Voter | None = None
-        self._problem = f"its disk is empty; if that was lost, remove voter {id} and add a new one"
-        try:
-            self._disk = Storage(folder, identity)
-            if self._disk.load() is not None:
-                self._begin()
-        except OperatorError as error:  # its disk is another's, damaged, failing, or in use
-            self._problem = error.message
-            log.error("voter %d takes no part: %s", id, error.message)
+        self._problem = "it is about to read its disk"
+        self._disk = asyncio.get_running_loop().create_task(self._claim(folder, identity))
+
+    async def _claim(self, folder: str, identity: str) -> Storage | None:
+        """Its disk, once the process that had it before has ended; it begins with what is there. None where it cannot.
+
+        After a kill Ray may start the next process while the last one still ends.
+        """
+        while True:
+            try:
+                disk = Storage(folder, identity)
+                if disk.load() is not None:
+                    self._begin(disk)
+                self._problem = f"its disk is empty; if that was lost, remove voter {self._id} and add a new one"
+                return disk
+            except AlreadyRunning as error:
+                self._problem = error.message
+                await asyncio.sleep(LOOK_SECONDS)
+            except OperatorError as error:  # its disk is another's, damaged or failing
+                self._problem = error.message
+                log.error("voter %d takes no part: %s", self._id, error.message)
+                return None
 
     async def found(self, members: Members) -> None:
         """Begin on an empty disk: the first voters with all of them, a later one with nobody. Once is enough."""
+        disk = await self._disk
+        if disk is None:
+            raise Unavailable(f"voter {self._id} cannot begin: {self._problem}")
         if self._voter is None:
-            found(self._disk, members)
-            self._begin()
+            found(disk, members)
+            self._begin(disk)
 
-    def _begin(self) -> None:
-        self._voter = Voter(self._id, self._disk, self._catalog, self._peers.send, random.Random(), self._pace)
+    def _begin(self, disk: Storage) -> None:
+        self._voter = Voter(self._id, disk, self._catalog, self._peers.send, random.Random(), self._pace)
         self._running = asyncio.get_running_loop().create_task(self._run(self._voter))
         self._running.add_done_callback(self._end)
 
@@ -291,7 +308,8 @@ async def start(voters: Mapping[NodeId, Placement], data_dir: str | Path, pace: 
     are_founded = all(seat.is_founded for seat in seats.values())
     await _are_there(handles, len(handles) // 2 + 1 if are_founded else len(handles))
     if not are_founded:
-        await asyncio.gather(*(handle.found.remote(Members(frozenset(seats))) for handle in handles.values()))
+        members = Members(frozenset(seats))
+        await asyncio.gather(*(_in_time(id, handle.found.remote(members)) for id, handle in handles.items()))
         register.write({id: replace(seat, is_founded=True) for id, seat in seats.items()})
 
 
@@ -451,9 +469,13 @@ async def _are_there(handles: Mapping[NodeId, "ActorHandle[Any]"], needed: int) 
 
 
 async def _is_there(id: NodeId, handle: "ActorHandle[Any]") -> None:
+    await _in_time(id, handle.status.remote())
+
+
+async def _in_time(id: NodeId, call: Awaitable[object]) -> None:
     try:
         async with asyncio.timeout(START_SECONDS):
-            await handle.status.remote()
+            await call
     except (TimeoutError, RayActorError) as error:
         raise Unavailable(f"voter {id} does not start: is there a machine with its labels, and its disk?") from error
 
@@ -462,7 +484,7 @@ async def _begin(id: NodeId, handle: "ActorHandle[Any]", is_new: bool) -> None:
     """Let a voter wait for a leader. One that learns already must not begin anew: the leader knows what it had."""
     await _is_there(id, handle)
     if is_new:
-        await handle.found.remote(Members(frozenset()))
+        await _in_time(id, handle.found.remote(Members(frozenset())))
     if not isinstance(status := await handle.status.remote(), Status):
         raise Conflict(f"voter {id} cannot be added: {status}")
 

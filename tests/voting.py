@@ -497,7 +497,7 @@ class Cluster:
         """The process alone: what it wrote, it wrote."""
         process = self.processes.pop(id)
         await process.bury()
-        process.coordinator._disk.close()
+        process.coordinator._disk.result().close()
 
     async def lose_power(self) -> None:
         """All at once, wherever they are; they are back when this returns."""
@@ -505,7 +505,7 @@ class Cluster:
         for process in self.processes.values():
             await process.bury()
             with suppress(StorageFailed):  # there is no power
-                process.coordinator._disk.close()
+                process.coordinator._disk.result().close()
         self.power.cut(self.folder / f"voter-{id}" for id in self.ids)
         for id in self.ids:
             await self.start(id)
