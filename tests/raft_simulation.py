@@ -43,11 +43,11 @@ from cluster.raft import (
     Status,
 )
 from cluster.raft.messages import CHANGE, HEARTBEAT, HEARTBEAT_REPLY, LEADER
+from cluster.voter import PACE
 from tests.raft_host import Disk, Host, Machine, Watched
 from tests.raft_invariants import Referee, Violation, quorum
 
 ELECTION = 10  # ticks
-TICK_SECONDS = 0.015  # what a tick stands for where simulated time is compared with the wall's
 LEADER_WITHIN = 10 * 2 * ELECTION
 HEALED_WITHIN = LEADER_WITHIN + 20 * 2 * ELECTION
 TICKS = 800.0  # of bad weather, for up to five voters
@@ -902,9 +902,12 @@ def main() -> int:
             print(f"{outcome}\n", flush=True)
         else:
             ticks += outcome.ticks
-    wall, cpu, simulated = time.perf_counter() - began, cpu_seconds() - burnt, ticks * TICK_SECONDS
+    wall, cpu, simulated = time.perf_counter() - began, cpu_seconds() - burnt, ticks * PACE.tick_seconds
     print(f"{worlds} seeds, {broken} violations in {wall:.0f} s with {given.jobs} processes")
-    print(f"{simulated:.0f} simulated s in {cpu:.1f} CPU s: {simulated / cpu:.0f} x real time per core")
+    print(
+        f"{simulated:.0f} simulated s, at ticks of {PACE.tick_seconds} s, in {cpu:.1f} CPU s: "
+        f"{simulated / cpu:.0f} x real time per core"
+    )
     return int(broken > 0)
 
 
