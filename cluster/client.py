@@ -155,9 +155,9 @@ class Client:
 
     async def describe(self) -> list[Status | Absent]:
         """Of every voter, in order."""
-        return await self._ask_all(ATTEMPT_SECONDS)
+        return await self._describe(self._voters.ids(), ATTEMPT_SECONDS)
 
-    async def _ask_all(self, seconds: float) -> list[Status | Absent]:
+    async def _describe(self, ids: Sequence[NodeId], seconds: float) -> list[Status | Absent]:
         async def ask(id: NodeId) -> Status | Absent:
             with suppress(TimeoutError, ConnectionError):
                 async with asyncio.timeout(seconds):
@@ -165,7 +165,7 @@ class Client:
                     return Absent(id, status) if isinstance(status, str) else status
             return Absent(id, "it does not answer")
 
-        return list(await asyncio.gather(*map(ask, self._voters.ids())))
+        return list(await asyncio.gather(*map(ask, ids)))
 
     # For operators
 
@@ -308,7 +308,8 @@ class Client:
 
     async def _leader_of_others(self, id: NodeId) -> NodeId:
         """Whom they follow, those of the latest term."""
-        heard = [one for one in await self._ask_all(DOUBT_SECONDS) if isinstance(one, Status) and one.id != id]
+        others = [one for one in self._voters.ids() if one != id]  # it may be dead, and is not waited for
+        heard = [one for one in await self._describe(others, DOUBT_SECONDS) if isinstance(one, Status)]
         return max(heard, key=lambda one: one.term).leader if heard else NOBODY
 
     def _any_voter(self) -> NodeId:
