@@ -68,6 +68,7 @@ class Coordinator:
         self._voter: Voter | None = None
         self._problem = "it is about to read its disk"
         self._disk = asyncio.get_running_loop().create_task(self._claim(folder, identity))
+        self._disk.add_done_callback(self._check)
 
     async def _claim(self, folder: str, identity: str) -> Storage | None:
         """Its disk, once the process that had it before has ended; it begins with what is there. None where it cannot.
@@ -77,9 +78,10 @@ class Coordinator:
         while True:
             try:
                 disk = Storage(folder, identity)
-                if disk.load() is not None:
+                if disk.load() is None:
+                    self._problem = f"its disk is empty; if that was lost, remove voter {self._id} and add a new one"
+                else:
                     self._begin(disk)
-                self._problem = f"its disk is empty; if that was lost, remove voter {self._id} and add a new one"
                 return disk
             except AlreadyRunning as error:
                 self._problem = error.message
@@ -88,6 +90,10 @@ class Coordinator:
                 self._problem = error.message
                 log.error("voter %d takes no part: %s", self._id, error.message)
                 return None
+
+    def _check(self, claimed: "asyncio.Task[Storage | None]") -> None:
+        if not claimed.cancelled() and claimed.exception():  # none that was foreseen
+            self._end(claimed)
 
     async def found(self, members: Members) -> None:
         """Begin on an empty disk: the first voters with all of them, a later one with nobody. Once is enough."""
@@ -108,7 +114,7 @@ class Coordinator:
             tasks.create_task(voter.run())
             tasks.create_task(self._keep_time(voter))
 
-    def _end(self, running: "asyncio.Task[None]") -> None:
+    def _end(self, running: "asyncio.Task[Any]") -> None:
         """Whatever ends a voter, a disk that fails or an entry it cannot read, ends its process; Ray starts another."""
         if not running.cancelled():
             log.critical("voter %d ends", self._id, exc_info=running.exception())

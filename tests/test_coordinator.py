@@ -243,6 +243,21 @@ def test_a_voter_whose_last_process_still_ends_takes_part_once_that_has_ended(ho
     asyncio.run(story())
 
 
+def test_a_fault_that_nobody_foresaw_ends_the_process_of_a_voter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(coordinator.os, "_exit", ended.append)
+
+    async def story() -> None:
+        voter = coordinator.Coordinator(1, str(tmp_path), "too long" * 1000)
+        with pytest.raises(ValueError, match="identity"):
+            await voter._disk
+
+    asyncio.run(story())
+    assert ended == [1]
+
+
 def test_a_voter_that_no_machine_takes_hinders_neither_the_next_start_nor_its_own_return(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
