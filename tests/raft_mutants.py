@@ -74,8 +74,12 @@ def run_python(folder: Path, *arguments: str, seconds: int) -> subprocess.Comple
 
 
 def run_tests(mutant: Mutant | None, *tests: str) -> subprocess.CompletedProcess[str]:
-    """Just these, against the planted code; the return code is pytest's. What was killed meanwhile is run once more."""
+    """Just these, against the planted code; the return code is pytest's. What was killed meanwhile is run once more.
+
+    Asserts are plain: with CI set, pytest draws the whole difference of two logs of a thousand entries, for minutes.
+    """
     options = ["-x", "-q", "--noconftest", "-p", "no:cacheprovider", "--import-mode=append", "-c", os.devnull]
+    options.append("--assert=plain")
     with planted(mutant) as folder:
         command = ("-m", "pytest", *options, *(f"{ROOT}/tests/{test}" for test in tests))
         ran = run_python(folder, *command, seconds=300)
