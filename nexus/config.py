@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from platformdirs import user_data_path
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nexus import pipelines
@@ -36,6 +45,7 @@ NEURAL_ENGINES = {"extractive": "extractive:", "openai": "openai:https://api.ope
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}(:[1-9][0-9]{0,4})?$")]  # for port 443, or its own
+NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,62}$")]
 FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
 
 
@@ -61,11 +71,34 @@ class Http(Section):
 
 
 class Ray(Section):
-    """The Ray head that `nexus up` starts. A port of 0 means any free one."""
+    """The Ray head that `nexus up` starts, on the machine that `head` names; none in `nodes`: this one, on loopback.
 
+    A port of 0 means any free one; with `nodes`, 6379, for the others have to know it.
+    """
+
+    head: str | None = None
     dashboard_port: Port = 8265
     port: Port = 0
     object_store_bytes: Annotated[int, Field(ge=80 * 2**20)] = 128 * 2**20
+
+
+class Gpus(Section):
+    """Some equal GPUs of a machine, in the order of their indices; `memory` of each, as 80GiB or in bytes."""
+
+    model: str = "GPU"
+    memory: ByteSize
+    count: Positive = 1
+
+
+class Node(Section):
+    """A machine of the cluster, as its owner describes it. `labels` are given to Ray besides `nexus.io/node`."""
+
+    address: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.\-]{0,252}$")]  # how the others reach it
+    cpus: Annotated[float, Field(gt=0)]
+    memory: ByteSize
+    labels: dict[str, str] = {}
+    disks: dict[str, ByteSize] = {}  # free bytes wanted, by the folder they are wanted in
+    gpus: tuple[Gpus, ...] = ()
 
 
 class Stores(Section):
@@ -122,6 +155,8 @@ class Served(Section):
     context_length: Positive = 8192  # of a GGUF model
     engine: Engine = Engine()
     replicas: Replicas = Replicas()
+    device: Literal["cpu", "gpu"] = "cpu"  # of an embedder or reranker of ours; an engine has its own setting
+    nodes: tuple[str, ...] = ()  # the machines it may be on; none named: any
 
     @property
     def called(self) -> str:
@@ -150,6 +185,9 @@ class Models(Section):
     served: tuple[Served, ...] = ()
     image_hosts: tuple[HostName, ...] = ()  # whose pictures may be fetched; of no others, and by default of none
     embedder_threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
+    embedder_device: Literal["cpu", "gpu"] = "cpu"
+    embedder_replicas: Replicas = Replicas(at_once=16)  # of the pool that embeds documents
+    embedder_nodes: tuple[str, ...] = ()
     api_key: SecretStr | None = None
 
     def of_task(self, task: Task) -> tuple[Served, ...]:
@@ -315,6 +353,7 @@ class Config(BaseSettings):
     home: Path
     http: Http = Http()
     ray: Ray = Ray()
+    nodes: dict[NodeName, Node] = {}
     stores: Stores = Stores()
     models: Models = Models()
     balancer: Balancer = Balancer()
@@ -336,6 +375,18 @@ class Config(BaseSettings):
     @classmethod
     def _make_absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _machines_are_known(self) -> "Config":
+        if (self.ray.head is None) != (not self.nodes):
+            raise ValueError("ray.head names the machine of `nodes` that Ray's head runs on: set both, or neither")
+        named = [("ray.head", self.ray.head)] if self.ray.head is not None else []
+        named += [("models.embedder_nodes", name) for name in self.models.embedder_nodes]
+        named += [(f"nodes of {model.called!r}", name) for model in self.models.served for name in model.nodes]
+        for setting, name in named:
+            if name not in self.nodes:
+                raise ValueError(f"{setting}: {name!r} is none of `nodes`: {', '.join(self.nodes) or 'there are none'}")
+        return self
 
     @classmethod
     def settings_customise_sources(
