@@ -33,6 +33,7 @@ from nexus.pipelines import execute
 from nexus.registry import Task
 
 PREFIX = "NEXUS_"
+NODE_LABEL = "nexus.io/node"  # of a machine in Ray, with its name
 NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
 ALIASES = {
     "OPENAI_API_KEY": "models.api_key",
@@ -411,6 +412,14 @@ class Config(BaseSettings):
         models = self.models.of_task("generate")
         asked = models if self.models.generator == "auto" else models[:1]
         return self.pipelines.rewrite_queries and not any(model.address.startswith("extractive:") for model in asked)
+
+    @property
+    def voters(self) -> dict[int, dict[str, str]]:
+        """The first voters with the labels of their machines: those set, else one, and with three machines three."""
+        if "voters" in self.coordinator.model_fields_set or not self.nodes:
+            return dict(self.coordinator.voters)
+        machines = list(self.nodes)[: 3 if len(self.nodes) >= 3 else 1]
+        return {number: {NODE_LABEL: name} for number, name in enumerate(machines, 1)}
 
     @property
     def url(self) -> str:
