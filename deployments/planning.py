@@ -10,6 +10,9 @@ from cluster.wants import wants_of
 from nexus.config import Config
 from nexus.errors import ConfigError, UpstreamInvalid
 
+KEY = "placement"  # of the plan in force, in the coordinator
+DRAINED = "drained/"  # and a machine's name: nothing is to go there
+
 _PLAN = TypeAdapter(Plan)
 
 
@@ -39,4 +42,4 @@ def from_json(content: bytes) -> Plan:
     try:
         return _PLAN.validate_json(content)
     except ValidationError:
-        raise UpstreamInvalid("the coordinator keeps something under `placement` that is no plan") from None
+        raise UpstreamInvalid(f"the coordinator keeps something under {KEY!r} that is no plan") from None
