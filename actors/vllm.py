@@ -15,6 +15,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.session_router import SessionRouter
+from cluster.spots import Spot
 from nexus.config import Served
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable
 from nexus.models.vllm import engine_arguments, environment, read_checkpoint
@@ -146,10 +147,12 @@ def _refusal(error: ValidationError) -> NexusError:
     return InvalidRequest(f"{pointer or 'the request'}: {fault['msg']}"[:500], pointer=pointer or None)
 
 
-def deploy(name: str, model: Served) -> serve.Application:
-    """The replicas of one model, each with its engine's processors, or a refusal to start."""
+def deploy(name: str, model: Served, spot: Spot) -> serve.Application:
+    """The replicas of one model on one machine, each with its engine's processors, or a refusal to start."""
     checkpoint, engine, replicas = read_checkpoint(model.address), model.engine, model.replicas
-    bundle = {"CPU": 1, "GPU": 1} if engine.device == "gpu" else {"CPU": 0.01}
+    gpu = spot.share if spot.gpus == 1 else 1  # of several it has the whole
+    bundle = {"CPU": 1, "GPU": gpu} if engine.device == "gpu" else {"CPU": 0.01}
+    there = {"placement_group_bundle_label_selector": [dict(spot.labels())]} if spot.node else {}
     config = LLMConfig(
         model_loading_config={"model_id": model.called, "model_source": str(checkpoint.folder)},
         engine_kwargs=engine_arguments(model),
@@ -161,8 +164,8 @@ def deploy(name: str, model: Served) -> serve.Application:
             "max_ongoing_requests": replicas.at_once,
             "max_queued_requests": replicas.waiting,
             "autoscaling_config": {
-                "min_replicas": replicas.least,
-                "max_replicas": max(replicas.least, replicas.most),
+                "min_replicas": spot.least,
+                "max_replicas": spot.most,
                 "target_ongoing_requests": replicas.target,
             },
             "health_check_period_s": 2,
@@ -172,6 +175,9 @@ def deploy(name: str, model: Served) -> serve.Application:
             "max_constructor_retry_count": STARTUP_REPEATS,
             "request_router_config": RequestRouterConfig(request_router_class=SessionRouter),
             "ray_actor_options": {"num_cpus": 0},
+            **there,
         },
     )
-    return build_llm_deployment(config, deployment_cls=Replica, override_serve_options={"name": name})
+    return build_llm_deployment(
+        config, deployment_cls=Replica, override_serve_options={"name": name}, bind_kwargs={"gpu_bytes": spot.bytes}
+    )

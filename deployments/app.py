@@ -1,8 +1,8 @@
 """From a configuration to one Serve application: the only place where everything meets."""
 
 import asyncio
-import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from starlette.types import ASGIApp
 
 from actors import coordinator
 from actors.coordinator import Operator, Placement
-from actors.embedder import Embedder
 from actors.ingestor import Ingestor
 from actors.retriever import Retriever
 from actors.vectors import Vectors
+from cluster.placement import Plan
 from cluster.voter import Pace
-from deployments import gateway, models
-from deployments.remote import Remote, RemoteEngine
+from deployments import gateway, machines, models, planning
+from deployments.remote import Remote
 from nexus.access import KeyRing
 from nexus.cache import ResponseCache, cached
 from nexus.config import Config, Triton, load_config
@@ -39,6 +39,7 @@ class Gateway:
     def __init__(self, config: Config, parts: dict[str, DeploymentHandle], handles: models.Handles) -> None:
         self._config = config
         self._parts = {name: Remote(handle) for name, handle in parts.items()}
+        self._parts["embedder"] = models.door(handles["embed"][0])
         self._handles = handles
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -47,7 +48,7 @@ class Gateway:
         documents = open_part("stores", config.stores.documents, home=home)
         retriever: Any = parts["retriever"]
         answers = config.answers
-        opened = models.open_models(config, self._handles, parts["embedder"], retriever)
+        opened = models.open_models(config, self._handles, retriever)
         balancer = opened.balance(config)
         kept = config.cache
         cache = ResponseCache(kept.entries, kept.seconds, kept.max_bytes) if kept.entries else None
@@ -77,7 +78,7 @@ class Gateway:
                     **{name: part.ready for name, part in parts.items()},
                     "documents": lambda: asyncio.to_thread(documents.check),
                 },
-                engines={one.name: one.load for one in opened.generators if isinstance(one, RemoteEngine)},
+                engines={name: engine.load for name, engine in opened.engines.items()},
                 triton=open_triton(config.triton),
                 operator=Operator(home / coordinator.FOLDER, pace(config)),
                 fetch_picture=ImageHosts(config.models.image_hosts).fetch,
@@ -99,39 +100,37 @@ def open_triton(triton: Triton) -> TritonPool | None:
 
 
 class RemotePoolIngestor(Ingestor):
-    """The ingestor, with the embedder pool one hop away."""
+    """The ingestor, with the embedder pool one hop away, by machine."""
 
-    def __init__(self, config: Config, vectors_address: str, pool: DeploymentHandle) -> None:
-        super().__init__(config, vectors_address, Remote(pool))  # type: ignore[arg-type]
+    def __init__(self, config: Config, vectors_address: str, pool: Mapping[str, DeploymentHandle]) -> None:
+        super().__init__(config, vectors_address, models.door(pool))
 
 
 class RemoteRerankerRetriever(Retriever):
-    """The retriever, with the reranker one hop away where it has a process of its own."""
+    """The retriever, with the reranker one hop away where it has processes of its own, by machine."""
 
-    def __init__(self, config: Config, vectors_address: str, reranker: DeploymentHandle | None) -> None:
-        super().__init__(config, vectors_address, None if reranker is None else Remote(reranker))  # type: ignore[arg-type]
+    def __init__(self, config: Config, vectors_address: str, reranker: Mapping[str, DeploymentHandle] | None) -> None:
+        super().__init__(config, vectors_address, None if reranker is None else models.door(reranker))
 
 
-def build(config: Config, vectors_port: int) -> serve.Application:
+def build(config: Config, vectors_port: int, plan: Plan | None = None) -> serve.Application:
     """The application: gateway over retriever, ingestor, models and, where it is ours to run, Milvus Lite.
 
-    Each replica says how many requests it takes at once and how many may wait; past that, 503.
+    Each replica says how many requests it takes at once and how many may wait; past that, 503. What opens the home's
+    files is on the head's machine; the models are where the plan puts them, without one where Ray has room.
     """
-    threads = config.models.embedder_threads or os.cpu_count() or 1
-    embedder = models.deployment("embedder", Embedder, 16, 256).bind(
-        config.models.embedder, threads, config.models.of_task("embed")[0].offered()
-    )
-    parts: dict[str, Any] = {"embedder": embedder}
+    here = models.Spot(config.ray.head or "")
+    deployed = models.deploy(config, plan)
+    parts: dict[str, Any] = {}
     address = vectors_address(config, vectors_port)
     if config.stores.vectors == "milvus-lite:":
-        parts["vectors"] = models.deployment("vectors", Vectors, 16, 64).bind(str(config.home), vectors_port)
-    deployed = models.deploy(config)
-    retriever = models.deployment("retriever", RemoteRerankerRetriever, 32, 256)
+        parts["vectors"] = models.deployment("vectors", Vectors, 16, 64, here).bind(str(config.home), vectors_port)
     reranker = None if config.models.reranker is None else deployed["rerank"].get(0)
+    retriever = models.deployment("retriever", RemoteRerankerRetriever, 32, 256, here)
     parts["retriever"] = retriever.bind(config, address, reranker)
-    ingestor = models.deployment("ingestor", RemotePoolIngestor, 1024, 1024)
-    parts["ingestor"] = ingestor.bind(config, address, embedder)
-    return models.deployment("gateway", serve.ingress()(Gateway), 256, 1024).bind(config, parts, deployed)
+    ingestor = models.deployment("ingestor", RemotePoolIngestor, 1024, 1024, here)
+    parts["ingestor"] = ingestor.bind(config, address, deployed["embed"][0])
+    return models.deployment("gateway", serve.ingress()(Gateway), 256, 1024, here).bind(config, parts, deployed)
 
 
 def vectors_address(config: Config, vectors_port: int) -> str:
@@ -141,18 +140,36 @@ def vectors_address(config: Config, vectors_port: int) -> str:
     )
 
 
+async def agree(config: Config) -> Plan | None:
+    """Start the voters, and in a cluster have them keep the plan that is about to be applied.
+
+    It is made of what the machines say of themselves, and of the plan before it, without those that are drained.
+    Raises ConfigError for what has no place, Unavailable.
+    """
+    voters = {id: Placement(labels) for id, labels in config.voters.items()}
+    await coordinator.start(voters, Path(config.home) / coordinator.FOLDER, pace(config))
+    if not config.nodes:
+        return None
+    client = await coordinator.connect()
+    kept = await client.get(planning.KEY)
+    drained = {key.removeprefix(planning.DRAINED) for key, _, _ in await client.range(planning.DRAINED)}
+    seen = await asyncio.to_thread(machines.look_at, config)
+    plan = planning.plan_for(config, seen, planning.from_json(kept[0]) if kept else None, drained)
+    await client.put(planning.KEY, planning.to_json(plan))
+    return plan
+
+
 def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
     """Put the application on a running head; `deployments.running` calls this in a process of its own."""
     config = load_config(Path(config_file) if config_file else None)
     ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
-    voters = {id: Placement(labels) for id, labels in config.coordinator.voters.items()}
-    asyncio.run(coordinator.start(voters, Path(config.home) / coordinator.FOLDER, pace(config)))
+    plan = asyncio.run(agree(config))
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},
     )
     try:
-        serve.run(build(config, int(vectors_port)), name=APPLICATION, route_prefix="/")
+        serve.run(build(config, int(vectors_port), plan), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         deployments = serve.status().applications[APPLICATION].deployments
         reasons = [f"{name}: {one.message.strip()}" for name, one in deployments.items() if one.status == "UNHEALTHY"]

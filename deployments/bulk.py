@@ -28,13 +28,13 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 
 from actors.coordination import Coordination
 from actors.stations import Commit, Embed, Read, Run, Task, outcomes, pack
-from cluster import bootstrap
 from deployments.app import APPLICATION, vectors_address
 from deployments.cli import guarded, progress_bar
+from deployments.driver import become_driver
 from deployments.listing import Listed, list_all
 from deployments.shapes import CollectionName
 from nexus.access import PERMISSIONS
-from nexus.config import Config, load_config
+from nexus.config import NODE_LABEL, Config, load_config
 from nexus.errors import InvalidRequest, Unavailable
 from nexus.ingest import Source, check_source
 from nexus.jobs import Announced, Jobs, Outcome
@@ -89,14 +89,7 @@ def main(
 @contextmanager
 def _connected(config: Config) -> Iterator[str]:
     """In the cluster, as the job that we are or as a driver of our own; yields the vector store's address."""
-    instance = bootstrap.find_instance(Path(config.home))
-    if instance is None or not bootstrap.processes_of(instance):
-        raise Unavailable("no Nexus runs here; `nexus up` starts one")
-    environment = bootstrap.driver_environment(config, instance)
-    if not environment.items() <= os.environ.items():  # Ray reads it as it is imported: begin anew with it
-        os.execve(
-            sys.executable, [sys.executable, "-m", "deployments.bulk", *sys.argv[1:]], {**os.environ, **environment}
-        )
+    instance = become_driver(config, "deployments.bulk", sys.argv[1:])
     for noisy in ("ray.data", "ray.serve"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     gently = {"py_executable": f"nice -n 19 {sys.executable}"}  # from its first import on, before a station can say so
@@ -157,10 +150,11 @@ def _pipeline(run: Run, tasks: Sequence[Task]) -> Dataset:
     context.issue_detectors_config.detectors = []  # they print advice on memory that the stations bound themselves
     threads = run.config.models.embedder_threads or os.cpu_count() or 1
     readers = run.config.parsing.workers
+    by_the_files = {NODE_LABEL: run.config.ray.head} if run.config.ray.head else {}  # which the stores are, too
     rows = ray.data.from_items(pack(tasks), override_num_blocks=-(-len(tasks) // FILES_PER_BLOCK))
     read = rows.map_batches(
         Read, fn_constructor_args=(run,), batch_size=None, batch_format="pyarrow", num_cpus=0.1,
-        compute=_pool(readers), udf_modifying_row_count=False,
+        compute=_pool(readers), udf_modifying_row_count=False, label_selector=by_the_files,
     )  # fmt: skip
     embedded = read.map_batches(
         Embed, fn_constructor_args=(run,), batch_size=None, batch_format="pyarrow", num_cpus=0.2,
@@ -168,7 +162,7 @@ def _pipeline(run: Run, tasks: Sequence[Task]) -> Dataset:
     )  # fmt: skip
     return embedded.map_batches(
         Commit, fn_constructor_args=(run,), batch_size=None, batch_format="pyarrow", num_cpus=0.1,
-        compute=_pool(1), udf_modifying_row_count=False,
+        compute=_pool(1), udf_modifying_row_count=False, label_selector=by_the_files,
     )  # fmt: skip
 
 

@@ -19,12 +19,13 @@ from cluster import bootstrap
 from deployments import adding, upkeep, voters
 from deployments import client as http
 from deployments.doctor import examine
+from deployments.driver import become_driver
 from deployments.listing import label
 from deployments.running import bring_up, is_ready
 from nexus import __version__
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.config import Config, default_home, load_config
-from nexus.errors import NexusError, NotFound
+from nexus.errors import InvalidRequest, NexusError, NotFound
 from nexus.registry import check_part
 
 START_SECONDS, ENGINE_START_SECONDS = 120.0, 1800.0
@@ -168,6 +169,35 @@ def doctor(as_json: Json = False) -> None:
         for finding in findings:
             typer.echo(f"{'ok  ' if finding.ok else 'FAIL'} {finding.what}: {finding.detail}")
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@app.command()
+def drill(
+    test_cluster: Annotated[
+        bool, typer.Option("--test-cluster", help="Say that this cluster is there to be broken; needed.")
+    ] = False,
+    fault: Annotated[
+        list[str] | None, typer.Option(help="link:NODE, raylet:NODE or state:HEAD; repeatable. Without it, each.")
+    ] = None,
+    cut: Annotated[float, typer.Option(min=1, help="Seconds for which a link is down.")] = 25.0,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds for all to run again after a fault.")] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """Cut links and kill processes of a test cluster under load: time to recover, and what was lost, for each."""
+    config = load_config()
+    if not config.nodes:
+        raise InvalidRequest("a drill needs a cluster: there are no `nodes` in the settings")
+    if not test_cluster:
+        raise InvalidRequest("a drill cuts links and kills processes: --test-cluster says that this may be done here")
+    become_driver(config, "deployments.cli", sys.argv[1:])
+    from deployments import drill as drills  # with all of Ray
+
+    outcomes = drills.run_all(config, drills.faults(config, fault or ()), cut, patience)
+    if as_json:
+        typer.echo(json.dumps([drills.show(outcome) for outcome in outcomes]))
+    else:
+        typer.echo(drills.table(outcomes))
+    raise typer.Exit(1 if any(outcome.lost for outcome in outcomes) else 0)
 
 
 # ── documents ───────────────────────────────────────────────────────────────────────────────────

@@ -1,7 +1,8 @@
 """The models of a configuration: deployments of those that Nexus runs, and all of them as objects to ask.
 
-A model's place is its number among those of its task. One that another server runs, or that needs nothing,
-has no deployment: the gateway asks it itself.
+A model's place is its number among those of its task. In a cluster it has a deployment on each machine that the plan
+gives it, so who asks it chooses between machines, and a new plan is applied without a restart of theirs. One that
+another server runs, or that needs nothing, has no deployment: the gateway asks it itself.
 """
 
 import os
@@ -15,8 +16,11 @@ from ray.serve.handle import DeploymentHandle
 from actors.embedder import Embedder
 from actors.generator import Generator
 from actors.reranker import Reranker
+from cluster.placement import Plan
+from cluster.spots import Spot, spots
+from deployments.autoscaling import autoscaling
 from deployments.gateway import ByEmbedding
-from deployments.remote import Remote, RemoteEmbedder, RemoteEngine, RemoteGenerator, Threaded
+from deployments.remote import Remote, RemoteEmbedder, RemoteEngine, RemoteGenerator, Spread, Threaded
 from nexus.balancer import Balancer, Member, Weights
 from nexus.config import Config, Served
 from nexus.models import by_embedder, vllm
@@ -27,109 +31,145 @@ ELSEWHERE = ("openai:", "nim:", by_embedder.ADDRESS)  # embedders and rerankers 
 IN_PROCESS = ("gguf:",)  # generators that would hold up whoever shares their process
 
 ROLES: Mapping[Task, str] = {"generate": "generator", "embed": "embedder", "rerank": "reranker"}
-Handles = Mapping[Task, Mapping[int, DeploymentHandle]]
+Handles = Mapping[Task, Mapping[int, Mapping[str, DeploymentHandle]]]  # by place, and machine
+ANYWHERE = Spot()
 
 
-def deployment(name: str, actor: type, at_once: int, waiting: int, replicas: int = 1) -> serve.Deployment:
-    """An actor class as replicas of which each works on `at_once` requests; past `waiting` more, 503."""
+def deployment(name: str, actor: type, at_once: int, waiting: int, spot: Spot = ANYWHERE, target: int = 0) -> Any:
+    """An actor class as replicas of which each works on `at_once` requests; past `waiting` more, 503.
+
+    Where their number may change, it follows `target` requests per replica.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": spot.gpus * spot.share}
+    if spot.node:
+        options["label_selector"] = spot.labels()
+    size: dict[str, Any] = {"num_replicas": spot.least}
+    if spot.most > spot.least:
+        size = {"autoscaling_config": autoscaling(spot.least, spot.most, target)}
     return serve.deployment(
-        name=name,
-        num_replicas=replicas,
+        name=spot.name(name),
         max_ongoing_requests=at_once,
         max_queued_requests=waiting,
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options=options,
+        **size,
     )(actor)
 
 
-def deploy(config: Config) -> dict[Task, dict[int, serve.Application]]:
-    """The deployments of all models but the documents' embedder, by task and place."""
-    tasks: tuple[Task, ...] = ("generate", "embed", "rerank")
+def deploy(config: Config, plan: Plan | None) -> dict[Task, dict[int, dict[str, serve.Application]]]:
+    """The deployments of all models, by task, place and machine."""
     threads = config.models.embedder_threads or os.cpu_count() or 1
-    made: dict[Task, dict[int, serve.Application]] = {}
-    for task in tasks:
-        models = list(enumerate(config.models.of_task(task)))
-        applications = {place: _deploy(task, place, model, threads) for place, model in models[task == "embed" :]}
-        made[task] = {place: one for place, one in applications.items() if one is not None}
+    made: dict[Task, dict[int, dict[str, serve.Application]]] = {}
+    for task in ROLES:
+        models = dict(enumerate(config.models.of_task(task)))
+        made[task] = {
+            place: {
+                spot.node: _deploy(name_of(task, place), task, model, spot, threads)
+                for spot in spots(name_of(task, place), model.replicas, plan)
+            }
+            for place, model in models.items()
+            if has_deployment(task, place, model)
+        }
     return made
 
 
-def _deploy(task: Task, place: int, model: Served, threads: int) -> serve.Application | None:
-    name, replicas = (
-        f"{ {'generate': 'generator', 'embed': 'embedder', 'rerank': 'reranker'}[task] }-{place}",
-        model.replicas,
-    )
+def name_of(task: Task, place: int) -> str:
+    """Of the deployment of a model; the documents' own embedder is the first."""
+    return ROLES[task] if (task, place) == ("embed", 0) else f"{ROLES[task]}-{place}"
+
+
+def has_deployment(task: Task, place: int, model: Served) -> bool:
+    """Whether Nexus runs it in a process of its own."""
+    if model.address.startswith(vllm.SCHEME) or (task, place) == ("embed", 0):
+        return True
+    return model.address.startswith(IN_PROCESS) if task == "generate" else not model.address.startswith(ELSEWHERE)
+
+
+def _deploy(name: str, task: Task, model: Served, spot: Spot, threads: int) -> serve.Application:
     if model.address.startswith(vllm.SCHEME):
         from actors import vllm as engines  # loads the engine's library, which only who asked for it has
 
-        return engines.deploy(name, model)
-    size = (replicas.at_once, replicas.waiting, replicas.least)
+        return engines.deploy(spot.name(name), model, spot)
+    replicas = model.replicas
+    actor = {"generate": Generator, "embed": Embedder, "rerank": Reranker}[task]
+    deployed = deployment(name, actor, replicas.at_once, replicas.waiting, spot, replicas.target)
     if task == "generate":
-        is_ours = model.address.startswith(IN_PROCESS)
-        return deployment(name, Generator, *size).bind(model) if is_ours else None
-    if model.address.startswith(ELSEWHERE):
-        return None
-    if task == "embed":
-        return deployment(name, Embedder, *size).bind(model.address, threads, model.offered())
-    return deployment(name, Reranker, *size).bind(model.address, threads, model.offered())
+        return deployed.bind(model)
+    return deployed.bind(model.address, threads, model.offered(), gpu_bytes=spot.bytes)
+
+
+def door(handles: Mapping[str, DeploymentHandle]) -> Any:
+    """The deployments of one model as one object to ask."""
+    return _together({node: Remote(handle) for node, handle in handles.items()})
+
+
+def _together(parts: Mapping[str, Any]) -> Any:
+    return Spread(parts) if len(parts) > 1 else next(iter(parts.values()))
 
 
 @dataclass(frozen=True)
 class Models:
-    """Every model by the name clients ask for; of equal names the first, but generators share theirs."""
+    """Every model by the name clients ask for; of equal names the first, but generators share theirs.
 
-    generators: Sequence[GeneratorPort]
+    `engines` are the deployments of engines by their names and machines.
+    """
+
+    members: Sequence[Member]
     embedders: Mapping[str, Any]
     rerankers: Mapping[str, Any]
+    engines: Mapping[str, RemoteEngine]
 
     def balance(self, config: Config) -> Balancer:
-        models, usual = config.models.of_task("generate"), config.balancer
-        members = [
-            Member(generator, model.accuracy, in_auto=not model.address.startswith("extractive:"))
-            for generator, model in zip(self.generators, models, strict=True)
-        ]
+        usual = config.balancer
         weights = Weights(usual.latency_weight, usual.throughput_weight, usual.accuracy_weight)
-        return Balancer(members, weights, usual.probe_seconds)
+        return Balancer(self.members, weights, usual.probe_seconds)
 
 
-def open_models(config: Config, handles: Handles, embedder: Any, retriever: Any) -> Models:
-    """All models as objects to ask. `embedder` is the documents' own, `retriever` embeds a few texts at once."""
-    of_task = config.models.of_task
-    generators = [
-        _open_generator(model, handles["generate"].get(place), retriever)
-        for place, model in enumerate(of_task("generate"))
-    ]
+def open_models(config: Config, handles: Handles, retriever: Any) -> Models:
+    """All models as objects to ask; `retriever` embeds a few texts at once."""
+    members: list[Member] = []
+    engines: dict[str, RemoteEngine] = {}
+    for place, model in enumerate(config.models.of_task("generate")):
+        for node, generator in _open_generators(model, handles["generate"].get(place), retriever):
+            in_auto = not model.address.startswith("extractive:")
+            members.append(Member(generator, model.accuracy, in_auto, place=node))
+            if isinstance(generator, RemoteEngine):
+                engines[f"{generator.name}@{node}" if node else generator.name] = generator
     embedders: dict[str, Any] = {}
-    for place, model in enumerate(of_task("embed")):
-        embedders.setdefault(model.called, _open_embedder(model, handles["embed"].get(place)) if place else embedder)
+    for place, model in enumerate(config.models.of_task("embed")):
+        embedders.setdefault(model.called, _open_embedder(model, handles["embed"].get(place)))
+    of_documents = next(iter(embedders.values()))
     rerankers: dict[str, Any] = {}
-    for place, model in enumerate(of_task("rerank")):
+    for place, model in enumerate(config.models.of_task("rerank")):
         is_near = model.address == by_embedder.ADDRESS
-        opened = ByEmbedding(embedder) if is_near else _open("rerank", model, handles["rerank"].get(place))
+        opened = ByEmbedding(of_documents) if is_near else _open("rerank", model, handles["rerank"].get(place))
         rerankers.setdefault(model.called, opened)
-    return Models(generators, embedders, rerankers)
+    return Models(members, embedders, rerankers, engines)
 
 
-def _open_generator(model: Served, handle: DeploymentHandle | None, retriever: Any) -> GeneratorPort:
-    if handle is None:
+def _open_generators(
+    model: Served, handles: Mapping[str, DeploymentHandle] | None, retriever: Any
+) -> list[tuple[str, GeneratorPort]]:
+    """With the machine that each is on."""
+    if handles is None:
         offered = {**model.offered(), "images": model.images, "embed": retriever.embed}
-        opened: GeneratorPort = open_model("generate", model.address, **offered)
-        return opened
-    if model.address.startswith(vllm.SCHEME):
-        sees = vllm.read_checkpoint(model.address).sees_images if model.images is None else model.images
-        return RemoteEngine(model.called, sees, handle)
-    return RemoteGenerator(model.called, bool(model.images), handle)
+        return [("", open_model("generate", model.address, **offered))]
+    if not model.address.startswith(vllm.SCHEME):
+        return [(node, RemoteGenerator(model.called, bool(model.images), handle)) for node, handle in handles.items()]
+    sees = vllm.read_checkpoint(model.address).sees_images if model.images is None else model.images
+    return [(node, RemoteEngine(model.called, sees, handle)) for node, handle in handles.items()]
 
 
-def _open_embedder(model: Served, handle: DeploymentHandle | None) -> Any:
-    is_engine = handle is not None and model.address.startswith(vllm.SCHEME)
-    return RemoteEmbedder(handle) if is_engine and handle is not None else _open("embed", model, handle)
+def _open_embedder(model: Served, handles: Mapping[str, DeploymentHandle] | None) -> Any:
+    if handles is None or not model.address.startswith(vllm.SCHEME):
+        return _open("embed", model, handles)
+    return _together({node: RemoteEmbedder(handle) for node, handle in handles.items()})
 
 
-def _open(task: Task, model: Served, handle: DeploymentHandle | None) -> Any:
-    if handle is not None:
-        return Remote(handle)
+def _open(task: Task, model: Served, handles: Mapping[str, DeploymentHandle] | None) -> Any:
+    if handles is not None:
+        return door(handles)
     return Threaded(open_model(task, model.address, **model.offered()), model.replicas.at_once)

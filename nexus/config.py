@@ -198,7 +198,10 @@ class Models(Section):
         is_named = of_its_own in [model.called for model in listed]
         if of_its_own is None or is_named or ":" not in of_its_own:
             return tuple(sorted(listed, key=lambda model: model.called != of_its_own))
-        return (Served(address=of_its_own, task=task, api_key=self.api_key), *listed)
+        hosting: dict[str, Any] = {}
+        if task == "embed":
+            hosting = {"device": self.embedder_device, "replicas": self.embedder_replicas, "nodes": self.embedder_nodes}
+        return (Served(address=of_its_own, task=task, api_key=self.api_key, **hosting), *listed)
 
     @property
     def answering(self) -> str:
