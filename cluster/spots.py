@@ -44,8 +44,8 @@ def spots(want: str, replicas: Replicas, plan: Plan | None) -> list[Spot]:
             max(1, sum(place.replica < replicas.least for place in places)),
             len(places),
             len(places[0].gpus),
-            places[0].gpu_share,
-            places[0].gpu_bytes,
+            max(place.gpu_share for place in places),  # where its GPUs differ, enough for each
+            max(place.gpu_bytes for place in places),
         )
         for node, places in found.items()
     ]

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,14 @@ def vectors_address(config: Config, vectors_port: int) -> str:
 
 
 async def agree(config: Config) -> Plan | None:
-    """Start the voters, and in a cluster have them keep the plan that is about to be applied.
+    """Start the voters, and have them keep the plan that is about to be applied, in a cluster or where there are GPUs.
 
     It is made of what the machines say of themselves, and of the plan before it, without those that are drained.
     Raises ConfigError for what has no place, Unavailable.
     """
     voters = {id: Placement(labels) for id, labels in config.voters.items()}
     await coordinator.start(voters, Path(config.home) / coordinator.FOLDER, pace(config))
-    if not config.nodes:
+    if not config.nodes and not config.uses_gpus:
         return None
     client = await coordinator.connect()
     kept = await client.get(planning.KEY)
@@ -156,7 +157,7 @@ async def agree(config: Config) -> Plan | None:
     seen = await asyncio.to_thread(machines.look_at, config)
     plan = planning.plan_for(config, seen, planning.from_json(kept[0]) if kept else None, drained)
     await client.put(planning.KEY, planning.to_json(plan))
-    return plan
+    return plan if config.nodes else Plan(tuple(replace(place, node="") for place in plan.places))
 
 
 def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:

@@ -417,6 +417,13 @@ class Config(BaseSettings):
         return self.pipelines.rewrite_queries and not any(model.address.startswith("extractive:") for model in asked)
 
     @property
+    def uses_gpus(self) -> bool:
+        """Whether a model of ours is to run on GPUs."""
+        tasks: tuple[Task, ...] = ("generate", "embed", "rerank")
+        models = [model for task in tasks for model in self.models.of_task(task)]
+        return any((m.engine if m.address.startswith("vllm:") else m).device == "gpu" for m in models)
+
+    @property
     def voters(self) -> dict[int, dict[str, str]]:
         """The first voters with the labels of their machines: those set, else one, and with three machines three."""
         if "voters" in self.coordinator.model_fields_set or not self.nodes:
