@@ -2,7 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from actors.coordinator import Operator, Placement
 from actors.ingestor import Ingestor
 from actors.retriever import Retriever
 from actors.vectors import Vectors
+from cluster.inventory import Inventory, configured
 from cluster.placement import Plan
 from cluster.voter import Pace
 from deployments import gateway, machines, models, planning
@@ -32,6 +34,7 @@ from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
 
 APPLICATION = "nexus"
+LOOK_SECONDS = 0.2
 
 
 class Gateway:
@@ -141,40 +144,60 @@ def vectors_address(config: Config, vectors_port: int) -> str:
     )
 
 
-async def agree(config: Config) -> Plan | None:
+async def agree(config: Config) -> tuple[Plan | None, frozenset[str]]:
     """Start the voters, and have them keep the plan that is about to be applied, in a cluster or where there are GPUs.
 
-    It is made of what the machines say of themselves, and of the plan before it, without those that are drained.
-    Raises ConfigError for what has no place, Unavailable.
+    It is made of what the machines say of themselves, and of those that are away, what the settings say: what belongs
+    there starts when they come. Of the plan before it what still fits stays; a machine that is drained gets nothing.
+    With the plan, those that are away. Raises ConfigError for what has no place, Unavailable.
     """
     voters = {id: Placement(labels) for id, labels in config.voters.items()}
     await coordinator.start(voters, Path(config.home) / coordinator.FOLDER, pace(config))
     if not config.nodes and not config.uses_gpus:
-        return None
+        return None, frozenset()
     client = await coordinator.connect()
     kept = await client.get(planning.KEY)
     drained = {key.removeprefix(planning.DRAINED) for key, _, _ in await client.range(planning.DRAINED)}
-    seen = await asyncio.to_thread(machines.look_at, config)
-    plan = planning.plan_for(config, seen, planning.from_json(kept[0]) if kept else None, drained)
+    described, seen = configured(config), await asyncio.to_thread(machines.look_at, config)
+    known = {node.name: node for node in (*described.nodes, *seen.nodes)}
+    inventory = Inventory(tuple(known[node.name] for node in described.nodes))
+    plan = planning.plan_for(config, inventory, planning.from_json(kept[0]) if kept else None, drained)
     await client.put(planning.KEY, planning.to_json(plan))
-    return plan if config.nodes else Plan(tuple(replace(place, node="") for place in plan.places))
+    if not config.nodes:
+        return Plan(tuple(replace(place, node="") for place in plan.places)), frozenset()
+    return plan, frozenset(known) - {node.name for node in seen.nodes}
 
 
 def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
     """Put the application on a running head; `deployments.running` calls this in a process of its own."""
     config = load_config(Path(config_file) if config_file else None)
     ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
-    plan = asyncio.run(agree(config))
+    plan, away = asyncio.run(agree(config))
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},
     )
-    try:
-        serve.run(build(config, int(vectors_port), plan), name=APPLICATION, route_prefix="/")
-    except RuntimeError as error:
-        deployments = serve.status().applications[APPLICATION].deployments
-        reasons = [f"{name}: {one.message.strip()}" for name, one in deployments.items() if one.status == "UNHEALTHY"]
-        sys.exit("\n".join(reasons) or str(error))
+    target = serve.RunTarget(build(config, int(vectors_port), plan), APPLICATION, "/")
+    serve.run_many([target], wait_for_applications_running=False)
+    here = {f"{place.want}@{place.node}" for place in plan.places if place.node not in away} if plan and away else set()
+    sys.exit(await_deployments(here))
+
+
+def await_deployments(here: Collection[str] = ()) -> str | None:
+    """Return once all deployments are well, or at least those named where some are; else why they cannot be.
+
+    What belongs to a machine that is away starts by itself when that comes.
+    """
+    while True:
+        application = serve.status().applications[APPLICATION]
+        found = {name: one.status for name, one in application.deployments.items()}
+        failed = [name for name, status in found.items() if status in ("UNHEALTHY", "DEPLOY_FAILED")]
+        if application.status == "RUNNING" or (here and all(found.get(name) == "HEALTHY" for name in here)):
+            return None
+        if application.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+            reasons = [f"{name}: {application.deployments[name].message.strip()}" for name in failed]
+            return "\n".join(reasons) or application.message
+        time.sleep(LOOK_SECONDS)
 
 
 if __name__ == "__main__":
