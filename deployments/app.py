@@ -3,14 +3,16 @@
 import asyncio
 import sys
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.serve import RunTarget
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatusOverview
 from starlette.types import ASGIApp
 
 from actors import coordinator
@@ -19,7 +21,7 @@ from actors.ingestor import Ingestor
 from actors.retriever import Retriever
 from actors.vectors import Vectors
 from cluster.inventory import Inventory, configured
-from cluster.placement import Plan
+from cluster.placement import Place, Plan
 from cluster.voter import Pace
 from deployments import gateway, machines, models, planning
 from deployments.remote import Remote
@@ -34,17 +36,21 @@ from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
 
 APPLICATION = "nexus"
+FAILED = ("UNHEALTHY", "DEPLOY_FAILED")
 LOOK_SECONDS = 0.2
+GRACE_SECONDS = 3.0  # after a plan is in force; a copy of the last one is a second old at most
 
 
 class Gateway:
     """The ingress replica: the HTTP application, with handles to the rest."""
 
-    def __init__(self, config: Config, parts: dict[str, DeploymentHandle], handles: models.Handles) -> None:
+    def __init__(
+        self, config: Config, parts: dict[str, DeploymentHandle], bound: models.Handles | None
+    ) -> None:  # fmt: skip
         self._config = config
+        self._handles = bound or models.find(config)
         self._parts = {name: Remote(handle) for name, handle in parts.items()}
-        self._parts["embedder"] = models.door(handles["embed"][0])
-        self._handles = handles
+        self._parts["embedder"] = models.door(self._handles["embed"][0])
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         config, parts = self._config, self._parts
@@ -104,37 +110,37 @@ def open_triton(triton: Triton) -> TritonPool | None:
 
 
 class RemotePoolIngestor(Ingestor):
-    """The ingestor, with the embedder pool one hop away, by machine."""
+    """The ingestor, with the embedder pool one hop away."""
 
-    def __init__(self, config: Config, vectors_address: str, pool: Mapping[str, DeploymentHandle]) -> None:
-        super().__init__(config, vectors_address, models.door(pool))
+    def __init__(self, config: Config, vectors_address: str, bound: models.Handles | None) -> None:
+        handles = bound or models.find(config)
+        super().__init__(config, vectors_address, models.door(handles["embed"][0]))
 
 
 class RemoteRerankerRetriever(Retriever):
-    """The retriever, with the reranker one hop away where it has processes of its own, by machine."""
+    """The retriever, with the reranker one hop away where it has a process of its own."""
 
-    def __init__(self, config: Config, vectors_address: str, reranker: Mapping[str, DeploymentHandle] | None) -> None:
+    def __init__(self, config: Config, vectors_address: str, bound: models.Handles | None) -> None:
+        reranker = None if config.models.reranker is None else (bound or models.find(config))["rerank"].get(0)
         super().__init__(config, vectors_address, None if reranker is None else models.door(reranker))
 
 
-def build(config: Config, vectors_port: int, plan: Plan | None = None) -> serve.Application:
-    """The application: gateway over retriever, ingestor, models and, where it is ours to run, Milvus Lite.
+def build(config: Config, vectors_port: int, bound: models.Handles | None) -> serve.Application:
+    """The application: gateway over retriever, ingestor and, where it is ours to run, Milvus Lite.
 
     Each replica says how many requests it takes at once and how many may wait; past that, 503. What opens the home's
-    files is on the head's machine; the models are where the plan puts them, without one where Ray has room.
+    files is on the head's machine. The models are those given, or else those of the cluster's own application.
     """
     here = models.Spot(config.ray.head or "")
-    deployed = models.deploy(config, plan)
     parts: dict[str, Any] = {}
     address = vectors_address(config, vectors_port)
     if config.stores.vectors == "milvus-lite:":
         parts["vectors"] = models.deployment("vectors", Vectors, 16, 64, here).bind(str(config.home), vectors_port)
-    reranker = None if config.models.reranker is None else deployed["rerank"].get(0)
     retriever = models.deployment("retriever", RemoteRerankerRetriever, 32, 256, here)
-    parts["retriever"] = retriever.bind(config, address, reranker)
+    parts["retriever"] = retriever.bind(config, address, bound)
     ingestor = models.deployment("ingestor", RemotePoolIngestor, 1024, 1024, here)
-    parts["ingestor"] = ingestor.bind(config, address, deployed["embed"][0])
-    return models.deployment("gateway", serve.ingress()(Gateway), 256, 1024, here).bind(config, parts, deployed)
+    parts["ingestor"] = ingestor.bind(config, address, bound)
+    return models.deployment("gateway", serve.ingress()(Gateway), 256, 1024, here).bind(config, parts, bound)
 
 
 def vectors_address(config: Config, vectors_port: int) -> str:
@@ -144,60 +150,109 @@ def vectors_address(config: Config, vectors_port: int) -> str:
     )
 
 
-async def agree(config: Config) -> tuple[Plan | None, frozenset[str]]:
-    """Start the voters, and have them keep the plan that is about to be applied, in a cluster or where there are GPUs.
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A plan to apply, the machines that are away, and what still runs on machines that are to be left."""
 
-    It is made of what the machines say of themselves, and of those that are away, what the settings say: what belongs
-    there starts when they come. Of the plan before it what still fits stays; a machine that is drained gets nothing.
-    With the plan, those that are away. Raises ConfigError for what has no place, Unavailable.
-    """
+    plan: Plan
+    away: frozenset[str]
+    leaving: tuple[Place, ...]
+
+
+async def start_voters(config: Config) -> None:
+    """Those that the settings name, on their machines."""
     voters = {id: Placement(labels) for id, labels in config.voters.items()}
     await coordinator.start(voters, Path(config.home) / coordinator.FOLDER, pace(config))
-    if not config.nodes and not config.uses_gpus:
-        return None, frozenset()
+
+
+async def decide(config: Config) -> Decision:
+    """What goes where, by what the machines say of themselves, and for those that are away by the settings.
+
+    Of the plan in force what still fits stays; a machine that is drained gets nothing. Raises ConfigError for what has
+    no place, Unavailable.
+    """
     client = await coordinator.connect()
     kept = await client.get(planning.KEY)
+    current = None if kept is None else planning.from_json(kept[0])
     drained = {key.removeprefix(planning.DRAINED) for key, _, _ in await client.range(planning.DRAINED)}
     described, seen = configured(config), await asyncio.to_thread(machines.look_at, config)
     known = {node.name: node for node in (*described.nodes, *seen.nodes)}
     inventory = Inventory(tuple(known[node.name] for node in described.nodes))
-    plan = planning.plan_for(config, inventory, planning.from_json(kept[0]) if kept else None, drained)
-    await client.put(planning.KEY, planning.to_json(plan))
-    if not config.nodes:
-        return Plan(tuple(replace(place, node="") for place in plan.places)), frozenset()
-    return plan, frozenset(known) - {node.name for node in seen.nodes}
+    plan = planning.plan_for(config, inventory, current, drained)
+    leaving = [place for place in (current.places if current else ()) if place.node in drained]
+    away = frozenset(known) - {node.name for node in seen.nodes}
+    return Decision(plan, away, tuple(place for place in leaving if place.node not in away))
+
+
+async def put_in_force(plan: Plan) -> None:
+    """From now on, and within a second everywhere, requests go where this plan has places."""
+    await (await coordinator.connect()).put(planning.KEY, planning.to_json(plan))
 
 
 def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
     """Put the application on a running head; `deployments.running` calls this in a process of its own."""
     config = load_config(Path(config_file) if config_file else None)
     ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
-    plan, away = asyncio.run(agree(config))
+    asyncio.run(start_voters(config))
     serve.start(
         proxy_location="EveryNode",
         http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},
     )
-    target = serve.RunTarget(build(config, int(vectors_port), plan), APPLICATION, "/")
-    serve.run_many([target], wait_for_applications_running=False)
-    here = {f"{place.want}@{place.node}" for place in plan.places if place.node not in away} if plan and away else set()
-    sys.exit(await_deployments(here))
+    sys.exit(deploy_cluster(config, int(vectors_port)) if config.nodes else deploy_here(config, int(vectors_port)))
 
 
-def await_deployments(here: Collection[str] = ()) -> str | None:
-    """Return once all deployments are well, or at least those named where some are; else why they cannot be.
+def deploy_here(config: Config, vectors_port: int) -> str | None:
+    """All on one machine; where there are GPUs, each model has the share of them that a plan gives it."""
+    plan = None
+    if config.uses_gpus:
+        decided = asyncio.run(decide(config)).plan
+        asyncio.run(put_in_force(decided))
+        plan = Plan(tuple(replace(place, node="") for place in decided.places))
+    return deploy({APPLICATION: build(config, vectors_port, models.deploy(config, plan))})
 
-    What belongs to a machine that is away starts by itself when that comes.
+
+def deploy_cluster(config: Config, vectors_port: int) -> str | None:
+    """The models where the plan puts them, and what asks them on the head's machine.
+
+    What leaves a drained machine runs there until its successors do and nobody asks it any more.
     """
+    decided = asyncio.run(decide(config))
+    applications = {APPLICATION: build(config, vectors_port, None)}
+    if decided.leaving:
+        both = Plan((*decided.plan.places, *decided.leaving))
+        if failed := deploy({models.APPLICATION: models.build(config, both)}, decided.away):
+            return failed
+    asyncio.run(put_in_force(decided.plan))
+    if decided.leaving:
+        time.sleep(GRACE_SECONDS)
+    return deploy({models.APPLICATION: models.build(config, decided.plan), **applications}, decided.away)
+
+
+def deploy(applications: Mapping[str, serve.Application], away: Collection[str] = ()) -> str | None:
+    """Return once all deployments are well but those on machines that are away; else why they cannot be."""
+    targets = [RunTarget(one, name, "/" if name == APPLICATION else None) for name, one in applications.items()]
+    serve.run_many(targets, wait_for_applications_running=False)
+    return await_deployments(applications, away)
+
+
+def await_deployments(applications: Collection[str], away: Collection[str]) -> str | None:
+    """As `deploy`. What belongs to a machine that is away starts by itself when that comes."""
     while True:
-        application = serve.status().applications[APPLICATION]
-        found = {name: one.status for name, one in application.deployments.items()}
-        failed = [name for name, status in found.items() if status in ("UNHEALTHY", "DEPLOY_FAILED")]
-        if application.status == "RUNNING" or (here and all(found.get(name) == "HEALTHY" for name in here)):
+        found = serve.status().applications
+        states = [found[name] for name in applications]
+        failed = [(name, one) for state in states for name, one in state.deployments.items() if one.status in FAILED]
+        if any(state.status in FAILED for state in states):
+            reasons = [f"{name}: {one.message.strip()}" for name, one in failed]
+            return "\n".join(reasons) or " ".join(state.message for state in states)
+        if all(state.status == "RUNNING" or _waits_for(away, state) for state in states):
             return None
-        if application.status in ("UNHEALTHY", "DEPLOY_FAILED"):
-            reasons = [f"{name}: {application.deployments[name].message.strip()}" for name in failed]
-            return "\n".join(reasons) or application.message
         time.sleep(LOOK_SECONDS)
+
+
+def _waits_for(away: Collection[str], state: ApplicationStatusOverview) -> bool:
+    """Whether nothing but machines that are away keeps an application from running."""
+    waiting = [name for name, one in state.deployments.items() if one.status != "HEALTHY"]
+    return bool(waiting) and all(name.partition("@")[2] in away for name in waiting)
 
 
 if __name__ == "__main__":

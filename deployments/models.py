@@ -1,8 +1,11 @@
 """The models of a configuration: deployments of those that Nexus runs, and all of them as objects to ask.
 
-A model's place is its number among those of its task. In a cluster it has a deployment on each machine that the plan
-gives it, so who asks it chooses between machines, and a new plan is applied without a restart of theirs. One that
-another server runs, or that needs nothing, has no deployment: the gateway asks it itself.
+A model's place is its number among those of its task. One that another server runs, or that needs nothing, has no
+deployment: the gateway asks it itself.
+
+In a cluster a model has a deployment on each machine that the plan gives it, and all of these are an application of
+their own. Whoever asks knows them by name, on every machine on which the model may be, and is told where it is planned
+now: so a new plan restarts nobody who asks, and a machine that is to be left gets no new request before it is.
 """
 
 import os
@@ -33,6 +36,7 @@ IN_PROCESS = ("gguf:",)  # generators that would hold up whoever shares their pr
 ROLES: Mapping[Task, str] = {"generate": "generator", "embed": "embedder", "rerank": "reranker"}
 Handles = Mapping[Task, Mapping[int, Mapping[str, DeploymentHandle]]]  # by place, and machine
 ANYWHERE = Spot()
+APPLICATION = "models"  # of a cluster
 
 
 def deployment(name: str, actor: type, at_once: int, waiting: int, spot: Spot = ANYWHERE, target: int = 0) -> Any:
@@ -47,7 +51,7 @@ def deployment(name: str, actor: type, at_once: int, waiting: int, spot: Spot = 
     if spot.most > spot.least:
         size = {"autoscaling_config": autoscaling(spot.least, spot.most, target)}
     return serve.deployment(
-        name=spot.name(name),
+        name=name,
         max_ongoing_requests=at_once,
         max_queued_requests=waiting,
         health_check_period_s=2,
@@ -95,10 +99,38 @@ def _deploy(name: str, task: Task, model: Served, spot: Spot, threads: int) -> s
         return engines.deploy(spot.name(name), model, spot)
     replicas = model.replicas
     actor = {"generate": Generator, "embed": Embedder, "rerank": Reranker}[task]
-    deployed = deployment(name, actor, replicas.at_once, replicas.waiting, spot, replicas.target)
+    deployed = deployment(spot.name(name), actor, replicas.at_once, replicas.waiting, spot, replicas.target)
     if task == "generate":
         return deployed.bind(model)
     return deployed.bind(model.address, threads, model.offered(), gpu_bytes=spot.bytes)
+
+
+class Roster:
+    """The root of the models' application: it holds them together, and nobody asks it."""
+
+    def __init__(self, deployed: Mapping[Task, Mapping[int, Mapping[str, DeploymentHandle]]]) -> None:
+        """Nothing is kept: that they are arguments makes them part of the application."""
+
+
+def build(config: Config, plan: Plan) -> serve.Application:
+    """The application of a cluster's models, as a plan places them."""
+    return deployment("roster", Roster, 1, 1, Spot(config.ray.head or "")).bind(deploy(config, plan))
+
+
+def find(config: Config) -> Handles:
+    """Handles of all models in a cluster's application, on every machine on which each may be, whether it is or not."""
+    found: dict[Task, dict[int, dict[str, DeploymentHandle]]] = {}
+    for task in ROLES:
+        models = dict(enumerate(config.models.of_task(task)))
+        found[task] = {
+            place: {
+                node: DeploymentHandle(Spot(node).name(name_of(task, place)), APPLICATION)
+                for node in model.nodes or config.nodes
+            }
+            for place, model in models.items()
+            if has_deployment(task, place, model)
+        }
+    return found
 
 
 def door(handles: Mapping[str, DeploymentHandle]) -> Any:
