@@ -66,6 +66,11 @@ class Client:
             return None
         return answer
 
+    def status(self) -> dict[str, Any]:
+        """Machines, GPUs, replicas and the plan in force, as `GET /status` tells of them."""
+        answer: dict[str, Any] = self.call("GET", "/status", timeout=20)[1]
+        return answer
+
     def announce(self, files: Sequence[Mapping[str, object]], collection: str) -> dict[str, Any]:
         """Make a job of files; `expected` in the answer numbers those whose bytes are wanted."""
         body = {"files": list(files), "collection": collection}

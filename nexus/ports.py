@@ -246,6 +246,10 @@ class DocumentStore(Protocol):
         """Current documents that the principal may read, by document id, those after `after`."""
         ...
 
+    def tally(self, principal: Principal) -> dict[str, tuple[int, int]]:
+        """{collection: (documents, chunks)} of the current documents that the principal may read."""
+        ...
+
     def matching(self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int) -> list[str]:
         """Ids of documents visible at `as_of` whose metadata meet the condition; at most `limit`."""
         ...

@@ -7,7 +7,7 @@ outlive it, and `exposition` sums over all of them: a killed replica takes no co
 import os
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -24,6 +24,11 @@ def _histogram(name: str, help: str, labels: Iterable[str] = ()) -> Histogram:
     return Histogram(name, help, tuple(labels), registry=_registry, buckets=SECONDS)
 
 
+def _gauge(name: str, help: str, labels: Iterable[str] = ()) -> Gauge:
+    """Of several processes, the one that set it last is right."""
+    return Gauge(name, help, tuple(labels), registry=_registry, multiprocess_mode="mostrecent")
+
+
 rag_queries = _counter("rag_queries_total", "Searches and questions answered.", ["query_type"])
 rag_response = _histogram("rag_response_duration_seconds", "From request to full answer.", ["query_type"])
 rag_stage = _histogram("rag_stage_duration_seconds", "One stage of a search or an answer.", ["stage"])
@@ -35,6 +40,9 @@ ingest_documents = _counter("ingest_documents_total", "Documents that ended thei
 ingest_chunks = _counter("ingest_chunks_total", "Chunks published.")
 nims_inferences = _counter("nims_inferences_total", "Inferences that Triton servers answered.", ["model_name"])
 nims_inference = _histogram("nims_inference_duration_seconds", "From tensors in to tensors out.", ["model_name"])
+gpu_memory = _gauge(
+    "gpu_memory_bytes", "Of each GPU: total, planned, or taken by others, as of the last look.", ["node", "gpu", "kind"]
+)
 
 
 def count_document(outcome: str, chunks: int = 0) -> None:

@@ -258,6 +258,16 @@ class SqliteDocuments(Database):
             )
             return [_document(row) for row in rows]
 
+    def tally(self, principal: Principal) -> dict[str, tuple[int, int]]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT v.collection, COUNT(*), SUM(v.chunks) FROM versions v JOIN spans s USING (document_id, version)"
+                f" WHERE s.closed IS NULL AND v.tenant = :tenant AND {MAY_READ}"
+                " GROUP BY v.collection ORDER BY v.collection",
+                _who(principal),
+            )
+            return {collection: (documents, chunks) for collection, documents, chunks in rows}
+
     def matching(self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int) -> list[str]:
         parameters: dict[str, object] = {**_who(principal), "collection": collection, "as_of": as_of, "limit": limit}
         where = _condition(condition, parameters)
