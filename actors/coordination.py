@@ -31,6 +31,7 @@ class Coordination:
         self._client: Client | None = None
         self._leases: dict[str, int] = {}
         self._live: dict[str, LiveIndex] = {}
+        self._peeked: dict[str, bytes | None] = {}
         self._looking: asyncio.Task[None] | None = None  # goes on, once it has looked for the first time
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="coordinator", daemon=True)
@@ -52,6 +53,13 @@ class Coordination:
 
     def point(self, collection: str, to: LiveIndex) -> LiveIndex:
         return self._run(self._point(collection, to))
+
+    def peek(self, key: str) -> bytes | None:
+        """What any voter had under a key a second ago; None for nothing, and until that is known. Never waits."""
+        if key not in self._peeked:
+            self._peeked[key] = None
+            asyncio.run_coroutine_threadsafe(self._look_from_now_on(), self._loop)
+        return self._peeked[key]
 
     def close(self) -> None:
         """Nobody may be asking it."""
@@ -99,17 +107,20 @@ class Coordination:
 
     async def _begin_to_look(self) -> None:
         await self._look()
+        await self._look_from_now_on()
+
+    async def _look_from_now_on(self) -> None:
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._keep_looking())
 
     async def _keep_looking(self) -> None:
         """Keep a copy of what any voter has: a search asks nobody, and goes on while there is no quorum."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self._look()
             except TryAgain as error:
-                log.warning("which indexes are live is not known anew: %s", error)
+                log.warning("what the voters agree on is not known anew: %s", error)
+            await asyncio.sleep(LOOK_SECONDS)
 
     async def _stop_looking(self) -> None:
         if self._looking is not None:
@@ -119,6 +130,9 @@ class Coordination:
     async def _look(self) -> None:
         found = await (await self._voters()).range(COLLECTIONS, fresh=False)
         self._live = {key.removeprefix(COLLECTIONS): _read(value) for key, value, _ in found}
+        for key in list(self._peeked):
+            value = await (await self._voters()).get(key, fresh=False)
+            self._peeked[key] = None if value is None else value[0]
 
 
 def _read(value: bytes) -> LiveIndex:

@@ -1,0 +1,54 @@
+"""What a drill measures, and whom it lets be broken."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from deployments.drill import Beat, Fault, Outcome, faults, is_whole, longest_gap, show, table
+from nexus.config import Config
+from nexus.errors import InvalidRequest
+
+NODE = {"address": "10.0.0.1", "cpus": 1, "memory": "1GiB"}
+
+
+@pytest.fixture
+def config(tmp_path: Any) -> Config:
+    nodes = {name: NODE for name in ("sark", "clu", "witness")}
+    return Config(home=tmp_path, ray={"head": "witness"}, nodes=nodes)
+
+
+def test_every_fault_there_is_or_those_named(config: Config) -> None:
+    every = ["link:sark", "link:clu", "raylet:sark", "raylet:clu", "state:witness"]
+    assert [str(fault) for fault in faults(config, [])] == every
+    assert faults(config, ["raylet:clu"]) == [Fault("raylet", "clu")]
+    with pytest.raises(InvalidRequest, match="'link:witness'.*link:sark"):  # on it the load would go with the link
+        faults(config, ["link:witness"])
+
+
+def beat(ended: float, kind: Any = "answer", is_done: bool = True) -> Beat:
+    return Beat(kind, ended - 1, ended, is_done)
+
+
+def test_the_longest_silence_counts_what_was_answered_well_alone() -> None:
+    beats = [beat(1), beat(3), beat(4, is_done=False), beat(5, "document"), beat(8), beat(9)]
+    assert longest_gap(beats, "answer", 2, 10) == 5
+    assert longest_gap(beats, "answer", 8.5, 12) == 3, "until the end"
+    assert longest_gap([], "answer", 0, 7) == 7
+
+
+def test_whole_is_every_machine_and_every_deployment() -> None:
+    nodes = [{"name": "sark", "alive": True}, {"name": "clu", "alive": True}]
+    well, ill = {"status": "HEALTHY"}, {"status": "UPDATING"}
+    assert is_whole({"nodes": nodes, "deployments": [well]})
+    assert not is_whole({"nodes": nodes, "deployments": [well, ill]})
+    assert not is_whole({"nodes": [*nodes, {"name": "witness", "alive": False}], "deployments": [well]})
+    assert not is_whole({"nodes": None, "deployments": [well]}) and not is_whole({})
+
+
+def test_an_outcome_is_shown_with_what_was_lost() -> None:
+    outcome = Outcome("link:sark", 1.25, 42.0, Counter(answer=7), Counter(document=2), 1)
+    head, row = table([outcome]).splitlines()
+    assert head.split("  ")[0] == "fault" and "lost" in head
+    assert row.split() == "link:sark 1.2 s 42 s 7 answer 2 document 1".split()
+    assert show(outcome)["lost"] == 1 and show(outcome)["done"] == {"answer": 7}
