@@ -1,14 +1,15 @@
 """Deployments as plain objects: what is called has their methods, and raises the errors they raised."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+import itertools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from typing import Any
 
 import numpy as np
 import orjson
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -18,6 +19,9 @@ from nexus.ports import InputType
 from nexus.types import Delta, Prompt, Vectors, digest
 
 DONE = "data: [DONE]"
+HEDGE_SECONDS = 5.0  # without an answer, before another machine is asked too
+PROBE_SECONDS = 3.0  # that a probe has, and between two of one machine
+ASKED_ELSEWHERE = (Unavailable, Overloaded)
 
 
 @contextmanager
@@ -30,12 +34,12 @@ def translated() -> Iterator[None]:
         raise (cause if isinstance(cause, NexusError) else error) from None
     except BackPressureError as error:
         raise Overloaded("every place is taken; try again in a moment") from error
-    except (RayActorError, DeploymentUnavailableError) as error:
+    except (RayActorError, ObjectLostError, DeploymentUnavailableError) as error:
         raise Unavailable("a part of Nexus is restarting; try again in a moment") from error
 
 
 class Remote:
-    """A deployment whose methods are awaited."""
+    """A deployment whose methods are awaited; an error that one of them gives back is raised too."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -45,12 +49,129 @@ class Remote:
             with translated():
                 answer = getattr(self._handle, method).remote(*arguments)
                 try:
-                    return await answer
+                    given = await answer
                 except asyncio.CancelledError:
                     answer.cancel()  # nobody waits for it any more
                     raise
+            if isinstance(given, NexusError):
+                raise given
+            return given
 
         return call
+
+
+class Spread:
+    """Deployments of one model on several machines as one whose methods are awaited: each call may be repeated.
+
+    Who has the fewest of our calls in flight is asked, and where it is away or full, each of the others in turn. A
+    machine that was cut off neither answers nor fails: whoever waits for HEDGE_SECONDS asks another too, and the first
+    answer counts. One that failed, or from which nothing came for so long, is not asked while another can be; it is
+    only probed, and it is back when it is ready. All calls belong to one event loop.
+    """
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        """By machine, at least one: each as Remote is, with `ready` among its methods."""
+        self._machines = [_Machine(part) for part in parts.values()]
+        self._turns = itertools.count(1)
+        self._probes: set[asyncio.Task[bool]] = set()
+
+    def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
+        async def call(*arguments: Any) -> Any:
+            return await self._ask(method, arguments)
+
+        return call
+
+    async def ready(self) -> bool:
+        """True once one of them is. Raises Unavailable."""
+        checks = [asyncio.create_task(machine.passes_check()) for machine in self._machines]
+        try:
+            for check in asyncio.as_completed(checks):
+                if await check:
+                    return True
+        finally:
+            for one in checks:
+                one.cancel()
+        raise Unavailable("a part of Nexus answers on none of its machines; try again in a moment")
+
+    async def _ask(self, method: str, arguments: Sequence[Any]) -> Any:
+        """The first answer. Raises what the last one raised, or at once what no other would say differently."""
+        left, waiting, failure = list(self._machines), set[asyncio.Task[Any]](), None
+        try:
+            while left or waiting:
+                if left:
+                    machine = self._choose(left)
+                    left.remove(machine)
+                    waiting.add(machine.begin(method, arguments, next(self._turns)))
+                patience = HEDGE_SECONDS if left else None
+                done, waiting = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+                for one in done:
+                    failure = one.exception()
+                    if not isinstance(failure, ASKED_ELSEWHERE):
+                        return one.result()
+            assert failure is not None
+            raise failure
+        finally:
+            for one in waiting:
+                one.cancel()
+
+    def _choose(self, left: "Sequence[_Machine]") -> "_Machine":
+        now = asyncio.get_running_loop().time()
+        for machine in self._machines:
+            if machine.is_to_be_probed(now):
+                probe = machine.begin_probe(now)
+                self._probes.add(probe)
+                probe.add_done_callback(self._probes.discard)
+        pool = [machine for machine in left if not machine.is_aside(now)] or left
+        return min(pool, key=lambda machine: (machine.in_flight, machine.turn))
+
+
+class _Machine:
+    """One part of a Spread, and what is known of it."""
+
+    def __init__(self, part: Any) -> None:
+        self.in_flight = 0
+        self.turn = 0  # of all calls, the last one that it was asked
+        self._part = part
+        self._is_away = False
+        self._silent_since: float | None = None  # it was first asked after its last answer
+        self._probed: float | None = None
+
+    def begin(self, method: str, arguments: Sequence[Any], turn: int) -> "asyncio.Task[Any]":
+        """Ask it, and note whether and how it answers."""
+        self.turn = turn
+        self.in_flight += 1
+        if self._silent_since is None:
+            self._silent_since = asyncio.get_running_loop().time()
+        task = asyncio.ensure_future(getattr(self._part, method)(*arguments))
+        task.add_done_callback(self._end)
+        return task
+
+    def _end(self, task: "asyncio.Task[Any]") -> None:
+        self.in_flight -= 1
+        if not task.cancelled():
+            self._silent_since = None
+            self._is_away = isinstance(task.exception(), Unavailable)
+
+    def is_aside(self, now: float) -> bool:
+        """Whether others are asked first."""
+        return self._is_away or (self._silent_since is not None and now - self._silent_since >= HEDGE_SECONDS)
+
+    def is_to_be_probed(self, now: float) -> bool:
+        return self.is_aside(now) and (self._probed is None or now - self._probed >= PROBE_SECONDS)
+
+    def begin_probe(self, now: float) -> "asyncio.Task[bool]":
+        self._probed = now
+        return asyncio.create_task(self.passes_check())
+
+    async def passes_check(self) -> bool:
+        """Whether it says in time that it is ready, and is so asked again."""
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self._part.ready()
+        except (NexusError, RayError, OSError):  # TimeoutError is one
+            return False
+        self._is_away, self._silent_since = False, None
+        return True
 
 
 class Threaded:
@@ -144,17 +265,14 @@ class RemoteEngine:
 
 
 class RemoteEmbedder:
-    """An embedder in vLLM replicas (actors/vllm.py)."""
+    """An embedder in vLLM replicas (actors/vllm.py), which are asked as `part`: a Remote, or a Spread."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._part = Remote(handle)
+    def __init__(self, part: Any) -> None:
+        self._part = part
 
     async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         """Unit rows; the engine embeds both types of input alike. Raises UpstreamInvalid for rows that are none."""
-        answer = await self._part.embed(texts)
-        if isinstance(answer, NexusError):
-            raise answer
-        rows = np.asarray(answer, np.float32)
+        rows = np.asarray(await self._part.embed(texts), np.float32)
         lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
         if rows.ndim != 2 or len(rows) != len(texts) or not (np.isfinite(lengths) & (lengths > 0)).all():
             raise UpstreamInvalid("the embedding engine answered with something else than a vector for each text")
