@@ -50,7 +50,7 @@ def test_where_not_all_leasts_fit_chat_has_its_own() -> None:
 
 def test_two_of_one_kind_share_what_is_free_by_what_they_want() -> None:
     other = replace(CHAT, name="generator-1", most=8)
-    assert targets(7, Demand(CHAT, 1, 20), Demand(other, 1, 80)) == [2, 5]
+    assert targets(5, Demand(CHAT, 1, 40), Demand(other, 1, 80)) == [2, 3]
 
 
 def test_neither_of_one_kind_takes_what_the_other_still_wants() -> None:
@@ -64,9 +64,10 @@ def test_of_one_kind_who_wants_comes_before_who_wanted() -> None:
 
 
 def test_shares_of_a_gpu_add_up_to_the_last_grain() -> None:
-    """Ten tenths make one, which they do not as floating-point numbers."""
+    """Which floating-point numbers do not."""
     tenth = replace(BULK, gpus=0.1, most=20)
     assert targets(1, Demand(tenth, 1, 1000)) == [10]
+    assert targets(0.7, Demand(replace(tenth, gpus=0.07), 1, 1000)) == [10]
     assert targets(2.0001, Demand(replace(CHAT, gpus=0.9), 1, 100), Demand(tenth, 1, 1000)) == [2, 2]
 
 
@@ -164,7 +165,9 @@ def claims(draw: st.DrawFn) -> list[Claim]:
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[float, list[Demand], dict[str, Waning], bool]:
     """A pool with its deployments, as a moment of a long life: they may have more than there is room for."""
-    demands = [Demand(claim, draw(st.integers(0, claim.most)), draw(st.integers(0, 300))) for claim in draw(claims())]
+    demands = [
+        Demand(claim, draw(st.integers(0, claim.most + 2)), draw(st.integers(0, 300))) for claim in draw(claims())
+    ]
     waning = {
         one.claim.name: Waning(draw(st.floats(-2 * DOWN_SECONDS, 0)), draw(st.integers(0, one.claim.most)))
         for one in demands
@@ -266,6 +269,12 @@ def test_who_falls_silent_wants_nothing_any_more() -> None:
     shares.ask("generator-0", 3, 30, 0.0)
     assert shares.ask("embedder", 1, 100, 1.0) == 2
     assert shares.ask("embedder", 2, 100, SILENT_SECONDS) == 4
+
+
+def test_what_they_have_wanted_is_remembered_between_two_questions() -> None:
+    shares = Shares(Pool(5, (CHAT, BULK), DOWN_SECONDS))
+    shares.ask("embedder", 1, 0, 0.0)
+    assert [shares.ask("generator-0", 4, 0, now) for now in (0.0, DOWN_SECONDS - 1, DOWN_SECONDS)] == [4, 4, 1]
 
 
 def test_pressure_reaches_the_division() -> None:
