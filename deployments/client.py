@@ -9,7 +9,7 @@ from typing import Any, Self
 import httpx
 
 from cluster import bootstrap
-from nexus.config import load_config
+from nexus.config import Config, load_config
 from nexus.errors import InvalidRequest, NexusError, NotFound, Unauthenticated, Unavailable
 
 SEARCH_SECONDS = 60.0
@@ -20,8 +20,9 @@ KINDS: dict[int, type[NexusError]] = {401: Unauthenticated, 404: NotFound, 503: 
 class Client:
     """One connection pool to a running Nexus. Raises the NexusError that its answer tells of."""
 
-    def __init__(self) -> None:
-        config = load_config()
+    def __init__(self, config: Config | None = None) -> None:
+        """To the Nexus of these settings; by default of those of this home."""
+        config = load_config() if config is None else config
         home = Path(config.home)
         instance = bootstrap.find_instance(home)
         self.url = os.environ.get("NEXUS_URL") or (instance.url if instance else config.url)

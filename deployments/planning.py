@@ -1,40 +1,53 @@
-"""Where everything will go, and why, in words and in JSON: `nexus plan`, and the plan that `nexus up` applies."""
+"""Where everything will go, and what it leaves: `nexus plan`, and the plan that `nexus up` applies."""
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
 
-from cluster.inventory import Inventory, configured
-from cluster.placement import Plan, place
+from cluster.inventory import Gpu, Inventory, Node, configured, real
+from cluster.placement import Place, Plan, Refusal, Want, encode, left, moves, place
 from cluster.wants import wants_of
 from nexus.config import Config
 from nexus.errors import ConfigError, UpstreamInvalid
 
 KEY = "placement"  # of the plan in force, in the coordinator
 DRAINED = "drained/"  # and a machine's name: nothing is to go there
+PLAIN_WIDTH = 110  # where no terminal says how wide it is
 
-_PLAN = TypeAdapter(Plan)
-
-
-def make_plan(config: Config, seen: Inventory | None, current: Plan | None, drained: Collection[str] = ()) -> Plan:
-    """A place for every want of the settings on the machines seen, else on those described, but on none drained."""
-    inventory = seen or configured(config)
-    usable = Inventory(tuple(node for node in inventory.nodes if node.name not in drained))
-    return place(usable, wants_of(config), current)
+_PLAN, _PLACES = TypeAdapter(Plan), TypeAdapter(tuple[Place, ...])
 
 
 def plan_for(config: Config, seen: Inventory | None, current: Plan | None, drained: Collection[str] = ()) -> Plan:
-    """A plan that can be applied. Raises ConfigError with what has no place, why, and what would give it one."""
-    plan = make_plan(config, seen, current, drained)
+    """A plan that can be applied, on the machines that are seen, where any are. Raises ConfigError.
+
+    The error says what has no place, why, and what would give it one.
+    """
+    plan = place(inventory_for(config, seen, drained), wants_of(config), current)
     if plan.refusals:
-        refused = [f"{one.want}: {one.reason}; {one.remedy}" for one in plan.refusals]
-        raise ConfigError("not everything wanted has a place: " + " | ".join(refused))
+        raise ConfigError("not everything wanted has a place. " + " ".join(map(refused, plan.refusals)))
     return plan
+
+
+def inventory_for(config: Config, seen: Inventory | None, drained: Collection[str]) -> Inventory:
+    """The machines described, as they are seen where that is known, without those that are drained."""
+    described = configured(config)
+    usable = described if seen is None else real(described, seen)
+    return Inventory(tuple(node for node in usable.nodes if node.name not in drained))
+
+
+def refused(one: Refusal) -> str:
+    """A refusal as a sentence."""
+    return f"{one.want}: {one.reason}; {one.remedy}."
 
 
 def to_json(plan: Plan) -> bytes:
     """A plan as the coordinator keeps it."""
-    return _PLAN.dump_json(plan)
+    return encode(plan)
 
 
 def from_json(content: bytes) -> Plan:
@@ -43,3 +56,232 @@ def from_json(content: bytes) -> Plan:
         return _PLAN.validate_json(content)
     except ValidationError:
         raise UpstreamInvalid(f"the coordinator keeps something under {KEY!r} that is no plan") from None
+
+
+def models_of(config: Config) -> dict[str, str]:
+    """The names that clients ask for, by those of the deployments."""
+    models = config.models
+    roles = {"generator": "generate", "embedder": "embed", "reranker": "rerank"}
+    named = {
+        f"{role}-{number}": model.called
+        for role, task in roles.items()
+        for number, model in enumerate(models.of_task(task))  # type: ignore[arg-type]
+    }
+    named["embedder"] = named.pop("embedder-0")
+    return named
+
+
+# ── what the running Nexus says ─────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What `GET /status` tells a planner; `seen` and `plan` are None where it does not say."""
+
+    seen: Inventory | None = None
+    plan: Plan | None = None
+    why_no_plan: str = ""
+    drained: Sequence[str] = ()
+    notes: Sequence[str] = ()  # for people: which machines the plan leaves out, and why
+
+
+def read_status(config: Config, status: Mapping[str, Any]) -> Told:
+    """Machines that do not answer are left out; one that does not say which GPUs it has, has those described."""
+    unknown, drained = status["unknown"], status["drained"] or ()
+    plan = None if status["placement"] is None else Plan(_PLACES.validate_python(status["placement"]))
+    why = unknown.get("placement", "no plan is in force: the Nexus that runs is one machine without GPUs of its own")
+    notes = [f"{name} is drained: nothing goes there" for name in drained]
+    if status["nodes"] is None:
+        return Told(None, plan, why, drained, [*notes, f"the machines are as described: {unknown['nodes']}"])
+    described = {node.name: node for node in configured(config).nodes}
+    seen = []
+    for node in status["nodes"]:
+        if not node["alive"]:
+            notes.append(f"{node['name']} does not answer: nothing goes there")
+            continue
+        if node["gpus"] is None:
+            notes.append(f"{node['name']} does not say which GPUs it has: they are as described")
+        seen.append(_read_node(node, described.get(node["name"])))
+    return Told(Inventory(tuple(seen)), plan, why, drained, notes)
+
+
+def _read_node(node: Mapping[str, Any], described: Node | None) -> Node:
+    gpus = described.gpus if described else ()
+    if node["gpus"] is not None:
+        sizes = [(one["index"], one["model"], one["memory_bytes"], one["taken_bytes"]) for one in node["gpus"]]
+        gpus = tuple(Gpu(*one) for one in sizes)
+    return Node(node["name"], node["address"], node["cpus"], node["memory_bytes"], gpus, node["labels"])
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A plan, with what it was made of."""
+
+    inventory: Inventory
+    wants: Sequence[Want]
+    plan: Plan
+
+
+def draw(config: Config, told: Told) -> Draft:
+    """The plan that `nexus up` would apply."""
+    inventory, wants = inventory_for(config, told.seen, told.drained), wants_of(config)
+    return Draft(inventory, wants, place(inventory, wants, told.plan))
+
+
+# ── as JSON ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def describe(config: Config, draft: Draft) -> dict[str, Any]:
+    """What goes where and what is left, by machine and GPU; sizes in bytes, those of a replica on each of its GPUs."""
+    models, wanted = models_of(config), {want.name: want for want in draft.wants}
+    shown = [(one, _replica(one, wanted[one.want], models.get(one.want))) for one in draft.plan.places]
+    nodes = []
+    for node, rest in zip(draft.inventory.nodes, left(draft.inventory, draft.plan), strict=True):
+        here = [(one, replica) for one, replica in shown if one.node == node.name]
+        gpus = [
+            {
+                "gpu": gpu.index, "model": gpu.model, "memory_bytes": gpu.memory, "taken_bytes": gpu.taken,
+                "left_bytes": free.memory,
+                "replicas": [replica for one, replica in here if gpu.index in one.gpus],
+            }
+            for gpu, free in zip(node.gpus, rest.gpus, strict=True)
+        ]  # fmt: skip
+        nodes.append({
+            "node": node.name, "address": node.address, "cpus": node.cpus, "memory_bytes": node.memory, "gpus": gpus,
+            "cpus_left": rest.cpus, "memory_left_bytes": rest.memory,
+            "replicas": [replica for one, replica in here if not one.gpus],
+        })  # fmt: skip
+    return {"nodes": nodes, "refusals": [_refusal(one) for one in draft.plan.refusals]}
+
+
+def _replica(one: Place, want: Want, model: str | None) -> dict[str, Any]:
+    """What of its memory is not weights or overhead is the cache's, where it has one."""
+    footprint, parts = want.footprint, max(1, len(one.gpus))
+    size = one.gpu_bytes if one.gpus else one.memory
+    weights, overhead = footprint.weights // parts, footprint.overhead + footprint.beside
+    return {
+        "deployment": one.want, "replica": one.replica, "model": model, "gpus": list(one.gpus), "bytes": size,
+        "weights_bytes": weights, "cache_bytes": max(0, size - weights - overhead) if one.cache_tokens else 0,
+        "overhead_bytes": overhead, "cache_tokens": one.cache_tokens,
+        "concurrency": round(one.cache_tokens / footprint.longest, 1) if footprint.longest else None,
+        "cpus": one.cpus, "memory_bytes": one.memory,
+    }  # fmt: skip
+
+
+def _refusal(one: Refusal) -> dict[str, str]:
+    return {"deployment": one.want, "reason": one.reason, "remedy": one.remedy}
+
+
+def describe_moves(old: Plan, new: Plan) -> dict[str, Any]:
+    """What the new plan would change where the old one is in force."""
+    found = moves(old, new)
+    changed = len(found.added) + len(found.moved) + len(found.resized)
+    return {
+        "added": [asdict(one) for one in found.added],
+        "removed": [asdict(one) for one in found.removed],
+        "moved": [{"from": asdict(one), "to": asdict(other)} for one, other in found.moved],
+        "resized": [{"from": asdict(one), "to": asdict(other)} for one, other in found.resized],
+        "unchanged": len(new.places) - changed,
+    }
+
+
+# ── for people ──────────────────────────────────────────────────────────────────────────────────
+
+
+def gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def open_console() -> Console:
+    """Standard output: as wide as its terminal, or plain text where it is none."""
+    console = Console(markup=False, highlight=False, emoji=False)
+    return console if console.is_terminal else Console(
+        markup=False, highlight=False, emoji=False, no_color=True, width=PLAIN_WIDTH
+    )  # fmt: skip
+
+
+def print_plan(shown: Mapping[str, Any], console: Console) -> None:
+    """What `describe` says."""
+    for node in shown["nodes"]:
+        cpus = f"{node['cpus_left']:g} of {node['cpus']:g} CPUs"
+        memory = f"{gibibytes(node['memory_left_bytes'])} of {gibibytes(node['memory_bytes'])} of memory"
+        console.print(f"{node['node']} ({node['address']}): {cpus} and {memory} left", soft_wrap=True)
+        if node["gpus"]:
+            console.print(_gpus(node["gpus"]))
+        if node["replicas"]:
+            counts = Counter(one["deployment"] for one in node["replicas"])
+            names = [name if count == 1 else f"{count} × {name}" for name, count in counts.items()]
+            console.print(f"  without a GPU: {', '.join(names)}", soft_wrap=True)
+        console.print()
+    replicas = {(one["deployment"], one["replica"]): one for one in _replicas(shown)}
+    if any(one["model"] for one in replicas.values()):
+        console.print(_models(replicas.values()))
+
+
+def _table(*columns: str, numbers: Collection[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    return table
+
+
+def _gpus(gpus: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("  GPU", "model", "memory", "what is there", "left", numbers=("  GPU", "memory", "left"))
+    for gpu in gpus:
+        lines = [f"{gibibytes(gpu['taken_bytes'])} held by others"] if gpu["taken_bytes"] else []
+        lines += [f"{gibibytes(one['bytes'])} {_called(one)}" for one in gpu["replicas"]]
+        table.add_row(
+            str(gpu["gpu"]), gpu["model"], gibibytes(gpu["memory_bytes"]), "\n".join(lines) or "nothing",
+            gibibytes(gpu["left_bytes"]),
+        )  # fmt: skip
+    return table
+
+
+def _called(replica: Mapping[str, Any]) -> str:
+    return f"{replica['deployment']} ({replica['model']})" if replica["model"] else str(replica["deployment"])
+
+
+def _replicas(shown: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for node in shown["nodes"]:
+        yield from (one for gpu in node["gpus"] for one in gpu["replicas"])
+        yield from node["replicas"]
+
+
+def _models(replicas: Iterable[Mapping[str, Any]]) -> Table:
+    """What one replica of each model is expected to hold; a row for each size, where GPUs differ."""
+    numbers = ("GPUs", "GiB", "weights", "cache", "overhead", "KV tokens", "at once")
+    table = _table("each replica of", *numbers, numbers=numbers)
+    rows: dict[tuple[str, ...], None] = {}
+    for one in replicas:
+        if one["model"]:
+            parts = max(1, len(one["gpus"]))
+            kinds = ("bytes", "weights_bytes", "cache_bytes", "overhead_bytes")
+            sizes = [f"{parts * one[kind] / 2**30:.1f}" for kind in kinds]
+            tokens = f"{one['cache_tokens']:,}" if one["cache_tokens"] else "-"
+            at_once = "-" if one["concurrency"] is None else f"{one['concurrency']:g}"
+            rows[(_called(one), str(len(one["gpus"])), *sizes, tokens, at_once)] = None
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_moves(shown: Mapping[str, Any], console: Console) -> None:
+    """What `describe_moves` says."""
+    lines = [f"added    {_where(one)}" for one in shown["added"]]
+    lines += [f"removed  {_where(one)}" for one in shown["removed"]]
+    lines += [f"moved    {_where(one['from'])} -> {_where(one['to'], short=True)}" for one in shown["moved"]]
+    lines += [
+        f"resized  {_where(one['to'])}: {gibibytes(_size(one['from']))} -> {gibibytes(_size(one['to']))}"
+        for one in shown["resized"]
+    ]
+    for line in [*lines, f"{shown['unchanged']} unchanged"]:
+        console.print(line, soft_wrap=True)
+
+
+def _where(one: Mapping[str, Any], short: bool = False) -> str:
+    gpus = f" GPU{'s' * (len(one['gpus']) > 1)} {', '.join(map(str, one['gpus']))}" if one["gpus"] else ""
+    return f"{one['node']}{gpus}" if short else f"{one['want']} on {one['node']}{gpus}"
+
+
+def _size(one: Mapping[str, Any]) -> int:
+    return int(one["gpu_bytes"] if one["gpus"] else one["memory"])

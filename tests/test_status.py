@@ -1,0 +1,504 @@
+"""`GET /status` and `nexus status`: everything side by side, and what is left of it when a part is away."""
+
+import asyncio
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from cluster.client import Absent
+from cluster.gpu_leases import Claim
+from cluster.inventory import Gpu, Inventory, Node
+from cluster.placement import Place, Plan
+from cluster.raft import Status
+from deployments import cluster_state, overview
+from deployments.cluster_state import Agreed, Deployed, Joined
+from deployments.gateway import build
+from nexus.config import Config
+from nexus.errors import Unavailable
+from tests.conftest import Door
+from tests.test_gateway import add, check_problem
+from tests.test_voters_http import ALL_WELL
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # `ray.serve` uses what pydantic will remove
+    from deployments import observer as by_ray
+
+GIB = 2**30
+NODES = {
+    "sark": {"address": "192.0.2.11", "cpus": 8, "memory": "64GiB", "gpus": [{"memory": "80GiB", "count": 2}]},
+    "clu": {"address": "192.0.2.12", "cpus": 8, "memory": "64GiB", "gpus": [{"memory": "80GiB"}]},
+    "witness": {"address": "192.0.2.10", "cpus": 2, "memory": "4GiB"},
+}
+SEEN = Inventory((
+    Node("sark", "192.0.2.11", 8, 64 * GIB, (Gpu(0, "H100", 80 * GIB, 60 * GIB), Gpu(1, "H100", 80 * GIB))),
+    Node("clu", "192.0.2.12", 8, 64 * GIB, (Gpu(0, "H100", 80 * GIB),)),
+    Node("witness", "192.0.2.10", 2, 4 * GIB),
+))  # fmt: skip
+JOINED = tuple(
+    Joined(node.name, node.address, True, {"nexus.io/node": node.name}, node.cpus, node.memory) for node in SEEN.nodes
+)
+PLAN = Plan((
+    Place("generator-0", 0, "sark", (1,), 72 * GIB, 4096, 0.9),
+    Place("generator-0", 1, "clu", (0,), 72 * GIB, 4096, 0.9),
+    Place("voter", 0, "witness"),
+))  # fmt: skip
+CLAIMS = (Claim("sark", 1, "generator-0@sark#a", 71 * GIB, 7), Claim("clu", 0, "generator-0@clu#b", 72 * GIB, 8))
+DEPLOYED = (
+    Deployed("gateway@witness", "HEALTHY", 1, 0),
+    Deployed("generator-0@sark", "HEALTHY", 1, 0),
+    Deployed("generator-0@clu", "UPDATING", 1, 1),
+)
+
+
+class Observer:
+    """Says what it is told to say; a part of which the error is set is away, one that is silent never answers."""
+
+    def __init__(self) -> None:
+        self.says: dict[str, Any] = {
+            "joined": JOINED, "inventory": SEEN, "deployed": DEPLOYED, "agreed": Agreed(PLAN, ["clu"], CLAIMS),
+        }  # fmt: skip
+        self.away: set[str] = set()
+        self.silent: set[str] = set()
+
+    async def _say(self, what: str) -> Any:
+        if what in self.silent:
+            await asyncio.Event().wait()
+        if what in self.away:
+            raise Unavailable(f"{what} is away")
+        return self.says[what]
+
+    async def joined(self) -> Sequence[Joined]:
+        return await self._say("joined")
+
+    async def inventory(self) -> Inventory:
+        return await self._say("inventory")
+
+    async def deployed(self) -> Sequence[Deployed]:
+        return await self._say("deployed")
+
+    async def agreed(self) -> Agreed:
+        return await self._say("agreed")
+
+
+class Operator:
+    async def describe(self) -> list[Status | Absent]:
+        return list(ALL_WELL)
+
+
+@pytest.fixture
+def observer() -> Observer:
+    return Observer()
+
+
+@contextmanager
+def opened(door: Door, observer: Observer, **fields: Any) -> Iterator[TestClient]:
+    """The front door of a cluster of three machines, whose engines have 5 requests each."""
+
+    async def load() -> list[int]:
+        return [3, 2]
+
+    models = {"generator": "large", "served": [{"address": "vllm:/models/large#large"}]}
+    config = Config(home=door.lent.config.home, ray={"head": "witness"}, nodes=NODES, models=models)
+    usual = {"operator": Operator(), "engines": {"large@sark": load, "large@clu": load}}
+    lent = replace(door.lent, **{"config": config, "observer": observer, **usual, **fields})
+    with TestClient(build(lent), raise_server_exceptions=False, headers=door.headers()) as client:
+        yield client
+
+
+@pytest.fixture
+def client(door: Door, observer: Observer) -> Iterator[TestClient]:
+    with opened(door, observer) as client:
+        yield client
+
+
+def read(client: TestClient) -> dict[str, Any]:
+    answer = client.get("/status")
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def gauges(client: TestClient) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    found = (line.removeprefix("gpu_memory_bytes").rpartition(" ") for line in lines if line.startswith("gpu_memory"))
+    return {labels: float(value) for labels, _, value in found}
+
+
+def test_all_of_it_is_told_side_by_side(client: TestClient, door: Door) -> None:
+    add(door, "a.md", headers=dict(client.headers))
+    shown = read(client)
+    assert shown["unknown"] == {}
+    sark, clu, witness = shown["nodes"]
+    assert {key: sark[key] for key in ("name", "address", "alive", "cpus", "memory_bytes", "labels")} == {
+        "name": "sark", "address": "192.0.2.11", "alive": True, "cpus": 8, "memory_bytes": 64 * GIB,
+        "labels": {"nexus.io/node": "sark"},
+    }  # fmt: skip
+    assert sark["gpus"] == [
+        {"index": 0, "model": "H100", "memory_bytes": 80 * GIB, "taken_bytes": 60 * GIB, "claims": [], "planned": []},
+        {
+            "index": 1, "model": "H100", "memory_bytes": 80 * GIB, "taken_bytes": 0,
+            "claims": [{"holder": "generator-0@sark#a", "bytes": 71 * GIB}],
+            "planned": [{"deployment": "generator-0", "replica": 0, "bytes": 72 * GIB}],
+        },
+    ]  # fmt: skip
+    assert [one["holder"] for one in clu["gpus"][0]["claims"]] == ["generator-0@clu#b"]
+    assert witness["gpus"] == []
+    assert [(one["want"], one["node"], one["gpus"]) for one in shown["placement"]] == [
+        ("generator-0", "sark", [1]), ("generator-0", "clu", [0]), ("voter", "witness", []),
+    ]  # fmt: skip
+    assert shown["drained"] == ["clu"]
+    assert shown["coordinator"]["summary"] == "voter 1 leads 4 of 4 voters"
+    (collection,) = shown["collections"]
+    assert (collection["name"], collection["documents"], collection["sequence"]) == ("default", 1, 1)
+    assert collection["chunks"] >= 1
+
+
+def test_a_deployment_is_told_with_its_model_replicas_and_queue(client: TestClient) -> None:
+    gateway, on_sark, on_clu = read(client)["deployments"]
+    assert gateway == {
+        "name": "gateway@witness", "model": None, "node": "witness", "status": "HEALTHY",
+        "replicas": {"running": 1, "starting": 0},
+    }  # fmt: skip
+    assert (on_sark["model"], on_sark["node"], on_sark["ongoing"], on_sark["queued"]) == ("large", "sark", 5, 0)
+    assert (on_clu["status"], on_clu["replicas"]) == ("UPDATING", {"running": 1, "starting": 1})
+
+
+def test_what_was_sent_to_an_engine_and_is_not_worked_on_there_waits(door: Door, observer: Observer) -> None:
+    sent = [SimpleNamespace(name="large", place=node, in_flight=count) for node, count in (("sark", 9), ("clu", 2))]
+    balancer = SimpleNamespace(report=lambda: SimpleNamespace(members=sent))
+    with opened(door, observer, balancer=balancer) as client:
+        queues = [(one["ongoing"], one["queued"]) for one in read(client)["deployments"][1:]]
+    assert queues == [(5, 4), (5, 0)]
+
+
+def test_an_engine_that_is_away_has_no_queue_and_the_others_have_theirs(door: Door, observer: Observer) -> None:
+    async def load() -> list[int]:
+        return [7]
+
+    async def away() -> list[int]:
+        raise Unavailable("a part of Nexus is restarting")
+
+    with opened(door, observer, engines={"large@sark": away, "large@clu": load}) as client:
+        shown = read(client)
+    assert shown["unknown"] == {"queue of large@sark": "a part of Nexus is restarting"}
+    assert ["ongoing" in one for one in shown["deployments"]] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "fields"),
+    [
+        ("joined", "nodes", ["nodes"]),
+        ("inventory", "gpus", []),
+        ("deployed", "deployments", ["deployments"]),
+        ("agreed", "placement", ["placement", "drained"]),
+    ],
+)
+@pytest.mark.parametrize("way", ["away", "silent"])
+def test_a_part_that_is_away_is_null_and_the_reason_is_told(
+    client: TestClient, observer: Observer, monkeypatch: pytest.MonkeyPatch, method: str, part: str, fields: list[str],
+    way: str,
+) -> None:  # fmt: skip
+    whole = read(client)
+    monkeypatch.setattr(cluster_state, "PATIENCE_SECONDS", 0.2)
+    getattr(observer, way).add(method)
+    shown = read(client)
+    assert [key for key, value in shown.items() if value is None] == fields
+    assert shown["unknown"] == {part: f"{method} is away" if way == "away" else "no answer in 0.2 seconds"}
+    others = {"nodes", "placement", "coordinator", "collections", "drained"} - {*fields}
+    others -= {"nodes"} if method in ("inventory", "agreed") else set()  # which have less to tell
+    assert {key: shown[key] for key in others} == {key: whole[key] for key in others}
+
+
+def test_machines_that_do_not_say_what_they_have_are_there_without_gpus(client: TestClient, observer: Observer) -> None:
+    observer.away.add("inventory")
+    assert [(one["alive"], one["gpus"]) for one in read(client)["nodes"]] == [(True, None)] * 3
+    observer.away.clear()
+    observer.says["inventory"] = Inventory((SEEN["sark"], SEEN["witness"]))
+    shown = read(client)
+    assert [one["gpus"] is None for one in shown["nodes"]] == [False, True, False]
+    assert [one["memory_bytes"] for one in shown["nodes"]] == [64 * GIB, 64 * GIB, 4 * GIB]
+    assert not any("clu" in sentence for sentence in shown["differences"])
+
+
+def test_a_machine_that_died_or_never_came_is_told_as_such(client: TestClient, observer: Observer) -> None:
+    sark, clu, _ = JOINED
+    observer.says["joined"] = (sark, replace(clu, is_alive=False))
+    nodes = {one["name"]: one for one in read(client)["nodes"]}
+    assert list(nodes) == ["sark", "clu", "witness"]
+    assert [one["alive"] for one in nodes.values()] == [True, False, False]
+    assert nodes["clu"]["gpus"] is None and nodes["witness"]["cpus"] == 2
+    for name in ("clu", "witness"):
+        assert any(sentence.startswith(name) for sentence in read(client)["differences"])
+
+
+def test_a_machine_that_nobody_described_is_shown_too(client: TestClient, observer: Observer) -> None:
+    observer.says["joined"] = (*JOINED, Joined("tron", "192.0.2.13", True, {}, 4, GIB))
+    shown = read(client)
+    assert [one["name"] for one in shown["nodes"]] == ["sark", "clu", "witness", "tron"]
+    assert any("tron" in sentence for sentence in shown["differences"])
+
+
+def sentences(client: TestClient, about: str) -> list[str]:
+    return [sentence for sentence in read(client)["differences"] if about in sentence]
+
+
+def test_what_does_not_fit_its_gpu_any_more_is_a_difference(client: TestClient, observer: Observer) -> None:
+    assert sentences(client, "planned there") == []
+    taken = replace(SEEN["clu"], gpus=(Gpu(0, "H100", 80 * GIB, 20 * GIB),))
+    observer.says["inventory"] = Inventory((SEEN["sark"], taken, SEEN["witness"]))
+    (sentence,) = sentences(client, "planned there")
+    assert all(words in sentence for words in ("GPU 0 of clu", "60.0 GiB for Nexus", "72.0 GiB are planned"))
+
+
+def test_what_holds_more_than_planned_is_a_difference(client: TestClient, observer: Observer) -> None:
+    assert sentences(client, "replicas hold") == []
+    more = (*CLAIMS, Claim("sark", 0, "stray", GIB, 9))
+    observer.says["agreed"] = Agreed(PLAN, (), more)
+    (sentence,) = sentences(client, "replicas hold")
+    assert "GPU 0 of sark" in sentence and "1.0 GiB" in sentence and "0.0 GiB are planned" in sentence
+
+
+def test_what_is_planned_and_does_not_run_is_a_difference(client: TestClient, observer: Observer) -> None:
+    assert sentences(client, "generator-0") == []
+    observer.says["deployed"] = DEPLOYED[:2]
+    (sentence,) = sentences(client, "does not run")
+    assert sentence.startswith("generator-0@clu ")
+    observer.says["deployed"] = DEPLOYED[:1]
+    assert len(sentences(client, "does not run")) == 2
+    observer.says["deployed"] = (*DEPLOYED[:2], replace(DEPLOYED[2], status="UNHEALTHY", running=0))
+    (sentence,) = sentences(client, "generator-0")
+    assert sentence.startswith("generator-0@clu is unhealthy")
+
+
+def test_on_one_machine_the_plan_is_run_by_deployments_without_its_name(door: Door, observer: Observer) -> None:
+    seen = replace(SEEN["clu"], name="local")
+    observer.says = {
+        "joined": [Joined("local", "127.0.0.1", True, {}, 4, GIB)], "inventory": Inventory((seen,)),
+        "deployed": [Deployed("generator-0", "HEALTHY", 1, 0)],
+        "agreed": Agreed(Plan((Place("generator-0", 0, "local", (0,), GIB, 1, 0.1),))),
+    }  # fmt: skip
+    with opened(door, observer, config=door.lent.config) as client:
+        shown = read(client)
+        (node,) = shown["nodes"]
+        assert (node["name"], len(node["gpus"][0]["planned"]), shown["differences"]) == ("local", 1, [])
+        observer.says["deployed"] = []
+        assert sentences(client, "generator-0")
+
+
+def test_without_anybody_to_ask_it_says_so_and_counts_documents(door: Door) -> None:
+    headers = door.headers()
+    add(door, headers=headers)
+    shown = door.client.get("/status", headers=headers).json()
+    missing = ["nodes", "placement", "deployments", "coordinator", "drained"]
+    assert [key for key, value in shown.items() if value is None] == missing
+    assert set(shown["unknown"]) == {"nodes", "gpus", "deployments", "placement", "coordinator"}
+    assert all(shown["unknown"].values())
+    assert [one["name"] for one in shown["collections"]] == ["default"]
+
+
+def test_documents_are_counted_for_who_may_read_them(door: Door) -> None:
+    acme, other = door.headers("acme"), door.headers("other")
+    add(door, "a.md", headers=acme)
+    add(door, "b.md", headers=acme)
+    add(door, "c.md", headers=acme, collection="secret-plans")
+    add(door, "d.md", headers=other)
+    counted = {one["name"]: one["documents"] for one in door.client.get("/status", headers=acme).json()["collections"]}
+    assert counted == {"default": 2, "secret-plans": 1}
+    answer = door.client.get("/status", headers=other)
+    assert [(one["name"], one["documents"]) for one in answer.json()["collections"]] == [("default", 1)]
+    assert "secret-plans" not in answer.text
+    blind = door.client.get("/status", headers=door.headers("acme", "blind", "infer")).json()
+    assert blind["collections"] is None and "may not read documents" in blind["unknown"]["collections"]
+
+
+def test_a_deleted_document_and_a_former_version_are_not_counted(door: Door) -> None:
+    headers = door.headers()
+    add(door, "a.md", content="One.\n", headers=headers)
+    add(door, "a.md", content="Two.\n", headers=headers)
+    gone = add(door, "b.md", headers=headers)
+    door.client.delete(f"/rag/documents/{gone['document_id']}", headers=headers)
+    (collection,) = door.client.get("/status", headers=headers).json()["collections"]
+    assert (collection["documents"], collection["chunks"], collection["sequence"]) == (1, 1, 4)
+
+
+def test_it_takes_the_permission_to_infer(door: Door) -> None:
+    check_problem(door.client.get("/status"), 401, "/status")
+    reader = door.headers("acme", "reader", "documents:read")
+    assert "infer" in check_problem(door.client.get("/status", headers=reader), 403, "/status")["detail"]
+
+
+def test_the_memory_of_gpus_is_measured(client: TestClient, observer: Observer) -> None:
+    read(client)
+    assert gauges(client)['{gpu="0",kind="taken",node="sark"}'] == 60 * GIB
+    assert gauges(client)['{gpu="1",kind="planned",node="sark"}'] == 72 * GIB
+    assert gauges(client)['{gpu="0",kind="total",node="clu"}'] == 80 * GIB
+    observer.says["inventory"] = Inventory((replace(SEEN["sark"], gpus=(Gpu(0, "H100", 80 * GIB, 0),)),))
+    read(client)
+    assert gauges(client)['{gpu="0",kind="taken",node="sark"}'] == 0
+
+
+# ── what Ray and Serve say ──────────────────────────────────────────────────────────────────────
+
+
+def node(name: str, alive: bool = True, **labels: str) -> dict[str, Any]:
+    found = {"nexus.io/node": name, "ray.io/node-id": "x", **labels} if name else {"ray.io/node-id": "x"}
+    resources = {"CPU": 4.0, "memory": float(GIB), "GPU": 1.0} if alive else {}
+    return {"Labels": found, "NodeManagerAddress": "192.0.2.1", "Alive": alive, "Resources": resources}
+
+
+def test_a_machine_that_came_back_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [node("sark", alive=False), node("sark", rack="2"), node("sark", alive=False), node("clu", alive=False)]
+    monkeypatch.setattr("ray.nodes", lambda: table)
+    found = {one.name: one for one in by_ray.joined()}
+    assert len(by_ray.joined()) == 2
+    assert found["sark"] == Joined("sark", "192.0.2.1", True, {"nexus.io/node": "sark", "rack": "2"}, 4.0, GIB)
+    assert not found["clu"].is_alive
+
+
+def test_the_only_machine_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [node("")])
+    assert [(one.name, one.labels) for one in by_ray.joined()] == [("local", {})]
+
+
+def test_replicas_are_counted_over_all_applications(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve.schema import (
+        ApplicationStatus,
+        ApplicationStatusOverview,
+        DeploymentStatus,
+        DeploymentStatusOverview,
+        DeploymentStatusTrigger,
+        ServeStatus,
+    )
+
+    def one(states: dict[str, int]) -> Any:
+        trigger = DeploymentStatusTrigger.CONFIG_UPDATE_STARTED
+        return DeploymentStatusOverview(DeploymentStatus.UPDATING, trigger, states, "")  # type: ignore[arg-type]
+
+    def application(**deployments: Any) -> Any:
+        return ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, deployments)
+
+    status = ServeStatus(applications={
+        "nexus": application(gateway=one({"RUNNING": 2})),
+        "models": application(embedder=one({"STARTING": 1, "RUNNING": 1, "UPDATING": 1, "STOPPING": 4})),
+    })  # fmt: skip
+    monkeypatch.setattr("ray.serve.status", lambda: status)
+    assert by_ray.deployed() == [Deployed("gateway", "UPDATING", 2, 0), Deployed("embedder", "UPDATING", 1, 2)]
+
+
+def test_what_ray_cannot_tell_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import RaySystemError
+
+    def fail() -> None:
+        raise RaySystemError("GCS is away")
+
+    monkeypatch.setattr("ray.nodes", fail)
+    monkeypatch.setattr("ray.serve.status", fail)
+    with pytest.raises(Unavailable):
+        by_ray.joined()
+    with pytest.raises(Unavailable):
+        by_ray.deployed()
+
+
+class Asked:
+    """Counts the calls; each waits until it may answer."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.may_answer = threading.Event()
+
+    def __call__(self) -> int:
+        self.may_answer.wait()
+        self.calls += 1
+        return self.calls
+
+
+def test_one_look_serves_all_who_ask_while_it_is_fresh() -> None:
+    ask = Asked()
+
+    async def run() -> None:
+        look = by_ray.Look(ask, fresh=3600)
+        asking = [asyncio.create_task(look()) for _ in range(5)]
+        await asyncio.sleep(0)
+        asking[0].cancel()  # who goes away ends it for nobody else
+        ask.may_answer.set()
+        assert await asyncio.gather(*asking[1:]) == [1] * 4
+        assert [await look(), await look()] == [1, 1]
+
+    asyncio.run(run())
+
+
+def test_what_is_stale_is_asked_anew_and_does_meanwhile_where_it_may() -> None:
+    ask = Asked()
+    ask.may_answer.set()
+
+    async def run() -> None:
+        look, keeping = by_ray.Look(ask, fresh=0), by_ray.Look(ask, fresh=0, kept=3600)
+        assert [await look(), await look(), await keeping()] == [1, 2, 3]
+        ask.may_answer.clear()
+        assert [await keeping(), await keeping()] == [3, 3]  # one call is under way
+        ask.may_answer.set()
+        assert keeping._asked is not None and (await keeping._asked)[0] == 4
+        assert await keeping() == 4
+
+    asyncio.run(run())
+
+
+def test_a_look_that_failed_is_taken_again() -> None:
+    answers: list[Any] = [Unavailable("away"), "there"]
+
+    def ask() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    async def run() -> None:
+        look = by_ray.Look(ask, fresh=3600)
+        with pytest.raises(Unavailable):
+            await look()
+        assert await look() == "there"
+
+    asyncio.run(run())
+
+
+# ── for people ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_people_read_who_has_which_gpu(client: TestClient, door: Door, observer: Observer) -> None:
+    add(door, headers=dict(client.headers))
+    sark, clu, witness = JOINED
+    observer.says["joined"] = (sark, replace(clu, is_alive=False), witness)
+    lines = list(overview.lines(read(client)))
+    assert [" ".join(line.split()) for line in lines[:4]] == [
+        "sark 192.0.2.11, 8 CPUs, 64.0 GiB",
+        "GPU 0 H100, 80.0 GiB: 60.0 GiB held by others",
+        "GPU 1 H100, 80.0 GiB: 72.0 GiB planned for generator-0; 71.0 GiB held by generator-0@sark#a",
+        "clu does not answer (192.0.2.12)",
+    ]
+    assert "  generator-0@sark (large): healthy, 1 running, 5 requests, 0 waiting" in lines
+    assert "  generator-0@clu (large): updating, 1 running, 1 starting, 5 requests, 0 waiting" in lines
+    assert any(line.split() == ["documents", "1", "in", "default"] for line in lines)
+    assert any(line.split()[:2] == ["amiss", "clu"] for line in lines)
+    assert max(map(len, lines[:8])) <= 120
+
+
+def test_one_machine_without_gpus_is_not_worth_a_line(door: Door, observer: Observer) -> None:
+    observer.says = {
+        "joined": [Joined("local", "127.0.0.1", True, {}, 4, GIB)],
+        "inventory": Inventory((Node("local", "127.0.0.1", 4, GIB),)),
+        "deployed": [Deployed("gateway", "HEALTHY", 1, 0)], "agreed": Agreed(None),
+    }  # fmt: skip
+    with opened(door, observer, config=door.lent.config, engines={}) as client:
+        shown = read(client)
+        assert list(overview.lines(shown)) == []
+        assert (shown["placement"], shown["drained"], shown["unknown"]) == (None, [], {})
+        observer.away.add("deployed")
+        assert [" ".join(line.split()) for line in overview.lines(read(client))] == [
+            "not known deployments: deployed is away"
+        ]
