@@ -69,9 +69,13 @@ class Spread:
     only probed, and it is back when it is ready. All calls belong to one event loop.
     """
 
-    def __init__(self, parts: Mapping[str, Any]) -> None:
-        """By machine, at least one: each as Remote is, with `ready` among its methods."""
-        self._machines = [_Machine(part) for part in parts.values()]
+    def __init__(self, parts: Mapping[str, Any], is_planned: Callable[[str], bool] = lambda machine: True) -> None:
+        """By machine, at least one: each as Remote is, with `ready` among its methods.
+
+        Those that are not planned, as told at each call, are asked only where none is.
+        """
+        self._all = [_Machine(name, part) for name, part in parts.items()]
+        self._is_planned = is_planned
         self._turns = itertools.count(1)
         self._probes: set[asyncio.Task[bool]] = set()
 
@@ -83,7 +87,7 @@ class Spread:
 
     async def ready(self) -> bool:
         """True once one of them is. Raises Unavailable."""
-        checks = [asyncio.create_task(machine.passes_check()) for machine in self._machines]
+        checks = [asyncio.create_task(machine.passes_check()) for machine in self._planned()]
         try:
             for check in asyncio.as_completed(checks):
                 if await check:
@@ -95,7 +99,7 @@ class Spread:
 
     async def _ask(self, method: str, arguments: Sequence[Any]) -> Any:
         """The first answer. Raises what the last one raised, or at once what no other would say differently."""
-        left, waiting, failure = list(self._machines), set[asyncio.Task[Any]](), None
+        left, waiting, failure = self._planned(), set[asyncio.Task[Any]](), None
         try:
             while left or waiting:
                 if left:
@@ -114,9 +118,12 @@ class Spread:
             for one in waiting:
                 one.cancel()
 
+    def _planned(self) -> "list[_Machine]":
+        return [machine for machine in self._all if self._is_planned(machine.name)] or list(self._all)
+
     def _choose(self, left: "Sequence[_Machine]") -> "_Machine":
         now = asyncio.get_running_loop().time()
-        for machine in self._machines:
+        for machine in self._planned():
             if machine.is_to_be_probed(now):
                 probe = machine.begin_probe(now)
                 self._probes.add(probe)
@@ -128,7 +135,8 @@ class Spread:
 class _Machine:
     """One part of a Spread, and what is known of it."""
 
-    def __init__(self, part: Any) -> None:
+    def __init__(self, name: str, part: Any) -> None:
+        self.name = name
         self.in_flight = 0
         self.turn = 0  # of all calls, the last one that it was asked
         self._part = part

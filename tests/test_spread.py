@@ -133,6 +133,26 @@ def test_a_call_that_is_given_up_is_given_up_there_and_counts_no_more() -> None:
     run(main)
 
 
+def test_who_is_not_planned_any_more_is_asked_and_probed_only_where_nobody_is() -> None:
+    async def main() -> None:
+        sark, clu, third = Machine("sark", [AWAY]), Machine("clu", usual=0.5), Machine("third")
+        planned = {"sark", "clu", "third"}
+        pool = Spread({one.name: one for one in (sark, clu, third)}, planned.__contains__)
+        assert await pool.embed() == "clu"
+        planned -= {"sark", "third"}
+        await asyncio.sleep(PROBE_SECONDS)
+        checked = len(sark.checked)
+        assert {await pool.embed() for _ in range(8)} == {"clu"} and await pool.ready()
+        assert (len(third.asked), len(third.checked), len(sark.checked)) == (0, 0, checked)
+        clu.answers = [AWAY]
+        with pytest.raises(Unavailable):
+            await pool.embed()
+        planned.clear()
+        assert await pool.embed() == "third"
+
+    run(main)
+
+
 # Failures
 
 
@@ -221,6 +241,11 @@ def test_who_is_aside_is_asked_where_there_is_no_other_and_an_answer_is_as_good_
         assert [await pool.embed() for _ in range(2)] == ["clu", "sark"]
         assert await pool.embed() == "sark"
         assert len(clu.asked) == 2
+        sark.usual = clu.usual = AWAY
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await pool.embed()
+        assert (len(sark.asked), len(clu.asked)) == (5, 4)
 
     run(main)
 
@@ -320,6 +345,8 @@ def test_it_is_ready_once_one_is() -> None:
         began = now()
         assert await spread(Machine("sark", health=NEVER), Machine("clu", health=AWAY), Machine("third")).ready()
         assert now() == began
+        await settle()
+        assert asyncio.all_tasks() == {asyncio.current_task()}  # nobody waits for the others
 
     run(main)
 
@@ -382,7 +409,7 @@ def test_whatever_happens_places_return_and_who_waits_is_answered_by_someone_who
         await asyncio.gather(*asking)  # none of which is refused for want of a machine
         assert outcomes.total() == len(calls)
         assert [one.running for one in machines] == [0] * len(machines)
-        assert [one.in_flight for one in pool._machines] == [0] * (len(machines) + 1)
+        assert [one.in_flight for one in pool._all] == [0] * (len(machines) + 1)
         for one in machines:
             pauses = [later - earlier for earlier, later in zip(one.checked, one.checked[1:], strict=False)]
             assert all(pause >= PROBE_SECONDS for pause in pauses)
