@@ -20,7 +20,7 @@ from actors.coordinator import Operator, Placement
 from actors.ingestor import Ingestor
 from actors.retriever import Retriever
 from actors.vectors import Vectors
-from cluster.inventory import Inventory, configured
+from cluster.inventory import Inventory, configured, differences
 from cluster.placement import Place, Plan
 from cluster.voter import Pace
 from deployments import gateway, machines, models, planning
@@ -48,17 +48,17 @@ class Gateway:
         self, config: Config, parts: dict[str, DeploymentHandle], bound: models.Handles | None
     ) -> None:  # fmt: skip
         self._config = config
-        self._handles = bound or models.find(config)
+        self._bound = bound
         self._parts = {name: Remote(handle) for name, handle in parts.items()}
-        self._parts["embedder"] = models.door(self._handles["embed"][0])
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        config, parts = self._config, self._parts
+        config, doors = self._config, models.Doors.of(self._config, self._bound)
+        parts = {**self._parts, "embedder": doors.open("embed", 0)}
         home = Path(config.home)
         documents = open_part("stores", config.stores.documents, home=home)
         retriever: Any = parts["retriever"]
         answers = config.answers
-        opened = models.open_models(config, self._handles, retriever)
+        opened = models.open_models(config, doors, retriever)
         balancer = opened.balance(config)
         kept = config.cache
         cache = ResponseCache(kept.entries, kept.seconds, kept.max_bytes) if kept.entries else None
@@ -113,16 +113,16 @@ class RemotePoolIngestor(Ingestor):
     """The ingestor, with the embedder pool one hop away."""
 
     def __init__(self, config: Config, vectors_address: str, bound: models.Handles | None) -> None:
-        handles = bound or models.find(config)
-        super().__init__(config, vectors_address, models.door(handles["embed"][0]))
+        super().__init__(config, vectors_address, models.Doors.of(config, bound).open("embed", 0))
 
 
 class RemoteRerankerRetriever(Retriever):
     """The retriever, with the reranker one hop away where it has a process of its own."""
 
     def __init__(self, config: Config, vectors_address: str, bound: models.Handles | None) -> None:
-        reranker = None if config.models.reranker is None else (bound or models.find(config))["rerank"].get(0)
-        super().__init__(config, vectors_address, None if reranker is None else models.door(reranker))
+        doors = models.Doors.of(config, bound)
+        has_one = config.models.reranker is not None and doors.has("rerank", 0)
+        super().__init__(config, vectors_address, doors.open("rerank", 0) if has_one else None)
 
 
 def build(config: Config, vectors_port: int, bound: models.Handles | None) -> serve.Application:
@@ -132,15 +132,17 @@ def build(config: Config, vectors_port: int, bound: models.Handles | None) -> se
     files is on the head's machine. The models are those given, or else those of the cluster's own application.
     """
     here = models.Spot(config.ray.head or "")
-    parts: dict[str, Any] = {}
-    address = vectors_address(config, vectors_port)
+    parts: dict[str, serve.Application] = {}
+    address, settings = vectors_address(config, vectors_port), config.model_dump()
     if config.stores.vectors == "milvus-lite:":
-        parts["vectors"] = models.deployment("vectors", Vectors, 16, 64, here).bind(str(config.home), vectors_port)
+        vectors = models.deployment("vectors", Vectors, 16, 64, here)
+        parts["vectors"] = models.lasting(vectors.bind(str(config.home), vectors_port), config.home, vectors_port)
     retriever = models.deployment("retriever", RemoteRerankerRetriever, 32, 256, here)
-    parts["retriever"] = retriever.bind(config, address, bound)
+    parts["retriever"] = models.lasting(retriever.bind(config, address, bound), settings, address)
     ingestor = models.deployment("ingestor", RemotePoolIngestor, 1024, 1024, here)
-    parts["ingestor"] = ingestor.bind(config, address, bound)
-    return models.deployment("gateway", serve.ingress()(Gateway), 256, 1024, here).bind(config, parts, bound)
+    parts["ingestor"] = models.lasting(ingestor.bind(config, address, bound), settings, address)
+    ingress = models.deployment("gateway", serve.ingress()(Gateway), 256, 1024, here)
+    return models.lasting(ingress.bind(config, parts, bound), settings)
 
 
 def vectors_address(config: Config, vectors_port: int) -> str:
@@ -176,11 +178,14 @@ async def decide(config: Config) -> Decision:
     current = None if kept is None else planning.from_json(kept[0])
     drained = {key.removeprefix(planning.DRAINED) for key, _, _ in await client.range(planning.DRAINED)}
     described, seen = configured(config), await asyncio.to_thread(machines.look_at, config)
-    known = {node.name: node for node in (*described.nodes, *seen.nodes)}
+    for difference in differences(described, seen):
+        print(f"note: {difference.sentence}", flush=True)
+    there = await asyncio.to_thread(machines.plannable, config, seen)
+    known = {node.name: node for node in (*described.nodes, *there.nodes)}
     inventory = Inventory(tuple(known[node.name] for node in described.nodes))
     plan = planning.plan_for(config, inventory, current, drained)
     leaving = [place for place in (current.places if current else ()) if place.node in drained]
-    away = frozenset(known) - {node.name for node in seen.nodes}
+    away = frozenset(known) - {node.name for node in there.nodes}
     return Decision(plan, away, tuple(place for place in leaving if place.node not in away))
 
 
@@ -195,7 +200,7 @@ def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
     ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
     asyncio.run(start_voters(config))
     serve.start(
-        proxy_location="EveryNode",
+        proxy_location="HeadOnly" if config.nodes else "EveryNode",
         http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},
     )
     sys.exit(deploy_cluster(config, int(vectors_port)) if config.nodes else deploy_here(config, int(vectors_port)))

@@ -8,14 +8,18 @@ their own. Whoever asks knows them by name, on every machine on which the model 
 now: so a new plan restarts nobody who asks, and a machine that is to be left gets no new request before it is.
 """
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from actors.coordination import Coordination
 from actors.embedder import Embedder
 from actors.generator import Generator
 from actors.reranker import Reranker
@@ -24,7 +28,9 @@ from cluster.spots import Spot, spots
 from deployments.autoscaling import autoscaling
 from deployments.gateway import ByEmbedding
 from deployments.remote import Remote, RemoteEmbedder, RemoteEngine, RemoteGenerator, Spread, Threaded
-from nexus.balancer import Balancer, Member, Weights
+from deployments.whereabouts import Whereabouts
+from nexus import __version__
+from nexus.balancer import Balancer, Member, Weights, always
 from nexus.config import Config, Served
 from nexus.models import by_embedder, vllm
 from nexus.ports import Generator as GeneratorPort
@@ -63,6 +69,16 @@ def deployment(name: str, actor: type, at_once: int, waiting: int, spot: Spot = 
     )(actor)
 
 
+def lasting(application: serve.Application, *settings: object) -> serve.Application:
+    """The application, whose replicas go on when it is deployed again with equal settings, and with these only.
+
+    By itself Serve takes whatever is deployed again for new. That a version says otherwise is not in its public words.
+    """
+    version = hashlib.sha256(pickle.dumps((__version__, settings))).hexdigest()
+    application._bound_deployment = application._bound_deployment.options(version=version, _internal=True)
+    return application
+
+
 def deploy(config: Config, plan: Plan | None) -> dict[Task, dict[int, dict[str, serve.Application]]]:
     """The deployments of all models, by task, place and machine."""
     threads = config.models.embedder_threads or os.cpu_count() or 1
@@ -93,6 +109,11 @@ def has_deployment(task: Task, place: int, model: Served) -> bool:
 
 
 def _deploy(name: str, task: Task, model: Served, spot: Spot, threads: int) -> serve.Application:
+    made = _make(name, task, model, spot, threads)
+    return lasting(made, model.model_dump(), spot.node, spot.gpus, spot.share, spot.bytes, threads)
+
+
+def _make(name: str, task: Task, model: Served, spot: Spot, threads: int) -> serve.Application:
     if model.address.startswith(vllm.SCHEME):
         from actors import vllm as engines  # loads the engine's library, which only who asked for it has
 
@@ -114,7 +135,7 @@ class Roster:
 
 def build(config: Config, plan: Plan) -> serve.Application:
     """The application of a cluster's models, as a plan places them."""
-    return deployment("roster", Roster, 1, 1, Spot(config.ray.head or "")).bind(deploy(config, plan))
+    return lasting(deployment("roster", Roster, 1, 1, Spot(config.ray.head or "")).bind(deploy(config, plan)))
 
 
 def find(config: Config) -> Handles:
@@ -133,13 +154,35 @@ def find(config: Config) -> Handles:
     return found
 
 
-def door(handles: Mapping[str, DeploymentHandle]) -> Any:
-    """The deployments of one model as one object to ask."""
-    return _together({node: Remote(handle) for node, handle in handles.items()})
+@dataclass(frozen=True, slots=True)
+class Doors:
+    """The models' deployments, for a process that asks them: bound on one machine, by name in a cluster."""
 
+    handles: Handles
+    whereabouts: Whereabouts | None = None
 
-def _together(parts: Mapping[str, Any]) -> Any:
-    return Spread(parts) if len(parts) > 1 else next(iter(parts.values()))
+    @classmethod
+    def of(cls, config: Config, bound: Handles | None) -> "Doors":
+        """Those that are bound, or else those of the cluster's application."""
+        return cls(find(config), Whereabouts(Coordination())) if bound is None else cls(bound)
+
+    def has(self, task: Task, place: int) -> bool:
+        """Whether this model has deployments."""
+        return place in self.handles[task]
+
+    def each(self, task: Task, place: int) -> Mapping[str, DeploymentHandle]:
+        """By machine; on one machine, under no name."""
+        return self.handles[task][place]
+
+    def is_planned(self, task: Task, place: int, node: str) -> bool:
+        return self.whereabouts is None or self.whereabouts.is_planned(name_of(task, place), node)
+
+    def open(self, task: Task, place: int, part: Callable[[DeploymentHandle], Any] = Remote) -> Any:
+        """A model that any of its deployments can stand for, as one object to ask."""
+        parts = {node: part(handle) for node, handle in self.each(task, place).items()}
+        if self.whereabouts is None:
+            return next(iter(parts.values()))
+        return Spread(parts, partial(self.is_planned, task, place))
 
 
 @dataclass(frozen=True)
@@ -160,48 +203,48 @@ class Models:
         return Balancer(self.members, weights, usual.probe_seconds)
 
 
-def open_models(config: Config, handles: Handles, retriever: Any) -> Models:
+def open_models(config: Config, doors: Doors, retriever: Any) -> Models:
     """All models as objects to ask; `retriever` embeds a few texts at once."""
     members: list[Member] = []
     engines: dict[str, RemoteEngine] = {}
     for place, model in enumerate(config.models.of_task("generate")):
-        for node, generator in _open_generators(model, handles["generate"].get(place), retriever):
+        for node, generator in _open_generators(place, model, doors, retriever):
             in_auto = not model.address.startswith("extractive:")
-            members.append(Member(generator, model.accuracy, in_auto, place=node))
+            is_planned = partial(doors.is_planned, "generate", place, node) if node else always
+            members.append(Member(generator, model.accuracy, in_auto, node, is_planned))
             if isinstance(generator, RemoteEngine):
                 engines[f"{generator.name}@{node}" if node else generator.name] = generator
     embedders: dict[str, Any] = {}
     for place, model in enumerate(config.models.of_task("embed")):
-        embedders.setdefault(model.called, _open_embedder(model, handles["embed"].get(place)))
+        embedders.setdefault(model.called, _open_embedder(place, model, doors))
     of_documents = next(iter(embedders.values()))
     rerankers: dict[str, Any] = {}
     for place, model in enumerate(config.models.of_task("rerank")):
         is_near = model.address == by_embedder.ADDRESS
-        opened = ByEmbedding(of_documents) if is_near else _open("rerank", model, handles["rerank"].get(place))
+        opened = ByEmbedding(of_documents) if is_near else _open("rerank", place, model, doors)
         rerankers.setdefault(model.called, opened)
     return Models(members, embedders, rerankers, engines)
 
 
-def _open_generators(
-    model: Served, handles: Mapping[str, DeploymentHandle] | None, retriever: Any
-) -> list[tuple[str, GeneratorPort]]:
+def _open_generators(place: int, model: Served, doors: Doors, retriever: Any) -> list[tuple[str, GeneratorPort]]:
     """With the machine that each is on."""
-    if handles is None:
+    if not doors.has("generate", place):
         offered = {**model.offered(), "images": model.images, "embed": retriever.embed}
         return [("", open_model("generate", model.address, **offered))]
+    handles = doors.each("generate", place).items()
     if not model.address.startswith(vllm.SCHEME):
-        return [(node, RemoteGenerator(model.called, bool(model.images), handle)) for node, handle in handles.items()]
+        return [(node, RemoteGenerator(model.called, bool(model.images), handle)) for node, handle in handles]
     sees = vllm.read_checkpoint(model.address).sees_images if model.images is None else model.images
-    return [(node, RemoteEngine(model.called, sees, handle)) for node, handle in handles.items()]
+    return [(node, RemoteEngine(model.called, sees, handle)) for node, handle in handles]
 
 
-def _open_embedder(model: Served, handles: Mapping[str, DeploymentHandle] | None) -> Any:
-    if handles is None or not model.address.startswith(vllm.SCHEME):
-        return _open("embed", model, handles)
-    return _together({node: RemoteEmbedder(handle) for node, handle in handles.items()})
+def _open_embedder(place: int, model: Served, doors: Doors) -> Any:
+    if model.address.startswith(vllm.SCHEME):
+        return doors.open("embed", place, RemoteEmbedder)
+    return _open("embed", place, model, doors)
 
 
-def _open(task: Task, model: Served, handles: Mapping[str, DeploymentHandle] | None) -> Any:
-    if handles is not None:
-        return door(handles)
+def _open(task: Task, place: int, model: Served, doors: Doors) -> Any:
+    if doors.has(task, place):
+        return doors.open(task, place)
     return Threaded(open_model(task, model.address, **model.offered()), model.replicas.at_once)

@@ -8,7 +8,12 @@ asked fades towards the best, so that one bad hour is not for ever.
 
 A member that yields no token is ejected: while another can answer it is not asked, only probed, and it is back
 when a probe passes. A request is tried at most twice, the second time elsewhere where there is an elsewhere, and
-never after something of it was sent. All of this belongs to one event loop.
+never after something of it was sent.
+
+Members of one name may be on several machines. A request of a session for that name goes to the member that the
+session's key ranks highest (rendezvous hashing), whose cache knows the session's beginning: who comes or goes moves
+only its own sessions. Where that member works on far more than the least busy one, the scores decide as for all
+others. All of this belongs to one event loop.
 """
 
 import asyncio
@@ -23,7 +28,7 @@ from typing import Literal
 
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable, UpstreamInvalid
 from nexus.ports import Generator
-from nexus.types import Delta, Prompt
+from nexus.types import Delta, Prompt, digest
 
 AUTO = "auto"
 SMOOTHING = 0.2  # of a moving average: what the latest sample weighs
@@ -34,8 +39,15 @@ PROBE_LIMIT_SECONDS = 30.0
 KEPT_CHOICES = 50
 NAMES_LISTED = 20
 MOST_WEIGHT = 1_000_000
+MOST_LOAD = 2  # times what the least busy member works on, and
+SPARE_LOAD = 4  # so many more: then a session is served elsewhere
 
 RETRIED = (Unavailable, Overloaded, UpstreamInvalid)
+
+
+def always() -> bool:
+    return True
+
 
 Outcome = Literal["running", "finished", "failed", "overloaded", "refused", "left"]
 
@@ -44,12 +56,15 @@ Outcome = Literal["running", "finished", "failed", "overloaded", "refused", "lef
 class Member:
     """One backend of the model `generator.name`; `accuracy`, in [0, 1], is what an evaluation said of it.
 
-    One that is not `in_auto` answers by its name, and for "auto" only where there is no other.
+    One that is not `in_auto` answers by its name, and for "auto" only where there is no other. `place` is its machine,
+    in a cluster; there it is asked once it has passed its check, and while it is planned, as long as another is.
     """
 
     generator: Generator
     accuracy: float
     in_auto: bool = True
+    place: str = ""
+    is_planned: Callable[[], bool] = always
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +87,7 @@ class Candidate:
 
     member: int
     name: str
+    place: str
     latency: float
     throughput: float
     accuracy: float
@@ -83,7 +99,7 @@ class Candidate:
 class Choice:
     """One attempt: who was asked for, who could, who was taken, and what became of it. `at` is in clock seconds.
 
-    `retried` says that it is the second attempt of its request.
+    `retried` says that it is the second attempt of its request, `by_session` that its session decided.
     """
 
     at: float
@@ -93,6 +109,7 @@ class Choice:
     chosen: str
     member: int
     retried: bool
+    by_session: bool
     outcome: Outcome
 
 
@@ -104,6 +121,7 @@ class MemberReport:
     """
 
     name: str
+    place: str
     accuracy: float
     in_flight: int
     first_token_seconds: float | None
@@ -131,7 +149,7 @@ class Balancer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         """`probe_seconds` is the least time between attempts to readmit one member; the clock is in seconds."""
-        self._backends = tuple(_Backend(place, member) for place, member in enumerate(members))
+        self._backends = tuple(_Backend(place, member, clock()) for place, member in enumerate(members))
         self.default_weights = default_weights
         self._probe_seconds = probe_seconds
         self._clock = clock
@@ -188,6 +206,7 @@ class Balancer:
                 pointer="/messages",
                 code="images_not_supported",
             )
+        able = [backend for backend in able if backend.is_planned()] or able
         healthy = [backend for backend in able if backend.ejected_since is None]
         pools = (
             [one for one in healthy if one is not failed],
@@ -207,6 +226,14 @@ class Balancer:
         attempt = _Attempt(now, asked.name, asked._weights, candidates, chosen, failed is not None)
         self._attempts.append(attempt)
         return attempt
+
+    async def _meet(self, asked: "Balanced") -> None:
+        """Where nobody is known to answer, and some were never heard of, return once the first of these answers."""
+        if all(backend.ejected_since is not None for backend in asked._backends):
+            strangers = [backend for backend in asked._backends if not backend.is_met and self._take_probe(backend)]
+            for passed in asyncio.as_completed([self._start_probe(backend) for backend in strangers]):
+                if await passed:
+                    return
 
     async def _ask(self, attempt: "_Attempt", prompt: Prompt) -> AsyncGenerator[Delta]:
         """The chosen member's deltas, measured. Its failures are counted and passed on, a timeout as Unavailable."""
@@ -262,10 +289,12 @@ class Balancer:
         backend.is_probed = True
         return True
 
-    def _start_probe(self, backend: "_Backend") -> None:
+    def _start_probe(self, backend: "_Backend") -> "asyncio.Task[bool]":
+        backend.is_met = True
         probe = asyncio.create_task(self._probe(backend))
         self._probes.add(probe)
         probe.add_done_callback(self._probes.discard)
+        return probe
 
     async def _probe(self, backend: "_Backend") -> bool:
         """Whether the member passes its own check, which readmits it."""
@@ -293,6 +322,7 @@ class Balanced:
 
         Raises what the last one raised, and InvalidRequest for pictures where none takes them.
         """
+        await self._balancer._meet(self)
         attempt = self._balancer._choose(self, prompt)
         is_sent = False
         try:
@@ -311,6 +341,7 @@ class Balanced:
 
     async def complete(self, prompt: Prompt) -> list[Delta]:
         """All deltas of one generation, for who needs them whole: a second member is asked even after some came."""
+        await self._balancer._meet(self)
         attempt = self._balancer._choose(self, prompt)
         try:
             return await self._collect(attempt, prompt)
@@ -337,12 +368,15 @@ class Balanced:
 class _Backend:
     """A member and what is known of it."""
 
-    def __init__(self, place: int, member: Member) -> None:
+    def __init__(self, place: int, member: Member, now: float) -> None:
         self.place = place
         self.generator = member.generator
         self.name = member.generator.name
         self.accuracy = member.accuracy
         self.in_auto = member.in_auto
+        self.machine = member.place
+        self.is_planned = member.is_planned
+        self.is_met = not member.place  # on a machine elsewhere it may not be there yet
         self.in_flight = 0
         self.requests = 0
         self.failures = 0
@@ -350,8 +384,8 @@ class _Backend:
         self.tokens_per_second: float | None = None
         self.success_rate = 1.0
         self.sampled = 0.0  # when it last answered or failed
-        self.ejected_since: float | None = None
-        self.attempted = 0.0  # when it was last tried since it is ejected
+        self.ejected_since: float | None = None if self.is_met else now
+        self.attempted = float("-inf")  # when it was last tried since it is ejected
         self.is_probed = False
 
     def begin(self) -> None:
