@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from actors.coordination import Coordination
+from actors.pressure import yielding
 from nexus.config import Config
 from nexus.conveyor import Conveyor, Pace
 from nexus.errors import TryAgain
@@ -108,7 +109,7 @@ class Ingestor:
         steps: Steps = open_steps(config, hades, partial(self._embed, asyncio.get_running_loop()))
         embedders = config.ingest.embedders or 1 + (config.models.embedder_threads or os.cpu_count() or 1)
         pace = Pace(config.parsing.workers, embedders, stuck_seconds=config.ingest.stuck_seconds)
-        conveyor = Conveyor(Jobs(home), steps, pace)
+        conveyor = Conveyor(Jobs(home), steps, pace, yielding=yielding(config.scaling))
         self._keep(conveyor.run())
         self._keep(self._keep_clean(conveyor))
         return conveyor

@@ -18,6 +18,7 @@ import fsspec
 import pyarrow
 
 from actors.coordination import Coordination
+from actors.pressure import yielding
 from nexus import telemetry
 from nexus.config import Config
 from nexus.errors import Fenced, InvalidRequest, NexusError, TooLarge, TryAgain
@@ -109,10 +110,13 @@ class Embed:
             "embed", run.config.models.embedder, **run.config.models.of_task("embed")[0].offered(), threads=1
         )
         self._dimension = run.dimension
+        self._yielding = yielding(run.config.scaling)
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
         give_way()
         rows = _unpack(batch)
+        for pause in self._yielding.pauses():
+            time.sleep(pause)
         made = iter(self._embed([row for row in rows if not isinstance(row, Outcome)]))
         return _pack([row if isinstance(row, Outcome) else next(made) for row in rows])
 

@@ -339,6 +339,18 @@ class Hades(Section):
     keep_staged_seconds: Annotated[float, Field(ge=30)] = 60.0
 
 
+class Scaling(Section):
+    """How replicas follow what is asked, and how bulk work gives way to chats whose first tokens come late.
+
+    It does so while these take `near` of `first_token_seconds` or more; without such a limit it never does.
+    """
+
+    first_token_seconds: Annotated[float, Field(gt=0)] | None = None
+    near: Annotated[float, Field(gt=0, le=1)] = 0.8
+    yield_seconds: Annotated[float, Field(ge=0)] = 5.0  # at most, before each batch of bulk work
+    down_seconds: Annotated[float, Field(ge=0)] = 60.0  # of less demand, before replicas are given up
+
+
 class Coordinator(Section):
     """Who keeps what the machines agree on: the first voters, by number, with the labels of each one's machine."""
 
@@ -372,6 +384,7 @@ class Config(BaseSettings):
     access: Access = Access()
     ingest: Ingest = Ingest()
     hades: Hades = Hades()
+    scaling: Scaling = Scaling()
     coordinator: Coordinator = Coordinator()
     telemetry: Telemetry = Telemetry()
 

@@ -26,6 +26,7 @@ from nexus.ingest import Ingestor, Prepared
 from nexus.jobs import FileState, Jobs, Outcome, Ticket
 from nexus.parsing import ENDED
 from nexus.ports import Staged
+from nexus.pressure import UNYIELDING, Yielding
 from nexus.types import Receipt
 
 log = logging.getLogger("nexus.conveyor")
@@ -80,6 +81,7 @@ class Conveyor:
     ingestor: Ingestor
     pace: Pace = field(default_factory=Pace)
     worker: str = field(default_factory=lambda: uuid.uuid4().hex)  # its name among all who work
+    yielding: Yielding = UNYIELDING
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "ingest"))
     _stages: dict[tuple[str, int], str] = field(default_factory=dict)  # of every file on the line
     _places: set[tuple[str, str, str]] = field(default_factory=set)  # documents on the line
@@ -158,6 +160,9 @@ class Conveyor:
             batch = await self._gather(self._to_embed)
             self._texts_ahead -= sum(len(_prepared(item).texts) for item in batch)
             self._taken.set()
+            for pause in self.yielding.pauses():
+                self._mark(batch, "embed: giving way to answers")
+                await asyncio.sleep(pause)
             await self._embed(batch)
 
     async def _embed(self, batch: Sequence[Item]) -> None:

@@ -38,6 +38,7 @@ rerank_fallbacks = _counter(
 )
 ingest_documents = _counter("ingest_documents_total", "Documents that ended their ingestion.", ["outcome"])
 ingest_chunks = _counter("ingest_chunks_total", "Chunks published.")
+ingest_yielded = _counter("ingest_yielded_seconds_total", "Seconds that batches waited so that answers came sooner.")
 nims_inferences = _counter("nims_inferences_total", "Inferences that Triton servers answered.", ["model_name"])
 nims_inference = _histogram("nims_inference_duration_seconds", "From tensors in to tensors out.", ["model_name"])
 gpu_memory = _gauge(

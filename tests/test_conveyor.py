@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from nexus import conveyor as module
+from nexus import pressure
 from nexus.conveyor import Conveyor, Pace
 from nexus.errors import NotFound, Unavailable
 from nexus.hades import document_id_of
 from nexus.ingest import Ingestor
 from nexus.jobs import OPEN, Announced, File, Job, Jobs, Outcome, Ticket
 from nexus.parsing import Limits, Parsers
+from nexus.pressure import Yielding
 from nexus.types import SearchRequest, Upload, Vectors
 from tests.conftest import ALICE, MALLORY, House, build_steps
 from tests.test_jobs import WORKER, accept, at_once, file_of, kept, query, sent, take
@@ -250,6 +252,70 @@ def test_a_later_upload_waits_for_one_that_was_stuck(line: Line) -> None:
     assert file_of(line.jobs, old).attempts == 2
     assert line.found("a.md") == ["gripper new"]
     assert line.found("a.md", as_of=1) == [f"gripper {MARKER}"]
+
+
+# ── answers come first ──────────────────────────────────────────────────────────────────────────
+
+
+class Waits:
+    """What says whether chats wait too long, and a clock that stands still but for the test; asked, it tells."""
+
+    def __init__(self) -> None:
+        self.is_on, self.now, self.asked = True, 0.0, asyncio.Queue[None]()
+
+    def __call__(self) -> bool:
+        self.asked.put_nowait(None)
+        return self.is_on
+
+    async def are_heeded(self, conveyor: Conveyor, times: int = 20) -> None:
+        """Return once the line has asked again and again from now on, and says why it waits."""
+        self.asked = asyncio.Queue()
+        for _ in range(times):
+            await self.asked.get()
+        assert "embed: giving way to answers" in conveyor._stages.values()
+
+
+@pytest.fixture
+def waits(line: Line, monkeypatch: pytest.MonkeyPatch) -> Waits:
+    monkeypatch.setattr(pressure, "PAUSE_SECONDS", 0.001)
+    waits = Waits()
+    line.conveyor.yielding = Yielding(waits, 100.0, lambda: waits.now)
+    line.conveyor.pace = Pace(embedders=1)
+    return waits
+
+
+def test_a_batch_waits_while_chats_do_and_goes_on_after(line: Line, waits: Waits) -> None:
+    gate = line.steps.embedder = Gate(line.steps.embedder)
+    gate.opened.set()
+    job = line.accept("a.md")
+
+    async def run() -> None:
+        async with line.running():
+            await waits.are_heeded(line.conveyor)
+            assert not gate.reached.is_set() and line.states(job) == ["running"]
+            waits.is_on = False
+            assert all_are("done", await line.wait(job))
+
+    asyncio.run(run())
+    assert (gate.passes, line.published()) == (1, ["a.md"])
+    line.check_at_rest()
+
+
+def test_no_batch_waits_for_longer_than_it_may(line: Line, waits: Waits) -> None:
+    """Though chats wait on and on: each batch has its own time."""
+    first, second = line.accept("a.md"), line.accept("b.md")
+    line.conveyor.pace = Pace(embedders=1, batch_documents=1)
+
+    async def run() -> None:
+        async with line.running():
+            for now in (99.9, 100.0, 199.9, 200.0):
+                await waits.are_heeded(line.conveyor)
+                waits.now = now
+            assert all_are("done", await line.wait(first, second))
+
+    asyncio.run(run())
+    assert line.published() == ["a.md", "b.md"]
+    line.check_at_rest()
 
 
 # ── a store that is away ────────────────────────────────────────────────────────────────────────
