@@ -1,10 +1,13 @@
-"""A Ray head of one's own: started, found again after a crash, stopped to the last process.
+"""Ray nodes of one's own, a head or one that joins it: started, found again after a crash, stopped to the last process.
 
-The head leads a session of its own, and carries an instance id in its environment; its children
-inherit both. What is started is written to `run/instance.json` under the home. `stop` ends the
-processes of that session, or with that id, and no others: two installations share a machine without
-knowing of each other, and what a crash left behind is found by the next start. (Either mark alone
-would miss some: Ray's workers overwrite their environment with their title.)
+What starts a node leads a session of its own, and carries an instance id in its environment; its children
+inherit both. What is started is written to `run/instance.json` under the home (`run/node.json` for one that
+joins). `stop` ends the processes of that session, or with that id, and no others: two installations share a
+machine without knowing of each other, and what a crash left behind is found by the next start. (Either mark
+alone would miss some: Ray's workers overwrite their environment with their title.)
+
+With machines in the settings the head keeps Ray's state on disk, so that Ray's state server, when it alone has
+died, is started again as it was, and nobody else notices.
 """
 
 import contextlib
@@ -20,35 +23,46 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 
-from nexus.config import Config
+from cluster.inventory import NODE_LABEL, Inventory, configured, look, real, usable_gpus
+from nexus.config import Config, Node
 from nexus.errors import AlreadyRunning, ConfigError, Unavailable
 from nexus.types import digest
 
 INSTANCE = "NEXUS_INSTANCE"
-START_SECONDS = 60.0
+START_SECONDS = 120.0
+CONNECT_SECONDS = 3.0
+TOKEN_REFUSED = ("InvalidAuthToken", "AuthenticationError")
+LOOK_SECONDS = 0.1
 STOP_SECONDS = 3.0
 MAX_SOCKET_PATH = 107  # of a Unix socket, which Ray makes deep under its folder
+PORT = 6379  # of the head of a cluster, unless the settings say another
+STATE_SERVER, RAYLET = "gcs_server", "raylet"  # the processes without which there is no head, or no node
+GPUS_LABEL = "nexus.io/gpus"  # which Ray carries, with the indices of the GPUs that it was given: 0-1-5
+Record = Literal["instance", "node"]
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """What one `nexus up` started: where to reach it, and the mark that its processes carry."""
+    """What one `nexus up` or `nexus node start` started: where to reach it, and the mark that its processes carry."""
 
     id: str
-    session: int  # the process id of the head, which leads the session; 0 before it was started
+    session: int  # the process id of what started it, which leads the session; 0 before that
     boot_id: str
-    url: str
+    url: str  # "" for a node that joined a head elsewhere, as are dashboard and vectors_port
     ray_address: str
     dashboard: str
     vectors_port: int
     ray_folder: str
     started_at: float
+    node: str = ""  # its name, in a cluster
+    config_file: str = ""  # the one given to `up`, if any
 
 
 # ── the home ────────────────────────────────────────────────────────────────────────────────────
@@ -78,18 +92,18 @@ def lock_home(home: Path) -> Iterator[None]:
         yield
 
 
-def find_instance(home: Path) -> Instance | None:
-    """What the last `nexus up` recorded, whether or not it still runs."""
+def find_instance(home: Path, record: Record = "instance") -> Instance | None:
+    """What the last `nexus up`, or `nexus node start` for "node", recorded, whether or not it still runs."""
     try:
-        return Instance(**json.loads((home / "run" / "instance.json").read_text()))
+        return Instance(**json.loads((home / "run" / f"{record}.json").read_text()))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
         return None  # nothing recorded, or by a version that recorded other things
 
 
-def _record(home: Path, instance: Instance) -> None:
-    part = home / "run" / "instance.json.part"
+def _record(home: Path, instance: Instance, record: Record = "instance") -> None:
+    part = home / "run" / f"{record}.json.part"
     part.write_text(json.dumps(asdict(instance), indent=1))
-    part.replace(home / "run" / "instance.json")
+    part.replace(home / "run" / f"{record}.json")
 
 
 def ray_token(home: Path) -> str:
@@ -100,6 +114,21 @@ def ray_token(home: Path) -> str:
         with os.fdopen(descriptor, "w") as writer:
             writer.write(secrets.token_hex(32))
     return file.read_text().strip()
+
+
+def keep_token(home: Path, token: str) -> None:
+    """Keep the token of a cluster that another machine leads; "" for the one that is there. Raises ConfigError."""
+    file = home / "ray-token"
+    if token:
+        part = home / "run" / "ray-token.part"
+        part.touch(0o600)
+        part.write_text(token)
+        part.replace(file)
+    elif not file.exists():
+        raise ConfigError(
+            f"the cluster's token is not here: copy ray-token from the home of the head to {home}, name a copy with "
+            "--token-file, or set RAY_AUTH_TOKEN"
+        )
 
 
 # ── processes ───────────────────────────────────────────────────────────────────────────────────
@@ -131,6 +160,16 @@ def _is_of(process: psutil.Process, instance: Instance) -> bool:
     return False
 
 
+def is_of_this_node(process_id: int) -> bool:
+    """Whether a process is of the node that this one runs on, or belongs to."""
+    with contextlib.suppress(psutil.Error, ProcessLookupError, PermissionError):
+        if os.getsid(process_id) == os.getsid(0):
+            return True
+        own = os.environ.get(INSTANCE)
+        return own is not None and psutil.Process(process_id).environ().get(INSTANCE) == own
+    return False
+
+
 def _leads_still(instance: Instance) -> bool:
     """False when the leader's process id now belongs to somebody else's process.
 
@@ -159,13 +198,13 @@ def memory_of(instance: Instance) -> int:
     return total
 
 
-def stop(home: Path) -> bool:
-    """End what the recorded `up` started, and only that; says whether anything ran.
+def stop(home: Path, record: Record = "instance") -> bool:
+    """End what the recorded `up` or `node start` started, and only that; says whether anything ran.
 
     Each process is asked first and killed after a moment. Nothing is lost by that: what was
     acknowledged is on disk, and the vector store replays its log.
     """
-    instance = find_instance(home)
+    instance = find_instance(home, record)
     if instance is None:
         return False
     running = processes_of(instance)
@@ -178,7 +217,7 @@ def stop(home: Path) -> bool:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=STOP_SECONDS)
-    (home / "run" / "instance.json").unlink(missing_ok=True)
+    (home / "run" / f"{record}.json").unlink(missing_ok=True)
     return bool(running)
 
 
@@ -218,19 +257,19 @@ def free_range(length: int, first: int = 30000, last: int = 60000) -> int:
     raise Unavailable(f"no run of {length} free ports between {first} and {last}")
 
 
-def require_port(port: int, setting: str) -> None:
+def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
     """Raises ConfigError when somebody else has the port."""
-    if not is_free(port):
+    if not is_free(port, host):
         raise ConfigError(
             f"port {port} is in use by another program; choose another with {setting} (or stop that program)"
         )
 
 
-# ── the head ────────────────────────────────────────────────────────────────────────────────────
+# ── nodes ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def environment_of(config: Config, instance_id: str) -> dict[str, str]:
-    """The environment of the head and of all that it starts: the throughput flags, and nothing public."""
+    """The environment of a node and of all that it starts: the throughput flags, and nothing public."""
     home = Path(config.home)
     statistics, metrics, fallback, fallback_grpc = free_ports(4)
     replicas = free_range(64)
@@ -240,12 +279,7 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
         # What a job calls `python` is the Python that Nexus runs on.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PROMETHEUS_MULTIPROC_DIR": str(home / "run" / "metrics"),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": ray_token(home),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Off Windows and macOS too, this is what keeps every port of Ray's on loopback: without it Ray
-        # turns 127.0.0.1 into the machine's own address (ray/_private/services.py).
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        **access_of(config),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -267,72 +301,267 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
     }
 
 
+def access_of(config: Config) -> dict[str, str]:
+    """What every process that speaks to this Ray must have in its environment, from before it imports `ray`."""
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_token(Path(config.home)), "RAY_USAGE_STATS_ENABLED": "0"}
+    if config.nodes:
+        # A machine that is cut off is given up after some ten seconds; who is without Ray's state server waits for it.
+        return access | {
+            "RAY_health_check_initial_delay_ms": "2000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "1500",
+            "RAY_health_check_failure_threshold": "4",
+            "RAY_raylet_liveness_self_check_interval_ms": "1000",
+            "RAY_grpc_client_keepalive_timeout_ms": "5000",
+            "RAY_grpc_keepalive_timeout_ms": "5000",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+        }
+    # Off Windows and macOS too, this is what keeps every port of Ray's on loopback: without it Ray
+    # turns 127.0.0.1 into the machine's own address (ray/_private/services.py).
+    return access | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
 def driver_environment(config: Config, instance: Instance) -> dict[str, str]:
     """What a process must have in its environment, before it imports `ray`, to speak to this head."""
     return {
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS", instance.ray_address),
         # A driver has no event loop; the flag below, which the head hands on, would have it ask Serve on one.
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": ray_token(Path(config.home)),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **access_of(config),
     }
 
 
-def start_head(config: Config) -> tuple[Instance, dict[str, str]]:
-    """Start a Ray head on loopback and record it. Raises ConfigError for a port in use, Unavailable.
+def start_head(config: Config, config_file: Path | None = None) -> tuple[Instance, dict[str, str]]:
+    """Start a Ray head and record it: on loopback, or with machines in the settings on the address of this one.
 
-    The caller holds the home's lock. What an earlier run left is stopped first. Returned with the
-    instance: the environment that whoever talks to this head must have, from before `ray` is imported.
+    The caller holds the home's lock. What an earlier run left is stopped first. Returned with the instance: the
+    environment that whoever talks to this head must have, from before `ray` is imported. Raises ConfigError for a port
+    in use, Unavailable.
     """
     home = Path(config.home)
     stop(home)
     require_port(config.http.port, "http.port (NEXUS_HTTP__PORT)")
-    (port, dashboard, vectors, *others) = free_ports(8)
-    port = config.ray.port or port
+    port, dashboard, vectors, client = free_ports(4)
+    machine = None if config.ray.head is None else config.nodes[config.ray.head]
+    host = "127.0.0.1" if machine is None else address_of(machine)
+    port = config.ray.port or (port if machine is None else PORT)
+    if machine is not None:
+        require_port(port, "ray.port (NEXUS_RAY__PORT)", host)
     if is_free(config.ray.dashboard_port):
         dashboard = config.ray.dashboard_port or dashboard
-    instance = Instance(
-        id=uuid.uuid4().hex,
-        session=0,
-        boot_id=_boot_id(),
+    instance = _new_instance(
+        home,
         url=config.url,
-        ray_address=f"127.0.0.1:{port}",
+        ray_address=f"{host}:{port}",
         dashboard=f"http://127.0.0.1:{dashboard}",
         vectors_port=vectors,
-        ray_folder=_ray_folder(home),
-        started_at=time.time(),
+        node=config.ray.head or "",
+        config_file="" if config_file is None else str(config_file.absolute()),
     )
+    environment = environment_of(config, instance.id)
+    command = [
+        "--head", f"--node-ip-address={host}", f"--port={port}", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--no-monitor",
+    ]  # fmt: skip
+    if machine is not None:
+        environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(home / "run" / "gcs")}
+        shutil.rmtree(home / "run" / "gcs", ignore_errors=True)
+        gpus = free_gpus(config, instance.node)
+        environment |= _of_gpus(gpus)
+        command += describe_node(instance.node, machine, gpus)
+    instance = _start_node(config, instance, command, environment, "instance")
+    _remember(home, environment, _state_server_of(instance))
+    return instance, {**os.environ, **environment}
+
+
+def join_head(config: Config, name: str) -> Instance:
+    """Start this machine's Ray node under its name, and record it. Raises ConfigError, Unavailable.
+
+    The caller holds the home's lock, and has seen to it that the cluster's token is there.
+    """
+    home = Path(config.home)
+    stop(home, "node")
+    instance = _new_instance(home, ray_address=head_address(config), node=name)
+    if not _answers(instance.ray_address):
+        raise Unavailable(f"the head at {instance.ray_address} does not answer: is Nexus up there, and its port open?")
+    machine, gpus = config.nodes[name], free_gpus(config, name)
+    command = [f"--address={instance.ray_address}", f"--node-ip-address={address_of(machine)}"]
+    environment = environment_of(config, instance.id) | _of_gpus(gpus)
+    return _start_node(config, instance, [*command, *describe_node(name, machine, gpus)], environment, "node")
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def head_address(config: Config) -> str:
+    """Where the head of the cluster listens for the other machines. Raises ConfigError where there is no cluster."""
+    if config.ray.head is None:
+        raise ConfigError("there are no machines in the settings: nodes and ray.head name them")
+    return f"{config.nodes[config.ray.head].address}:{config.ray.port or PORT}"
+
+
+def address_of(machine: Node) -> str:
+    """A machine's address in numbers. Raises ConfigError."""
+    try:
+        address = socket.gethostbyname(machine.address)
+    except OSError:
+        raise ConfigError(f"the address {machine.address!r} of `nodes` is not known here; give it in numbers") from None
+    if address.startswith("127.") and address != machine.address:
+        raise ConfigError(f"{machine.address!r} means {address} here, where no other machine is: give it in numbers")
+    return address
+
+
+def own_name(config: Config) -> str:
+    """Which of the machines of the settings this one is. Raises ConfigError where it is none of them, or several."""
+    own = {address.address for addresses in psutil.net_if_addrs().values() for address in addresses}
+    names = [name for name, machine in config.nodes.items() if address_of(machine) in own]
+    if len(names) != 1:
+        found = f"{' and '.join(names)} both have an address" if names else "no machine of `nodes` has an address"
+        raise ConfigError(f"{found} of this one ({', '.join(sorted(own))}): say which it is: nexus node start NAME")
+    return names[0]
+
+
+def seen_here(config: Config, name: str) -> Inventory:
+    """What this machine has, while nothing of ours runs on it."""
+    machine = config.nodes[name]
+    return Inventory((look(name, machine.address, disks=machine.disks),))
+
+
+def free_gpus(config: Config, name: str) -> tuple[int, ...]:
+    """Of this machine's GPUs those described that nobody computes on, while nothing of ours does."""
+    return usable_gpus(real(configured(config), seen_here(config, name))[name])
+
+
+def _of_gpus(gpus: Sequence[int]) -> dict[str, str]:
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+
+
+def describe_node(name: str, machine: Node, gpus: Sequence[int]) -> list[str]:
+    """What `ray start` is told of a machine: its names, and what Ray may give away of it."""
+    labels = {**machine.labels, NODE_LABEL: name}
+    if gpus:
+        labels[GPUS_LABEL] = "-".join(map(str, gpus))
+    return [
+        f"--node-name={name}", f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
+        f"--num-cpus={int(machine.cpus)}", f"--num-gpus={len(gpus)}",
+    ]  # fmt: skip
+
+
+def _new_instance(home: Path, ray_address: str, **fields: Any) -> Instance:
+    usual: dict[str, Any] = {"url": "", "dashboard": "", "vectors_port": 0}
+    return Instance(
+        id=uuid.uuid4().hex, session=0, boot_id=_boot_id(), ray_address=ray_address, ray_folder=_ray_folder(home),
+        started_at=time.time(), **{**usual, **fields},
+    )  # fmt: skip
+
+
+def _start_node(
+    config: Config, instance: Instance, command: Sequence[str], environment: Mapping[str, str], record: Record
+) -> Instance:
+    """Run `ray start`, and record it from before it begins. Raises Unavailable, with nothing left running."""
+    home = Path(config.home)
     shutil.rmtree(instance.ray_folder, ignore_errors=True)  # its logs were kept until now
     shutil.rmtree(home / "run" / "metrics", ignore_errors=True)
     (home / "run" / "metrics").mkdir(parents=True)
     (home / "logs").mkdir(exist_ok=True)
-    _record(home, instance)
-    environment = {**os.environ, **environment_of(config, instance.id)}
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={others[0]}",
-        f"--dashboard-agent-grpc-port={others[1]}", f"--runtime-env-agent-port={others[2]}",
-        f"--metrics-export-port={others[3]}", f"--ray-client-server-port={others[4]}",
+    _record(home, instance, record)
+    listen, grpc, runtime, metrics = free_ports(4)
+    full = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *command,
+        f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
+        f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}",
         f"--object-store-memory={config.ray.object_store_bytes}", f"--temp-dir={instance.ray_folder}",
-        "--include-log-monitor=False", "--no-monitor",
+        "--include-log-monitor=False",
     ]  # fmt: skip
-    with (home / "logs" / "ray-head.log").open("wb") as log:
-        head = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env=environment, start_new_session=True
-        )
-        instance = replace(instance, session=head.pid)
-        _record(home, instance)
+    log_file = home / "logs" / ("ray-head.log" if record == "instance" else "ray-node.log")
+    with log_file.open("wb") as log:
+        starter = subprocess.Popen(
+            full, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env={**os.environ, **environment},
+            start_new_session=True,
+        )  # fmt: skip
+        instance = replace(instance, session=starter.pid)
+        _record(home, instance, record)
         try:
-            failed = head.wait(START_SECONDS) != 0
+            failed = starter.wait(START_SECONDS) != 0
         except subprocess.TimeoutExpired:
             failed = True
     if failed:
-        stop(home)
-        raise Unavailable(f"the Ray head did not start; {home / 'logs' / 'ray-head.log'} says why")
-    return instance, environment
+        stop(home, record)
+        if any(word in log_file.read_text(errors="replace") for word in TOKEN_REFUSED):
+            raise ConfigError(
+                f"the head at {instance.ray_address} refuses the token in {home / 'ray-token'}: copy that of the head"
+            )
+        what = "head" if record == "instance" else "node"
+        raise Unavailable(f"the Ray {what} did not start; {log_file} says why")
+    return instance
+
+
+# ── Ray's state server ──────────────────────────────────────────────────────────────────────────
+
+
+def living(instance: Instance) -> set[str]:
+    """Which of the processes live that matter: Ray's state server (at the head) and its raylet."""
+    names = set()
+    for process in processes_of(instance):
+        with contextlib.suppress(psutil.Error):
+            names.add(process.name())
+    return names & {STATE_SERVER, RAYLET}
+
+
+def environment_of_head(home: Path) -> dict[str, str]:
+    """The environment that the running head was started with. Raises Unavailable where none was."""
+    return {**os.environ, **_recall(home)["environment"]}
+
+
+def restart_state_server(home: Path, instance: Instance) -> None:
+    """Start Ray's state server again, with its state, as the head had started it. Raises Unavailable.
+
+    The caller holds the home's lock.
+    """
+    remembered = _recall(home)
+    if not remembered["state_server"]:
+        raise Unavailable("it is not recorded how Ray's state server was started")
+    with (home / "logs" / "ray-head.log").open("ab") as log:
+        server = subprocess.Popen(
+            remembered["state_server"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home,
+            env={**os.environ, **remembered["environment"]}, start_new_session=True,
+        )  # fmt: skip
+    ends = time.monotonic() + START_SECONDS
+    while not _answers(instance.ray_address):
+        if server.poll() is not None or time.monotonic() > ends:
+            raise Unavailable("Ray's state server does not start again")
+        time.sleep(LOOK_SECONDS)
+
+
+def _state_server_of(instance: Instance) -> list[str]:
+    for process in processes_of(instance):
+        with contextlib.suppress(psutil.Error):
+            if process.name() == STATE_SERVER:
+                return process.cmdline()
+    return []
+
+
+def _remember(home: Path, environment: Mapping[str, str], state_server: Sequence[str]) -> None:
+    part = home / "run" / "head.json.part"
+    part.touch(0o600)
+    part.write_text(json.dumps({"environment": dict(environment), "state_server": list(state_server)}))
+    part.replace(home / "run" / "head.json")
+
+
+def _recall(home: Path) -> dict[str, Any]:
+    try:
+        remembered: dict[str, Any] = json.loads((home / "run" / "head.json").read_text())
+        return remembered
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise Unavailable(
+            f"it is not recorded how the head in {home} was started: `nexus down`, then `nexus up`"
+        ) from None
 
 
 def _ray_folder(home: Path) -> str:

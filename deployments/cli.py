@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import adding, upkeep, voters
+from deployments import adding, nodes, running, upkeep, voters
 from deployments import client as http
 from deployments.doctor import examine
 from deployments.driver import become_driver
 from deployments.listing import label
-from deployments.running import bring_up, is_ready
+from deployments.running import JOIN_SECONDS
 from nexus import __version__
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.config import Config, default_home, load_config
@@ -40,6 +40,7 @@ config_app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
 app.add_typer(config_app, name="config")
 app.add_typer(voters.app, name="coordinator")
+app.add_typer(nodes.app, name="node")
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 InCollection = Annotated[str, typer.Option("--collection", "-c", help="The collection.")]
@@ -70,22 +71,35 @@ def up(
     wait: Annotated[
         float | None, typer.Option(help="Seconds to wait until it is ready; by default 120, with vLLM engines 1800.")
     ] = None,
+    join: Annotated[
+        float, typer.Option(min=0, help="Seconds that the other machines have to join a new cluster.")
+    ] = JOIN_SECONDS,
+    stay: Annotated[bool, typer.Option("--stay", help="Stay, and start again what ends; for systemd.")] = False,
 ) -> None:
-    """Start Nexus on this machine and wait until it is ready."""
-    started = time.monotonic()
+    """Start Nexus on this machine, with what is missing of it, and wait until it is ready."""
     settings = load_config(config)
     home = Path(settings.home)
     for kind, address, task in settings.parts():
         check_part(kind, address, task)
     bootstrap.prepare_home(home)
+    patience = _patience(settings) if wait is None else wait
+    with running.stopped_by_signals(lambda: bootstrap.stop(home)) if stay else nullcontext():
+        _start(settings, config, patience, join)
+        if stay:
+            running.tell_systemd("READY=1")
+            running.keep_up(settings, config, patience, join, _tell)
+    if stay:
+        typer.echo("Nexus is stopped.")
+
+
+def _start(settings: Config, config: Path | None, patience: float, join: float) -> None:
+    started, home = time.monotonic(), Path(settings.home)
     with bootstrap.lock_home(home):
-        instance = bootstrap.find_instance(home)
-        if instance is not None and bootstrap.processes_of(instance) and is_ready(instance.url):
-            typer.echo(f"Nexus already runs at {instance.url}")
-            return
-        typer.echo(f"Starting Nexus {__version__} in {home} …", err=True)
-        instance = bring_up(settings, config, _patience(settings) if wait is None else wait)
+        instance, outcome = running.ensure_up(settings, config, patience, join, _tell)
         new_key = _ensure_admin_key(home)
+    if outcome == "ran already":
+        typer.echo(f"Nexus already runs at {instance.url}")
+        return
     typer.echo(f"Nexus is ready at {instance.url}  ({time.monotonic() - started:.0f} s)")
     typer.echo(f"  Ray dashboard  {instance.dashboard}  (token: {home / 'ray-token'})")
     typer.echo(f"  state and logs {home}")
@@ -93,6 +107,10 @@ def up(
         typer.echo(f"  admin key      {new_key}")
         typer.echo(f"                 shown this once; the command line finds it in {home / 'admin-key'}")
     typer.echo("  stop it with   nexus down")
+
+
+def _tell(sentence: str) -> None:
+    typer.echo(sentence, err=True)
 
 
 def _patience(settings: Config) -> float:
