@@ -58,8 +58,9 @@ class Yielding:
             telemetry.ingest_yielded.inc(pause)
 
 
-def _never() -> bool:
+def never() -> bool:
+    """What says of pressure that there is none."""
     return False
 
 
-UNYIELDING = Yielding(_never, 0.0)
+UNYIELDING = Yielding(never, 0.0)
