@@ -4,7 +4,7 @@ A remedy is one change of a setting, of what others hold or of the machines, and
 want its least, and takes it from no other.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil, floor
@@ -16,6 +16,7 @@ from cluster.planner import LARGE, Solved, fill, fits_beside, solve
 
 GIB = 2**30
 TRIED = 60  # changes at most for one want
+FULLEST = 0.95  # of a GPU's memory, which no engine should be told to go past
 SHORTEST = 16  # no fewer tokens than this part of what was wanted is called a remedy
 
 
@@ -127,7 +128,8 @@ def _explain_need(want: Want, memory: int) -> str:
         parts += f", {_gib(cache)} KV cache for one request of {footprint.longest} tokens"
     beside = f" and {_gib(footprint.beside)} beside that" if footprint.beside else ""
     has = f"{want.gpu_share:g} of {_gib(memory)} is {_gib(want.share_of(memory))}" if want.gpu_share else _gib(memory)
-    return f"one needs {_gib(want.needed)} of each of {want.gpus} GPUs ({parts}){beside}; the largest there: {has}"
+    each = f"each of {want.gpus} GPUs" if want.gpus > 1 else "its GPU"
+    return f"one needs {_gib(want.needed)} of {each} ({parts}){beside}; of the largest there {has}"
 
 
 def _whole(room: Room, want: Want) -> list[GpuRoom]:
@@ -149,6 +151,8 @@ def _changes(inventory: Inventory, want: Want, packing: Packing) -> Iterator[Cha
     if want.gpus:
         for says, nodes in _freed(allowed, want):
             yield Change(says, _with(inventory, nodes), want)
+    for says, changed in _other_divisions(want, allowed):
+        yield Change(says, inventory, changed)
     for fewer in range(1, want.least):
         says = f"{fewer} {'replica' if fewer == 1 else 'replicas'} fewer"
         yield Change(says, inventory, replace(want, least=want.least - fewer))
@@ -177,16 +181,13 @@ def _settings(want: Want, nodes: Sequence[Node], packing: Packing) -> Iterator[t
         cache = want.memory - footprint.weights - footprint.overhead
         more = ceil(footprint.longest * footprint.cache_bytes_per_token / GIB) * GIB
         yield f"cpu_cache_bytes {cache} → {more}", replace(want, memory=want.memory + more - cache)
-    if want.gpus and want.gpu_share:
-        most = max((len(node.gpus) for node in nodes), default=0)
-        yield from _other_divisions(want, most)
 
 
 def _other_shares(want: Want, memory: int, free: int) -> Iterator[float]:
     """Shares in hundredths: the least with which it works, and the most that is free."""
     least = ceil(round(want.needed / memory * 100, 6)) / 100
     most = floor(round((min(free, memory) - want.footprint.beside) / memory * 100, 6)) / 100
-    if want.gpu_share < least <= most:
+    if want.gpu_share < least <= min(most, FULLEST):
         yield least
     if 0 < least <= most < want.gpu_share:
         yield most
@@ -197,8 +198,11 @@ def _rounded(tokens: int) -> int:
     return tokens // step * step
 
 
-def _other_divisions(want: Want, most: int) -> Iterator[tuple[str, Want]]:
-    """The same model over more GPUs, or over fewer."""
+def _other_divisions(want: Want, nodes: Sequence[Node]) -> Iterator[tuple[str, Want]]:
+    """The same engine over more GPUs, or over fewer."""
+    if not want.gpus or not want.gpu_share:
+        return
+    most = max((len(node.gpus) for node in nodes), default=0)
     ranks = want.gpus // want.stages
     larger = [ranks * 2**power for power in range(1, 5) if want.stages * ranks * 2**power <= most]
     smaller = [ranks // 2**power for power in range(1, 5) if ranks % 2**power == 0]
@@ -233,18 +237,20 @@ def _freed(nodes: Sequence[Node], want: Want) -> Iterator[tuple[str, list[Node]]
 
 def _grown(nodes: Sequence[Node], want: Want, packing: Packing) -> Iterator[tuple[str, Node]]:
     """Machines with as much more host memory, or as many more CPUs, as a replica lacks there."""
-    found: list[tuple[float, str, Node]] = []
-    for node in nodes:
+    found: list[tuple[float, int, str, Node]] = []
+    for number, node in enumerate(nodes):
         for memory, cpus in ((node.memory, node.cpus), _host_left(packing, node)):
             if (lack := want.memory - memory) > 0:
                 tenths = ceil(lack / GIB * 10)
                 more = replace(node, memory=node.memory + tenths * GIB // 10 + 1)
-                found.append((lack / GIB, f"{tenths / 10:.1f} GiB more memory in {node.name}", more))
+                found.append((lack / GIB, number, f"{tenths / 10:.1f} GiB more memory in {node.name}", more))
             if (missing := ceil(round(want.cpus - cpus, 4))) > 0:
                 more = replace(node, cpus=node.cpus + missing)
-                found.append((missing, f"{missing} {'CPU' if missing == 1 else 'CPUs'} more in {node.name}", more))
+                found.append(
+                    (missing, number, f"{missing} {'CPU' if missing == 1 else 'CPUs'} more in {node.name}", more)
+                )
     found.sort(key=lambda one: one[:2])
-    for _, says, grown in found:
+    for _, _, says, grown in found:
         yield says, grown
 
 
@@ -254,8 +260,12 @@ def _host_left(packing: Packing, node: Node) -> tuple[int, float]:
 
 
 def _machines(inventory: Inventory, want: Want) -> Iterator[Change]:
-    """More machines like one that is there, the smallest kind first; else one made to measure."""
-    kinds: Mapping[tuple[object, ...], Node] = {
+    """The machine that is gone; more like one that is there, the smallest kind first; else made to measure."""
+    gone = [name for name in want.nodes if name not in {node.name for node in inventory.nodes}]
+    made, has = _made_to_measure(want)
+    if gone:
+        yield _with_more(f"{gone[0]} with {has}", inventory, want, replace(made, name=gone[0]), 1)
+    kinds = {
         (node.cpus, node.memory, tuple((gpu.model, gpu.memory) for gpu in node.gpus)): node
         for node in reversed(inventory.nodes)
     }
@@ -264,17 +274,19 @@ def _machines(inventory: Inventory, want: Want) -> Iterator[Change]:
     for count in range(1, min(want.least, 8) + 1):
         for node in by_size:
             free = replace(node, gpus=tuple(replace(gpu, taken=0) for gpu in node.gpus))
-            says = f"{_machine(count)} more like {node.name}{where}"
-            yield _with_more(says, inventory, want, free, count)
-    gone = [name for name in want.nodes if name not in {node.name for node in inventory.nodes}]
-    memory = _memory_wanted(want)
+            yield _with_more(f"{_machine(count)} more like {node.name}{where}", inventory, want, free, count)
+    for count in range(1, want.least + 1):
+        yield _with_more(f"{_machine(count)} more with {has}{where}", inventory, want, made, count)
+
+
+def _made_to_measure(want: Want) -> tuple[Node, str]:
+    """The smallest machine that holds one replica, and what is to be said of it."""
+    tenths, cpus, memory = ceil(want.memory / GIB * 10), ceil(want.cpus), _memory_wanted(want)
     gpus = tuple(Gpu(index, "GPU", memory) for index in range(want.gpus))
-    has = f"{_gib(want.memory + GIB / 10)} of memory and {ceil(want.cpus)} CPUs"
-    has += f", and {want.gpus} GPUs of {memory // GIB} GiB" if want.gpus else ""
-    made = Node(gone[0] if gone else "", "", ceil(want.cpus), want.memory + GIB // 10, gpus)
-    for count in (1,) if gone else range(1, want.least + 1):
-        says = f"{made.name} with {has}" if gone else f"{_machine(count)} more with {has}{where}"
-        yield _with_more(says, inventory, want, made, count)
+    has = f"{tenths / 10:.1f} GiB of memory and {cpus} CPUs"
+    if gpus:
+        has += f", and {'1 GPU' if len(gpus) == 1 else f'{len(gpus)} GPUs'} of {memory // GIB} GiB"
+    return Node("", "", cpus, tenths * GIB // 10 + 1, gpus), has
 
 
 def _machine(count: int) -> str:
