@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import adding, nodes, running, upkeep, voters
+from deployments import adding, nodes, overview, planning, running, upkeep, voters
 from deployments import client as http
 from deployments.doctor import examine
 from deployments.driver import become_driver
@@ -25,7 +25,7 @@ from deployments.running import JOIN_SECONDS
 from nexus import __version__
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.config import Config, default_home, load_config
-from nexus.errors import InvalidRequest, NexusError, NotFound
+from nexus.errors import InvalidRequest, NexusError, NotFound, Unavailable
 from nexus.registry import check_part
 
 START_SECONDS, ENGINE_START_SECONDS = 120.0, 1800.0
@@ -153,9 +153,9 @@ def status(as_json: Json = False) -> None:
     shown: dict[str, Any] = {"home": str(home), "running": bool(processes)}
     if instance and processes:
         with http.Client() as nexus:
+            parts, state = nexus.parts(), _state(nexus)
             shown |= {
-                "url": instance.url, "dashboard": instance.dashboard, "parts": nexus.parts(),
-                "coordinator": nexus.coordinator(),
+                **state, "url": instance.url, "dashboard": instance.dashboard, "parts": parts,
                 "processes": len(processes), "memory_bytes": bootstrap.memory_of(instance),
                 "up_seconds": round(time.time() - instance.started_at),
             }  # fmt: skip
@@ -171,10 +171,68 @@ def status(as_json: Json = False) -> None:
             typer.echo(f"  {part:<12} {state}")
         if shown["coordinator"]:
             typer.echo(voters.lines(shown["coordinator"]))
+        for line in overview.lines(shown):
+            typer.echo(line)
         typer.echo(
             f"  {shown['processes']} processes, {shown['memory_bytes'] / 2**30:.2f} GiB, up {shown['up_seconds']} s"
         )
     raise typer.Exit(0 if is_ready else 1)
+
+
+def _state(nexus: http.Client) -> dict[str, Any]:
+    """What `GET /status` says, or why it does not."""
+    try:
+        return nexus.status()
+    except NexusError as error:
+        nothing = dict.fromkeys(("nodes", "placement", "deployments", "coordinator", "collections", "drained"))
+        return {**nothing, "differences": [], "unknown": {"everything": error.message}}
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Option(help="A nexus.yaml; default: the one in the home, if any.")] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Only what it would change where Nexus runs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What goes on which machine and GPU, what it would hold there, and what is left. Nothing is started.
+
+    Exit code 1 if something has no place.
+    """
+    settings = load_config(config)
+    told = _told(settings, must_say=diff)
+    draft = planning.draw(settings, told)
+    refusals = draft.plan.refusals
+    if diff and told.plan is not None and not refusals:
+        shown, print_it = planning.describe_moves(told.plan, draft.plan), planning.print_moves
+    else:
+        shown, print_it = planning.describe(settings, draft), planning.print_plan
+    if as_json:
+        typer.echo(json.dumps(shown))
+    else:
+        print_it(shown, planning.open_console())
+    for note in told.notes:
+        typer.echo(f"note: {note}", err=True)
+    for refusal in refusals:
+        typer.echo(f"no place for {planning.refused(refusal)}", err=True)
+    raise typer.Exit(1 if refusals else 0)
+
+
+def _told(settings: Config, must_say: bool) -> planning.Told:
+    """What the Nexus that runs here says of its machines and plan. Raises Unavailable where it must, and does not."""
+    if not (os.environ.get("NEXUS_URL") or bootstrap.is_running(Path(settings.home))):
+        if must_say:
+            raise Unavailable("no Nexus runs here, so no plan is in force; `nexus plan` shows what `nexus up` would do")
+        return planning.Told()
+    try:
+        with http.Client(settings) as nexus:
+            told = planning.read_status(settings, nexus.status())
+    except Unavailable as error:
+        if must_say:
+            raise
+        return planning.Told(notes=[f"the machines are as described: {error.message}"])
+    if must_say and told.plan is None:
+        raise Unavailable(told.why_no_plan)
+    return told
 
 
 @app.command()

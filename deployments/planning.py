@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cluster.inventory import Gpu, Inventory, Node, configured, real
 from cluster.placement import Place, Plan, Refusal, Want, encode, left, moves, place
-from cluster.wants import wants_of
+from cluster.wants import ROLES, wants_of
 from nexus.config import Config
 from nexus.errors import ConfigError, UpstreamInvalid
 
@@ -60,14 +60,12 @@ def from_json(content: bytes) -> Plan:
 
 def models_of(config: Config) -> dict[str, str]:
     """The names that clients ask for, by those of the deployments."""
-    models = config.models
-    roles = {"generator": "generate", "embedder": "embed", "reranker": "rerank"}
     named = {
         f"{role}-{number}": model.called
-        for role, task in roles.items()
-        for number, model in enumerate(models.of_task(task))  # type: ignore[arg-type]
+        for task, role in ROLES.items()
+        for number, model in enumerate(config.models.of_task(task))
     }
-    named["embedder"] = named.pop("embedder-0")
+    named[ROLES["embed"]] = named.pop(f"{ROLES['embed']}-0")  # the documents' own
     return named
 
 
