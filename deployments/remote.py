@@ -72,7 +72,7 @@ class Spread:
     def __init__(self, parts: Mapping[str, Any], is_planned: Callable[[str], bool] = lambda machine: True) -> None:
         """By machine, at least one: each as Remote is, with `ready` among its methods.
 
-        Those that are not planned, as told at each call, are asked only where none is.
+        One that is not planned, as told at each call, is asked only after those that are, and while it answers.
         """
         self._all = [_Machine(name, part) for name, part in parts.items()]
         self._is_planned = is_planned
@@ -87,7 +87,7 @@ class Spread:
 
     async def ready(self) -> bool:
         """True once one of them is. Raises Unavailable."""
-        checks = [asyncio.create_task(machine.passes_check()) for machine in self._planned()]
+        checks = [asyncio.create_task(machine.passes_check()) for machine in self._usable()]
         try:
             for check in asyncio.as_completed(checks):
                 if await check:
@@ -99,7 +99,7 @@ class Spread:
 
     async def _ask(self, method: str, arguments: Sequence[Any]) -> Any:
         """The first answer. Raises what the last one raised, or at once what no other would say differently."""
-        left, waiting, failure = self._planned(), set[asyncio.Task[Any]](), None
+        left, waiting, failure = self._usable(), set[asyncio.Task[Any]](), None
         try:
             while left or waiting:
                 if left:
@@ -118,18 +118,21 @@ class Spread:
             for one in waiting:
                 one.cancel()
 
-    def _planned(self) -> "list[_Machine]":
-        return [machine for machine in self._all if self._is_planned(machine.name)] or list(self._all)
+    def _usable(self) -> "list[_Machine]":
+        now, planned = asyncio.get_running_loop().time(), [one for one in self._all if self._is_planned(one.name)]
+        others = [one for one in self._all if one not in planned]
+        return [*planned, *(one for one in others if not planned or (one.is_met and not one.is_aside(now)))]
 
     def _choose(self, left: "Sequence[_Machine]") -> "_Machine":
         now = asyncio.get_running_loop().time()
-        for machine in self._planned():
-            if machine.is_to_be_probed(now):
+        for machine in self._all:
+            if machine.is_to_be_probed(now) and self._is_planned(machine.name):
                 probe = machine.begin_probe(now)
                 self._probes.add(probe)
                 probe.add_done_callback(self._probes.discard)
-        pool = [machine for machine in left if not machine.is_aside(now)] or left
-        return min(pool, key=lambda machine: (machine.in_flight, machine.turn))
+        planned = [machine for machine in left if self._is_planned(machine.name)]
+        pools = ([one for one in some if not one.is_aside(now)] for some in (planned, left))
+        return min(next(filter(None, pools), left), key=lambda machine: (machine.in_flight, machine.turn))
 
 
 class _Machine:
@@ -139,6 +142,7 @@ class _Machine:
         self.name = name
         self.in_flight = 0
         self.turn = 0  # of all calls, the last one that it was asked
+        self.is_met = False  # it has answered
         self._part = part
         self._is_away = False
         self._silent_since: float | None = None  # it was first asked after its last answer
@@ -159,6 +163,7 @@ class _Machine:
         if not task.cancelled():
             self._silent_since = None
             self._is_away = isinstance(task.exception(), Unavailable)
+            self.is_met = self.is_met or not self._is_away
 
     def is_aside(self, now: float) -> bool:
         """Whether others are asked first."""
@@ -178,7 +183,7 @@ class _Machine:
                 await self._part.ready()
         except (NexusError, RayError, OSError):  # TimeoutError is one
             return False
-        self._is_away, self._silent_since = False, None
+        self.is_met, self._is_away, self._silent_since = True, False, None
         return True
 
 

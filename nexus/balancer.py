@@ -19,8 +19,8 @@ others. All of this belongs to one event loop.
 import asyncio
 import time
 from asyncio import CancelledError
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from math import exp2
@@ -57,7 +57,7 @@ class Member:
     """One backend of the model `generator.name`; `accuracy`, in [0, 1], is what an evaluation said of it.
 
     One that is not `in_auto` answers by its name, and for "auto" only where there is no other. `place` is its machine,
-    in a cluster; there it is asked once it has passed its check, and while it is planned, as long as another is.
+    in a cluster; there it is asked once it has passed its check and, if it is not planned, only while no other can be.
     """
 
     generator: Generator
@@ -149,7 +149,8 @@ class Balancer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         """`probe_seconds` is the least time between attempts to readmit one member; the clock is in seconds."""
-        self._backends = tuple(_Backend(place, member, clock()) for place, member in enumerate(members))
+        each = enumerate(zip(members, _identities(members), strict=True))
+        self._backends = tuple(_Backend(place, member, identity, clock()) for place, (member, identity) in each)
         self.default_weights = default_weights
         self._probe_seconds = probe_seconds
         self._clock = clock
@@ -206,34 +207,39 @@ class Balancer:
                 pointer="/messages",
                 code="images_not_supported",
             )
-        able = [backend for backend in able if backend.is_planned()] or able
-        healthy = [backend for backend in able if backend.ejected_since is None]
+        planned = [backend for backend in able if backend.is_planned()] or able
+        healthy = _healthy(planned) or _healthy(able)
         pools = (
             [one for one in healthy if one is not failed],
             healthy,
-            [one for one in able if one is not failed],
-            able,
+            [one for one in planned if one is not failed],
+            planned,
         )
         pool = next(pool for pool in pools if pool)
         now = self._clock()
         candidates = _rank(pool, asked._weights, now)
-        chosen = self._backends[candidates[0].member]
+        home = None if asked.name == AUTO else _home(pool, prompt)
+        chosen = home or self._backends[candidates[0].member]
         if chosen.ejected_since is not None:
             chosen.attempted = now  # the request is its probe
-        for backend in able:
+        for backend in planned:
             if backend is not chosen and self._take_probe(backend):
                 self._start_probe(backend)
-        attempt = _Attempt(now, asked.name, asked._weights, candidates, chosen, failed is not None)
+        attempt = _Attempt(now, asked.name, asked._weights, candidates, chosen, failed is not None, home is not None)
         self._attempts.append(attempt)
         return attempt
 
     async def _meet(self, asked: "Balanced") -> None:
-        """Where nobody is known to answer, and some were never heard of, return once the first of these answers."""
-        if all(backend.ejected_since is not None for backend in asked._backends):
-            strangers = [backend for backend in asked._backends if not backend.is_met and self._take_probe(backend)]
-            for passed in asyncio.as_completed([self._start_probe(backend) for backend in strangers]):
-                if await passed:
-                    return
+        """Where nobody is known to answer, return once one of those that were never heard of does, or none will."""
+        strangers = [backend for backend in asked._backends if not backend.is_met and backend.is_planned()]
+        while not _healthy(asked._backends):
+            for backend in strangers:
+                if not backend.is_met and self._take_probe(backend):
+                    self._start_probe(backend)
+            meetings = [one.probing for one in strangers if one.probing and not one.probing.done()]
+            if not meetings:
+                return
+            await asyncio.wait(meetings, return_when=asyncio.FIRST_COMPLETED)
 
     async def _ask(self, attempt: "_Attempt", prompt: Prompt) -> AsyncGenerator[Delta]:
         """The chosen member's deltas, measured. Its failures are counted and passed on, a timeout as Unavailable."""
@@ -289,12 +295,10 @@ class Balancer:
         backend.is_probed = True
         return True
 
-    def _start_probe(self, backend: "_Backend") -> "asyncio.Task[bool]":
-        backend.is_met = True
-        probe = asyncio.create_task(self._probe(backend))
+    def _start_probe(self, backend: "_Backend") -> None:
+        backend.probing = probe = asyncio.create_task(self._probe(backend))
         self._probes.add(probe)
         probe.add_done_callback(self._probes.discard)
-        return probe
 
     async def _probe(self, backend: "_Backend") -> bool:
         """Whether the member passes its own check, which readmits it."""
@@ -302,7 +306,7 @@ class Balancer:
             if not await backend.passes_check():
                 return False
         finally:
-            backend.is_probed = False
+            backend.is_probed, backend.is_met = False, True
         backend.ejected_since = None
         return True
 
@@ -368,8 +372,9 @@ class Balanced:
 class _Backend:
     """A member and what is known of it."""
 
-    def __init__(self, place: int, member: Member, now: float) -> None:
+    def __init__(self, place: int, member: Member, identity: str, now: float) -> None:
         self.place = place
+        self.identity = identity
         self.generator = member.generator
         self.name = member.generator.name
         self.accuracy = member.accuracy
@@ -387,6 +392,7 @@ class _Backend:
         self.ejected_since: float | None = None if self.is_met else now
         self.attempted = float("-inf")  # when it was last tried since it is ejected
         self.is_probed = False
+        self.probing: asyncio.Task[bool] | None = None  # the last one
 
     def begin(self) -> None:
         self.requests += 1
@@ -428,8 +434,8 @@ class _Backend:
 
     def report(self) -> MemberReport:
         return MemberReport(
-            self.name, self.accuracy, self.in_flight, self.first_token_seconds, self.tokens_per_second,
-            self.success_rate, self.ejected_since, self.requests, self.failures,
+            self.name, self.machine, self.accuracy, self.in_flight, self.first_token_seconds,
+            self.tokens_per_second, self.success_rate, self.ejected_since, self.requests, self.failures,
         )  # fmt: skip
 
 
@@ -443,12 +449,13 @@ class _Attempt:
     candidates: tuple[Candidate, ...]
     backend: _Backend
     retried: bool
+    by_session: bool
     outcome: Outcome = field(default="running")
 
     def report(self) -> Choice:
         return Choice(
             self.at, self.asked, self.weights, self.candidates, self.backend.name, self.backend.place,
-            self.retried, self.outcome,
+            self.retried, self.by_session, self.outcome,
         )  # fmt: skip
 
 
@@ -486,6 +493,28 @@ def _smooth(average: float | None, sample: float) -> float:
     return sample if average is None else average + SMOOTHING * (sample - average)
 
 
+def _healthy(backends: Sequence[_Backend]) -> list[_Backend]:
+    return [backend for backend in backends if backend.ejected_since is None]
+
+
+def _identities(members: Sequence[Member]) -> Iterator[str]:
+    """What tells each from the others of its name: its machine, so that those may come and go, and there its order."""
+    counts = Counter[tuple[str, str]]()
+    for member in members:
+        alike = (member.generator.name, member.place)
+        yield digest(*alike, str(counts[alike]))
+        counts[alike] += 1
+
+
+def _home(backends: Sequence[_Backend], prompt: Prompt) -> _Backend | None:
+    """Whose cache knows the session of a request; None where it has none, or where that member has far more to do."""
+    if not prompt.session or len(backends) == 1:
+        return None
+    home = max(backends, key=lambda one: digest(one.identity, prompt.tenant, prompt.session))
+    least = min(one.in_flight for one in backends)
+    return home if home.in_flight <= MOST_LOAD * least + SPARE_LOAD else None
+
+
 def _rank(backends: Sequence[_Backend], weights: Weights, now: float) -> tuple[Candidate, ...]:
     """The members as candidates, the one to ask first. Equal ones go by load, then by their order."""
     pairs = [(one, one.fading(now)) for one in backends]
@@ -509,6 +538,6 @@ def _rank(backends: Sequence[_Backend], weights: Weights, now: float) -> tuple[C
         parts = weights.latency * latency + weights.throughput * throughput + weights.accuracy * accuracy
         score = parts / total * success if total else 0.0
         is_news = one.requests == 0 and weights.latency + weights.throughput > 0
-        candidate = Candidate(one.place, one.name, latency, throughput, accuracy, success, score)
+        candidate = Candidate(one.place, one.name, one.machine, latency, throughput, accuracy, success, score)
         scored.append(((not is_news, -score, one.in_flight, one.place), candidate))
     return tuple(candidate for _, candidate in sorted(scored, key=lambda pair: pair[0]))

@@ -1,16 +1,17 @@
 """Which model answers: who is chosen, ejected, probed and asked again, and that nothing is left behind."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import FrozenInstanceError, dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from nexus.balancer import HALF_LIFE_SECONDS, Balanced, Balancer, Candidate, Member, Weights
+from nexus.balancer import HALF_LIFE_SECONDS, MOST_LOAD, SPARE_LOAD, Balanced, Balancer, Candidate, Member, Weights
 from nexus.errors import InvalidRequest, NexusError, NotFound, Overloaded, Unavailable, UpstreamInvalid
 from nexus.types import Delta, Image, Message, Prompt, Usage
 
@@ -587,6 +588,232 @@ def test_a_check_of_the_whole_asks_the_healthy_first_and_the_ejected_when_they_a
         table.clock.now += PROBE_SECONDS
         await generator.check()
         assert table.balancer.report().members[0].ejected_since is None
+
+    run(go())
+
+
+# Machines
+
+
+async def spread_out(*places: str, names: Sequence[str] = ("a",)) -> Table:
+    """Members of these names on each of the machines, which have all been met."""
+    clock = Clock()
+    players = [Player(name, clock) for name in names for _ in places]
+    members = [Member(one, 0.5, place=place) for one, place in zip(players, places * len(names), strict=True)]
+    table = Table(clock, players, Balancer(members, EVEN, PROBE_SECONDS, clock))
+    for name in names:
+        await take(table.balancer.generator(name))
+    await settle()
+    return table
+
+
+def turn(session: str, tenant: str = "t") -> Prompt:
+    return replace(ASK, session=session, tenant=tenant)
+
+
+async def homes(table: Table, sessions: Sequence[str], model: str = "a", tenant: str = "t") -> dict[str, str]:
+    """The machine that answers for each session."""
+    found = {}
+    for session in sessions:
+        await take(table.balancer.generator(model), turn(session, tenant))
+        found[session] = where(table)
+    return found
+
+
+def where(table: Table) -> str:
+    report = table.balancer.report()
+    return report.members[report.choices[-1].member].place
+
+
+SESSIONS = [f"session {n}" for n in range(60)]
+
+
+def test_a_session_stays_on_its_machine_and_sessions_are_spread() -> None:
+    async def go() -> None:
+        table = await spread_out("sark", "clu", "third")
+        first = await homes(table, SESSIONS)
+        table.players[0].after = [3.0, *SAID]  # slower: what the scores would say
+        assert await homes(table, SESSIONS) == first
+        assert all(10 <= count <= 30 for count in Counter(first.values()).values()) and len(set(first.values())) == 3
+        report = table.balancer.report()
+        assert all(choice.by_session for choice in report.choices[-20:])
+        assert {candidate.place for candidate in report.choices[-1].candidates} == {"sark", "clu", "third"}
+
+    run(go())
+
+
+def test_who_comes_or_goes_moves_only_its_own_sessions_and_the_order_of_the_settings_moves_none() -> None:
+    async def go() -> None:
+        before = await homes(await spread_out("sark", "clu", "third"), SESSIONS)
+        after = await homes(await spread_out("third", "clu"), SESSIONS)
+        moved = {session for session in SESSIONS if before[session] != after[session]}
+        assert moved == {session for session in SESSIONS if before[session] == "sark"}
+        assert Counter(after[session] for session in moved).keys() == {"third", "clu"}
+
+    run(go())
+
+
+def test_tenants_share_no_session() -> None:
+    async def go() -> None:
+        table = await spread_out("sark", "clu")
+        assert await homes(table, SESSIONS) != await homes(table, SESSIONS, tenant="another")
+
+    run(go())
+
+
+def test_members_that_are_on_no_machine_in_particular_keep_their_sessions_too() -> None:
+    async def go() -> None:
+        table = lay("a", "a")
+        for session in SESSIONS[:12] * 2:
+            await take(table.balancer.generator("a"), turn(session))
+        assert table.chosen()[:12] == table.chosen()[12:] and set(table.chosen()) == {0, 1}
+
+    run(go())
+
+
+@pytest.mark.parametrize("model, prompt", [("auto", turn("session 1")), ("a", ASK)], ids=["auto", "no session"])
+def test_only_a_session_that_asks_for_a_name_has_a_machine(model: str, prompt: Prompt) -> None:
+    async def go() -> None:
+        table = await spread_out("sark", "clu")
+        seen = set()
+        for slow, quick in ((0, 1), (1, 0)):
+            table.players[slow].after, table.players[quick].after = [9.0, *SAID], [0.1, *SAID]
+            for _ in range(8):
+                await take(table.balancer.generator(model), prompt)
+            seen.add(where(table))
+        assert seen == {"sark", "clu"}
+        assert not any(choice.by_session for choice in table.balancer.report().choices)
+
+    run(go())
+
+
+def test_a_session_whose_machine_is_away_has_another_for_as_long() -> None:
+    async def go() -> None:
+        table = await spread_out("sark", "clu", "third")
+        before = await homes(table, SESSIONS)
+        table.players[0].after, table.players[0].health = [Unavailable("x")], [Unavailable("x")]
+        during = await homes(table, SESSIONS)
+        assert {session for session in SESSIONS if during[session] != before[session]} == {
+            session for session in SESSIONS if before[session] == "sark"
+        }
+        assert table.players[0].running == 0 and "sark" not in during.values()
+        table.players[0].after, table.players[0].health = list(SAID), []
+        table.clock.now += PROBE_SECONDS
+        await take(table.balancer.generator("a"))
+        await settle()
+        assert await homes(table, SESSIONS) == before
+
+    run(go())
+
+
+def test_a_machine_with_far_more_to_do_than_another_gives_a_session_away() -> None:
+    async def go() -> None:
+        table = await spread_out("sark", "clu")
+        home = (await homes(table, ["busy"]))["busy"]
+        hold = asyncio.Event()
+        for player in table.players:
+            player.after = [hold, *SAID]
+        asking = []
+        for held in range(2 * SPARE_LOAD):
+            asking.append(asyncio.create_task(take(table.balancer.generator("a"), turn("busy"))))
+            await settle()
+            assert (where(table) == home) == (held <= SPARE_LOAD)
+            assert table.balancer.report().choices[-1].by_session == (held <= SPARE_LOAD)
+            if held > SPARE_LOAD:  # it is elsewhere for once: what it has there is taken away
+                asking.pop().cancel()
+                await settle()
+        elsewhere = next(member for member in table.balancer.report().members if member.place != home)
+        assert elsewhere.in_flight == 0
+        others = [asyncio.create_task(take(table.balancer.generator("a"))) for _ in range(2)]
+        await settle()
+        assert next(one for one in table.balancer.report().members if one.place != home).in_flight == 2
+        for held in range(SPARE_LOAD + 1, 2 * MOST_LOAD + SPARE_LOAD + 1):
+            asking.append(asyncio.create_task(take(table.balancer.generator("a"), turn("busy"))))
+            await settle()
+            assert where(table) == home, held
+        hold.set()
+        await asyncio.gather(*asking, *others)
+
+    run(go())
+
+
+def test_a_machine_is_asked_once_it_has_passed_its_check_and_who_asks_first_waits_for_one() -> None:
+    async def go() -> None:
+        clock, opened = Clock(), asyncio.Event()
+        sark, clu = Player("a", clock, health=[asyncio.Event()]), Player("a", clock, health=[opened])
+        balancer = Balancer(
+            [Member(sark, 0.5, place="sark"), Member(clu, 0.5, place="clu")], EVEN, PROBE_SECONDS, clock
+        )
+        asking = [asyncio.create_task(take(balancer.generator("a"))) for _ in range(3)]
+        await settle()
+        assert (sark.asked, clu.asked, len(sark.checks), len(clu.checks)) == (0, 0, 1, 1)
+        opened.set()
+        await asyncio.gather(*asking)
+        assert (sark.asked, clu.asked) == (0, 3)
+        await take(balancer.generator("a"))
+        assert (sark.asked, len(sark.checks), len(clu.checks)) == (0, 1, 1)
+        await balancer.close()
+
+    run(go())
+
+
+def test_where_no_machine_passes_its_check_who_asks_is_told_so() -> None:
+    async def go() -> None:
+        clock, away = Clock(), Unavailable("x")
+        players = [Player("a", clock, after=[away], health=[away]) for _ in range(2)]
+        members = [Member(one, 0.5, place=place) for one, place in zip(players, ("sark", "clu"), strict=True)]
+        balancer = Balancer(members, EVEN, PROBE_SECONDS, clock)
+        for _ in range(2):
+            with pytest.raises(Unavailable):
+                await take(balancer.generator("a"))
+        assert [len(one.checks) for one in players] == [1, 1]
+
+    run(go())
+
+
+def test_who_waits_for_a_machine_does_not_outwait_the_balancer() -> None:
+    async def go() -> None:
+        clock = Clock()
+        sark = Player("a", clock, health=[asyncio.Event()])
+        balancer = Balancer([Member(sark, 0.5, place="sark")], EVEN, PROBE_SECONDS, clock)
+        asking = asyncio.create_task(take(balancer.generator("a")))
+        await settle()
+        await balancer.close()
+        assert await asking == SAID
+
+    run(go())
+
+
+def test_who_is_not_planned_is_neither_asked_nor_probed_where_another_is() -> None:
+    async def go() -> None:
+        clock, opened, planned = Clock(), asyncio.Event(), {"sark", "clu"}
+        players = [Player("a", clock), Player("a", clock)]
+        members = [
+            Member(one, 0.5, place=place, is_planned=lambda place=place: place in planned)  # type: ignore[misc]
+            for one, place in zip(players, ("sark", "clu"), strict=True)
+        ]
+        balancer = Balancer(members, EVEN, PROBE_SECONDS, clock)
+        planned -= {"sark"}
+        for session in ("", *SESSIONS[:20]):
+            await take(balancer.generator("a"), turn(session))
+        await settle()
+        assert (players[0].asked, players[0].checks, players[1].asked) == (0, [], 21)
+        planned.clear()
+        planned.add("sark")
+        players[0].health = [opened]
+        for _ in range(2):  # sark is not there yet
+            await take(balancer.generator("a"))
+        await settle()
+        assert (players[0].asked, len(players[0].checks), players[1].asked) == (0, 1, 23)
+        opened.set()
+        await settle()
+        for session in SESSIONS[:20]:
+            await take(balancer.generator("a"), turn(session))
+        assert (players[0].asked, players[1].asked) == (20, 23)
+        planned.clear()
+        players[0].after = [Unavailable("x")]
+        assert await take(balancer.generator("a")) == SAID
+        await balancer.close()
 
     run(go())
 

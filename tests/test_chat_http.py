@@ -436,8 +436,8 @@ def test_the_report_tells_figures_and_choices_but_no_words(door: Door) -> None:
     assert set(report) == {"models", "engines", "choices"}
     first, second = report["models"]
     assert set(first) == {
-        "name", "accuracy", "in_flight", "first_token_seconds", "tokens_per_second", "success_rate", "requests",
-        "failures", "ejected_seconds",
+        "name", "place", "accuracy", "in_flight", "first_token_seconds", "tokens_per_second", "success_rate",
+        "requests", "failures", "ejected_seconds",
     }  # fmt: skip
     assert (first["name"], first["requests"], first["failures"], first["in_flight"]) == ("parrot", 2, 2, 0)
     assert first["ejected_seconds"] >= 0 and second["ejected_seconds"] is None
@@ -447,7 +447,7 @@ def test_the_report_tells_figures_and_choices_but_no_words(door: Door) -> None:
         ("parrot", "failed", False), ("parrot", "failed", True),
     ]  # fmt: skip
     assert set(latest) == {
-        "asked", "weights", "candidates", "chosen", "member", "retried", "outcome", "seconds_ago",
+        "asked", "weights", "candidates", "chosen", "member", "retried", "by_session", "outcome", "seconds_ago",
     }  # fmt: skip
     assert client.get("/report", headers=door.headers("default", "r", "documents:read")).status_code == 403
 

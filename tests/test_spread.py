@@ -133,22 +133,39 @@ def test_a_call_that_is_given_up_is_given_up_there_and_counts_no_more() -> None:
     run(main)
 
 
-def test_who_is_not_planned_any_more_is_asked_and_probed_only_where_nobody_is() -> None:
+def test_who_is_not_planned_any_more_is_asked_only_until_another_can_be_and_never_probed() -> None:
+    """A plan moves the model from clu to sark, where it starts; on the third machine it never was."""
+
     async def main() -> None:
-        sark, clu, third = Machine("sark", [AWAY]), Machine("clu", usual=0.5), Machine("third")
-        planned = {"sark", "clu", "third"}
+        sark, clu, third = Machine("sark", usual=AWAY, health=AWAY), Machine("clu"), Machine("third", usual=NEVER)
+        planned = {"clu"}
         pool = Spread({one.name: one for one in (sark, clu, third)}, planned.__contains__)
-        assert await pool.embed() == "clu"
-        planned -= {"sark", "third"}
+        assert {await pool.embed() for _ in range(5)} == {"clu"}
+        planned.clear()
+        planned.add("sark")
+        assert {await pool.embed() for _ in range(5)} == {"clu"} and await pool.ready()
+        assert (len(sark.asked), len(sark.checked)) == (1, 2)
+        sark.usual, sark.health = 0.01, 0.01
         await asyncio.sleep(PROBE_SECONDS)
-        checked = len(sark.checked)
-        assert {await pool.embed() for _ in range(8)} == {"clu"} and await pool.ready()
-        assert (len(third.asked), len(third.checked), len(sark.checked)) == (0, 0, checked)
-        clu.answers = [AWAY]
+        assert await pool.embed() == "clu"  # and sark is probed
+        await asyncio.sleep(1)
+        assert {await pool.embed() for _ in range(5)} == {"sark"}
+        clu.usual = AWAY
+        sark.answers = [AWAY]
         with pytest.raises(Unavailable):
             await pool.embed()
-        planned.clear()
-        assert await pool.embed() == "third"
+        await asyncio.sleep(PROBE_SECONDS)
+        await asyncio.gather(*(pool.embed() for _ in range(5)))
+        assert (len(clu.asked), len(clu.checked)) == (12, 1) and third.asked == third.checked == []
+
+    run(main)
+
+
+def test_where_nobody_is_planned_all_are() -> None:
+    async def main() -> None:
+        machines = [Machine("sark"), Machine("clu")]
+        pool = Spread({one.name: one for one in machines}, lambda name: False)
+        assert [await pool.embed() for _ in range(2)] == ["sark", "clu"]
 
     run(main)
 
