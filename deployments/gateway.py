@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from cluster.client import Absent
 from cluster.raft import NodeId, Snapshot, Status
 from deployments import middleware
+from deployments.cluster_state import Observing
 from deployments.routes import (
     answers,
     coordinator,
@@ -24,6 +25,7 @@ from deployments.routes import (
     report,
     reranking,
     sessions,
+    status,
     upkeep,
 )
 from nexus import __version__
@@ -107,6 +109,7 @@ class Lent:
     cache: ResponseCache | None = None
     triton: TritonPool | None = None
     operator: Operating | None = None  # of the coordinator
+    observer: Observing | None = None  # of the machines, and of what runs on them
     fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
 
     def generator(self, model: str, weights: Weights | None = None) -> CompletingGenerator:
@@ -143,6 +146,7 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
         reranking,
         report,
         coordinator,
+        status,
     )
     for routes in everything:
         app.include_router(routes.router)

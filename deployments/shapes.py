@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -16,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from cluster.client import Absent, summary
 from cluster.raft import Status
+from deployments.cluster_state import Deployed, Machine, SeenGpu, State
 from nexus.filters import parse_filter
 from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
@@ -394,3 +396,48 @@ def _show_voter(voter: Status | Absent, commit: int) -> dict[str, Any]:
         "commit": voter.commit, "applied": voter.applied, "lag": commit - voter.applied, "leader": voter.leader,
         "voters": sorted(voter.members.voters),
     }  # fmt: skip
+
+
+def show_state(state: State, models: Mapping[str, str]) -> dict[str, Any]:
+    """What could not be had is null, and `unknown` says why. `models` are the names of models by deployment."""
+    agreed = state.agreed
+    plan = None if agreed is None or agreed.plan is None else agreed.plan.places
+    return {
+        "nodes": None if state.machines is None else [_show_machine(one) for one in state.machines],
+        "placement": None if plan is None else [asdict(place) for place in plan],
+        "deployments": None
+        if state.deployed is None
+        else [_show_deployed(one, state, models) for one in state.deployed],
+        "coordinator": None if state.voters is None else show_voters(state.voters),
+        "collections": None if state.collections is None else [asdict(one) for one in state.collections],
+        "differences": list(state.differences),
+        "drained": None if agreed is None else list(agreed.drained),
+        "unknown": dict(state.unknown),
+    }
+
+
+def _show_machine(machine: Machine) -> dict[str, Any]:
+    node = machine.node
+    return {
+        "name": node.name, "address": node.address, "alive": machine.is_alive, "labels": dict(node.labels),
+        "cpus": node.cpus, "memory_bytes": node.memory,
+        "gpus": None if machine.gpus is None else [_show_gpu(one) for one in machine.gpus],
+    }  # fmt: skip
+
+
+def _show_gpu(seen: SeenGpu) -> dict[str, Any]:
+    """`taken_bytes` are held by others than Nexus; `claims` by its replicas."""
+    gpu = seen.gpu
+    return {
+        "index": gpu.index, "model": gpu.model, "memory_bytes": gpu.memory, "taken_bytes": gpu.taken,
+        "claims": [{"holder": one.holder, "bytes": one.bytes} for one in seen.claims],
+        "planned": [{"deployment": one.want, "replica": one.replica, "bytes": one.gpu_bytes} for one in seen.planned],
+    }  # fmt: skip
+
+
+def _show_deployed(one: Deployed, state: State, models: Mapping[str, str]) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "name": one.name, "model": models.get(one.want), "node": one.node or None, "status": one.status,
+        "replicas": {"running": one.running, "starting": one.starting},
+    }  # fmt: skip
+    return shown | (asdict(state.queues[one.name]) if one.name in state.queues else {})
