@@ -748,8 +748,8 @@ def test_a_machine_is_asked_once_it_has_passed_its_check_and_who_asks_first_wait
         await settle()
         assert (sark.asked, clu.asked, len(sark.checks), len(clu.checks)) == (0, 0, 1, 1)
         opened.set()
-        await asyncio.gather(*asking)
-        assert (sark.asked, clu.asked) == (0, 3)
+        await settle()
+        assert all(one.done() for one in asking) and (sark.asked, clu.asked) == (0, 3)
         await take(balancer.generator("a"))
         assert (sark.asked, len(sark.checks), len(clu.checks)) == (0, 1, 1)
         await balancer.close()
@@ -767,6 +767,11 @@ def test_where_no_machine_passes_its_check_who_asks_is_told_so() -> None:
             with pytest.raises(Unavailable):
                 await take(balancer.generator("a"))
         assert [len(one.checks) for one in players] == [1, 1]
+        clock.now += PROBE_SECONDS
+        with pytest.raises(Unavailable):
+            await take(balancer.generator("a"))
+        await settle()
+        assert sum(len(one.checks) for one in players) == 3  # who was met once is asked instead of waited for
 
     run(go())
 
