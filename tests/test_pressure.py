@@ -309,8 +309,8 @@ def test_who_stopped_looking_looks_again(watch: Watch, voters: Voters, monkeypat
 
     voters.range = fail  # type: ignore[method-assign, assignment]
     first.join()
+    assert not watch._is_pressed
     voters.range = hear  # type: ignore[method-assign]
-    assert not watch()
     asyncio.run(until(watch))
     assert watch._looking is not first
 
