@@ -279,6 +279,9 @@ def of_encoder(address: str, device: Device, at_once: int = 1) -> Footprint:
     if address.startswith(CROSS_ENCODER):
         folder = Path(address.removeprefix(CROSS_ENCODER)).expanduser()
     else:
+        value = address.partition(":")[2]
+        if "/" in value:
+            require_folder(Path(value).expanduser(), repr(address))
         folder = sentence_transformer.find_model(address)[1]
     config = Architecture.read(folder, repr(address))
     tensors = list(read_tensors(folder, config.name))
@@ -363,11 +366,16 @@ def _pickled(folder: Path, config: Architecture) -> int:
     return sum(sizes) // DTYPES.get(stated, 4)
 
 
-def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
+def require_folder(folder: Path, name: str) -> None:
+    """Raises ConfigError where a model's folder is not on this machine."""
     if not folder.is_dir():
         raise ConfigError(
-            f"{name}: there is no folder {folder} on this machine; plan where the model is, or copy it here"
+            f"{name}: there is no folder {folder} on this machine; plan on one that has the model, or copy it here"
         )
+
+
+def _read_config(folder: Path, name: str) -> Mapping[str, Any]:
+    require_folder(folder, name)
     return _read_json(folder / "config.json", name)
 
 

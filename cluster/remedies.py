@@ -1,18 +1,19 @@
 """Why something has no place, and the smallest change that would give it one.
 
 A remedy is one change of a setting, of what others hold or of the machines, and has been planned with: it gives the
-want its least, and takes it from no other.
+want its least beside everything that has a place. Where several have none, each remedy is for one of them.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import ceil, floor
 
 from cluster.inventory import Gpu, Inventory, Node
-from cluster.packing import GpuRoom, Packing, Room
+from cluster.packing import Packing, Room
 from cluster.plan import GRAIN, Footprint, Plan, Refusal, Want
-from cluster.planner import LARGE, Solved, fill, fits_beside, solve
+from cluster.planner import LARGE, Solved, fill, fits_alone, fits_beside, solve
 
 GIB = 2**30
 TRIED = 60  # changes at most for one want
@@ -39,14 +40,16 @@ def refuse(inventory: Inventory, wants: Sequence[Want], current: Plan | None, so
 
 
 def _find_remedy(inventory: Inventory, wants: Sequence[Want], current: Plan | None, solved: Solved, want: Want) -> str:
-    places = solved.places(wants)
+    others = [other for other in wants if other.name not in solved.missing]
+    places = solved.places(others)
     is_large = sum(other.least for other in wants) * len(inventory.nodes) > LARGE
     for change in islice(_changes(inventory, want, solved.packing), TRIED):
-        changed = [change.want if other.name == want.name else other for other in wants]
+        if not fits_alone(change.inventory, change.want):
+            continue
+        changed = [*others, change.want]
         if is_large and not fits_beside(change.inventory, changed, change.want, places):
             continue
-        missing = set(solve(change.inventory, changed, current).missing)
-        if want.name not in missing and missing < set(solved.missing):
+        if not solve(change.inventory, changed, current).missing:
             return change.says
     return f"leave {want.name} out"
 
@@ -105,11 +108,11 @@ def _find_gpu_shortage(rooms: Sequence[Room], want: Want) -> str:
     if not any(want.works_in(one.gpu.memory) for _, one in gpus):
         return _explain_need(want, largest)
     if want.gpus > 1:
-        whole = [(len(_whole(room, want)), room) for room in rooms]
-        count, room = max(whole, key=lambda one: one[0])
+        count, room = max(((_count_whole(room, want), room) for room in rooms), key=lambda one: one[0])
         held = [str(one.gpu.index) for one in room.gpus if one.gpu.taken]
         others = f"; others hold some of its GPUs {', '.join(held)}" if held else ""
-        return f"one needs {want.gpus} whole GPUs of one machine; {room.node.name} has {count} that nobody uses{others}"
+        has = f"{room.node.name} has {count} of one kind that nobody uses{others}"
+        return f"one needs {want.gpus} whole GPUs of one machine; {has}"
     room, best = max(gpus, key=lambda one: min(one[1].free, one[1].grains * one[1].gpu.memory // GRAIN))
     free = min(best.free, best.grains * best.gpu.memory // GRAIN)
     others = f"; others hold {_gib(best.gpu.taken)} of it" if best.gpu.taken else ""
@@ -132,8 +135,10 @@ def _explain_need(want: Want, memory: int) -> str:
     return f"one needs {_gib(want.needed)} of {each} ({parts}){beside}; of the largest there {has}"
 
 
-def _whole(room: Room, want: Want) -> list[GpuRoom]:
-    return [one for one in room.gpus if one.is_whole and want.works_in(one.gpu.memory)]
+def _count_whole(room: Room, want: Want) -> int:
+    """Of one kind, with enough memory, that nobody uses."""
+    kinds = Counter((one.gpu.model, one.gpu.memory) for one in room.gpus if one.is_whole)
+    return max((count for (_, memory), count in kinds.items() if want.works_in(memory)), default=0)
 
 
 # What would help

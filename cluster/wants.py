@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from cluster import footprint
 from cluster.inventory import NODE_LABEL
@@ -102,8 +103,8 @@ def _encoder(model: Served, device: footprint.Device, at_once: int) -> Footprint
 
 def _engine(name: str, model: Served, least: int, most: int) -> Want:
     engine = model.engine
-    folder = vllm.read_checkpoint(model.address).folder
-    holds = footprint.of_checkpoint(folder, engine, repr(model.address))
+    footprint.require_folder(Path(model.address.removeprefix(vllm.SCHEME).partition("#")[0]), repr(model.address))
+    holds = footprint.of_checkpoint(vllm.read_checkpoint(model.address).folder, engine, repr(model.address))
     if engine.device == "cpu":
         memory = holds.weights + holds.overhead + footprint.cpu_cache(engine)
         return Want(name, least, most, memory=memory, footprint=holds, nodes=model.nodes)
