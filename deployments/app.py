@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from actors import coordinator
 from actors.coordinator import Operator, Placement
 from actors.ingestor import Ingestor
+from actors.pressure import Pressure
 from actors.retriever import Retriever
 from actors.vectors import Vectors
 from cluster.inventory import Inventory, configured, differences
@@ -32,6 +33,7 @@ from nexus.image_hosts import ImageHosts
 from nexus.jobs import Jobs
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
+from nexus.pressure import FirstTokens
 from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
 
@@ -59,7 +61,9 @@ class Gateway:
         retriever: Any = parts["retriever"]
         answers = config.answers
         opened = models.open_models(config, doors, retriever)
-        balancer = opened.balance(config)
+        limit = config.scaling.first_token_seconds
+        pressure = None if limit is None else Pressure(FirstTokens(limit, config.scaling.near))
+        balancer = opened.balance(config, ignore if pressure is None else pressure.note)
         kept = config.cache
         cache = ResponseCache(kept.entries, kept.seconds, kept.max_bytes) if kept.entries else None
         return gateway.build(
@@ -95,6 +99,10 @@ class Gateway:
             ),
             says_request_id=False,
         )
+
+
+def ignore(seconds: float) -> None:
+    """Nobody wants to know how long a request waited."""
 
 
 def pace(config: Config) -> Pace:

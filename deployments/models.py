@@ -23,9 +23,10 @@ from actors.coordination import Coordination
 from actors.embedder import Embedder
 from actors.generator import Generator
 from actors.reranker import Reranker
-from cluster.placement import Plan
+from cluster.plan import Plan
+from cluster.shares import Pool
 from cluster.spots import Spot, spots
-from deployments.autoscaling import autoscaling
+from deployments.autoscaling import autoscaling, pools, sharing
 from deployments.gateway import ByEmbedding
 from deployments.remote import Remote, RemoteEmbedder, RemoteEngine, RemoteGenerator, Spread, Threaded
 from deployments.whereabouts import Whereabouts
@@ -42,20 +43,21 @@ IN_PROCESS = ("gguf:",)  # generators that would hold up whoever shares their pr
 ROLES: Mapping[Task, str] = {"generate": "generator", "embed": "embedder", "rerank": "reranker"}
 Handles = Mapping[Task, Mapping[int, Mapping[str, DeploymentHandle]]]  # by place, and machine
 ANYWHERE = Spot()
+ONE: Mapping[str, Any] = {"num_replicas": 1}
+GPU_REPEATS = 3  # of a start on a GPU that turns out to be taken, before `nexus up` says so
 APPLICATION = "models"  # of a cluster
 
 
-def deployment(name: str, actor: type, at_once: int, waiting: int, spot: Spot = ANYWHERE, target: int = 0) -> Any:
+def deployment(
+    name: str, actor: type, at_once: int, waiting: int, spot: Spot = ANYWHERE, size: Mapping[str, Any] = ONE
+) -> Any:
     """An actor class as replicas of which each works on `at_once` requests; past `waiting` more, 503.
 
-    Where their number may change, it follows `target` requests per replica.
+    `size` says how many there are: Serve's `num_replicas` or `autoscaling_config`.
     """
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": spot.gpus * spot.share}
     if spot.node:
         options["label_selector"] = spot.labels()
-    size: dict[str, Any] = {"num_replicas": spot.least}
-    if spot.most > spot.least:
-        size = {"autoscaling_config": autoscaling(spot.least, spot.most, target)}
     return serve.deployment(
         name=name,
         max_ongoing_requests=at_once,
@@ -65,6 +67,7 @@ def deployment(name: str, actor: type, at_once: int, waiting: int, spot: Spot = 
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options=options,
+        **({"max_constructor_retry_count": GPU_REPEATS} if spot.gpus else {}),
         **size,
     )(actor)
 
@@ -81,19 +84,33 @@ def lasting(application: serve.Application, *settings: object) -> serve.Applicat
 
 def deploy(config: Config, plan: Plan | None) -> dict[Task, dict[int, dict[str, serve.Application]]]:
     """The deployments of all models, by task, place and machine."""
-    threads = config.models.embedder_threads or os.cpu_count() or 1
-    made: dict[Task, dict[int, dict[str, serve.Application]]] = {}
-    for task in ROLES:
-        models = dict(enumerate(config.models.of_task(task)))
-        made[task] = {
-            place: {
-                spot.node: _deploy(name_of(task, place), task, model, spot, threads)
-                for spot in spots(name_of(task, place), model.replicas, plan)
-            }
-            for place, model in models.items()
-            if has_deployment(task, place, model)
+    models = {
+        (task, place): model
+        for task in ROLES
+        for place, model in enumerate(config.models.of_task(task))
+        if has_deployment(task, place, model)
+    }
+    wants = {name_of(*which): model.replicas for which, model in models.items()}
+    shared = pools(wants, plan, config.scaling.down_seconds)
+    made: dict[Task, dict[int, dict[str, serve.Application]]] = {task: {} for task in ROLES}
+    for (task, place), model in models.items():
+        name = name_of(task, place)
+        made[task][place] = {
+            spot.node: _deploy(config, name, task, model, spot, shared) for spot in spots(name, model.replicas, plan)
         }
     return made
+
+
+def _size(config: Config, name: str, model: Served, spot: Spot, shared: Mapping[str, Pool]) -> dict[str, Any]:
+    """How many replicas a model has on one machine: fixed, by its requests, or by those of all that share its GPUs."""
+    pool, scaling = shared.get(spot.node), config.scaling
+    if pool is not None and pool.claim(spot.name(name)) is not None:
+        is_watching = scaling.first_token_seconds is not None
+        return {"autoscaling_config": sharing(pool, spot.name(name), is_watching)}
+    if spot.most > spot.least:
+        size = autoscaling(spot.least, spot.most, model.replicas.target, scaling.down_seconds)
+        return {"autoscaling_config": size}
+    return {"num_replicas": spot.least}
 
 
 def name_of(task: Task, place: int) -> str:
@@ -108,22 +125,25 @@ def has_deployment(task: Task, place: int, model: Served) -> bool:
     return model.address.startswith(IN_PROCESS) if task == "generate" else not model.address.startswith(ELSEWHERE)
 
 
-def _deploy(name: str, task: Task, model: Served, spot: Spot, threads: int) -> serve.Application:
-    made = _make(name, task, model, spot, threads)
-    return lasting(made, model.model_dump(), spot.node, spot.gpus, spot.share, spot.bytes, threads)
-
-
-def _make(name: str, task: Task, model: Served, spot: Spot, threads: int) -> serve.Application:
+def _deploy(
+    config: Config, name: str, task: Task, model: Served, spot: Spot, shared: Mapping[str, Pool]
+) -> serve.Application:
+    threads, size = config.models.embedder_threads or os.cpu_count() or 1, _size(config, name, model, spot, shared)
     if model.address.startswith(vllm.SCHEME):
         from actors import vllm as engines  # loads the engine's library, which only who asked for it has
 
-        return engines.deploy(spot.name(name), model, spot)
-    replicas = model.replicas
-    actor = {"generate": Generator, "embed": Embedder, "rerank": Reranker}[task]
-    deployed = deployment(spot.name(name), actor, replicas.at_once, replicas.waiting, spot, replicas.target)
-    if task == "generate":
-        return deployed.bind(model)
-    return deployed.bind(model.address, threads, model.offered(), gpu_bytes=spot.bytes)
+        fixed = autoscaling(spot.least, spot.least, model.replicas.target)
+        made = engines.deploy(spot.name(name), model, spot, size.get("autoscaling_config", fixed))
+    else:
+        replicas = model.replicas
+        actor = {"generate": Generator, "embed": Embedder, "rerank": Reranker}[task]
+        deployed = deployment(spot.name(name), actor, replicas.at_once, replicas.waiting, spot, size)
+        made = (
+            deployed.bind(model)
+            if task == "generate"
+            else deployed.bind(model.address, threads, model.offered(), gpu_bytes=spot.bytes)
+        )
+    return lasting(made, model.model_dump(), spot.node, spot.gpus, spot.share, spot.bytes, threads)
 
 
 class Roster:
@@ -197,10 +217,11 @@ class Models:
     rerankers: Mapping[str, Any]
     engines: Mapping[str, RemoteEngine]
 
-    def balance(self, config: Config) -> Balancer:
+    def balance(self, config: Config, note: Callable[[float], None]) -> Balancer:
+        """`note` is told how long each request waited for its first token."""
         usual = config.balancer
         weights = Weights(usual.latency_weight, usual.throughput_weight, usual.accuracy_weight)
-        return Balancer(self.members, weights, usual.probe_seconds)
+        return Balancer(self.members, weights, usual.probe_seconds, note=note)
 
 
 def open_models(config: Config, doors: Doors, retriever: Any) -> Models:

@@ -146,14 +146,18 @@ class Balancer:
 
     def __init__(
         self, members: Sequence[Member], default_weights: Weights, probe_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, note: Callable[[float], None] = lambda seconds: None,
     ) -> None:  # fmt: skip
-        """`probe_seconds` is the least time between attempts to readmit one member; the clock is in seconds."""
+        """`probe_seconds` is the least time between attempts to readmit one member; the clock is in seconds.
+
+        `note` is told how long each request waited for its first token, those that waited in vain too.
+        """
         each = enumerate(zip(members, _identities(members), strict=True))
         self._backends = tuple(_Backend(place, member, identity, clock()) for place, (member, identity) in each)
         self.default_weights = default_weights
         self._probe_seconds = probe_seconds
         self._clock = clock
+        self._note = note
         self._attempts: deque[_Attempt] = deque(maxlen=KEPT_CHOICES)
         self._probes: set[asyncio.Task[bool]] = set()
         self._closed = False
@@ -251,6 +255,7 @@ class Balancer:
                 async for delta in deltas:
                     if meter.note(delta, self._clock()):
                         backend.answer(meter.last - meter.started, meter.last)
+                        self._note(meter.last - meter.started)
                     yield delta
                 if not meter.finished:
                     raise UpstreamInvalid(f"the model {backend.name!r} stopped without saying why; see its own log")
@@ -278,6 +283,8 @@ class Balancer:
                 raise
             finally:
                 backend.in_flight -= 1
+                if meter.first is None and attempt.outcome in ("left", "failed"):
+                    self._note(self._clock() - meter.started)
 
     def _eject(self, attempt: "_Attempt") -> None:
         attempt.outcome = "failed"
