@@ -61,6 +61,10 @@ class Coordination:
             asyncio.run_coroutine_threadsafe(self._look_from_now_on(), self._loop)
         return self._peeked[key]
 
+    def ask(self, question: Callable[[Client], Coroutine[Any, Any, Result]]) -> Result:
+        """What the voters answer to whatever else. Raises what that raises, Unavailable where there are no voters."""
+        return self._run(self._ask(question))
+
     def close(self) -> None:
         """Nobody may be asking it."""
         self._run(self._stop_looking())
@@ -75,6 +79,9 @@ class Coordination:
         if self._client is None:
             self._client = await self._connect()
         return self._client
+
+    async def _ask(self, question: Callable[[Client], Coroutine[Any, Any, Result]]) -> Result:
+        return await question(await self._voters())
 
     async def _stay(self, worker: str) -> None:
         voters = await self._voters()

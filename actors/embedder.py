@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from actors.gpu_lease import GpuLease, hold
 from nexus.ports import Embedder as EmbedderPort
 from nexus.ports import InputType
 from nexus.registry import open_model
@@ -18,10 +19,15 @@ class Embedder:
     """One model in one process, used by several threads at once, one core each.
 
     Two calls on a core each embed 1.6 times what one call on two cores does, and three times as much
-    when something else wants a core: they never wait for each other.
+    when something else wants a core: they never wait for each other. It takes `gpu_bytes` of its GPU, where it has one.
     """
 
-    def __init__(self, address: str, threads: int, offered: dict[str, Any] | None = None) -> None:
+    _gpus: GpuLease | None = None
+
+    def __init__(
+        self, address: str, threads: int, offered: dict[str, Any] | None = None, gpu_bytes: int = 0
+    ) -> None:  # fmt: skip
+        self._gpus = hold(gpu_bytes)
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
         self._model: EmbedderPort = open_model("embed", address, **{**(offered or {}), "threads": 1})
         self._threads = ThreadPoolExecutor(threads, "embed")
@@ -35,3 +41,7 @@ class Embedder:
 
     async def ready(self) -> bool:
         return True
+
+    def __del__(self) -> None:
+        if self._gpus is not None:  # Serve says that this replica ends
+            self._gpus.release()

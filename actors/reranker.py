@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from actors.gpu_lease import GpuLease, hold
 from nexus.ports import Reranker as RerankerPort
 from nexus.registry import open_model
 from nexus.types import Vector
@@ -13,9 +14,17 @@ AT_ONCE = 16  # calls begun at once; one that is given up before it begins costs
 
 
 class Reranker:
-    """One model in one process. A search waits for it: so it is not nice, and each call may use all the threads."""
+    """One model in one process. A search waits for it: so it is not nice, and each call may use all the threads.
 
-    def __init__(self, address: str, threads: int, offered: dict[str, Any] | None = None) -> None:
+    It takes `gpu_bytes` of its GPU, where it has one.
+    """
+
+    _gpus: GpuLease | None = None
+
+    def __init__(
+        self, address: str, threads: int, offered: dict[str, Any] | None = None, gpu_bytes: int = 0
+    ) -> None:  # fmt: skip
+        self._gpus = hold(gpu_bytes)
         self._model: RerankerPort = open_model("rerank", address, **{"threads": threads, **(offered or {})})
         self._threads = ThreadPoolExecutor(AT_ONCE, "rerank")
 
@@ -25,3 +34,7 @@ class Reranker:
 
     async def ready(self) -> bool:
         return True
+
+    def __del__(self) -> None:
+        if self._gpus is not None:  # Serve says that this replica ends
+            self._gpus.release()

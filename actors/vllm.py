@@ -14,6 +14,7 @@ from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, EmbeddingRequest, ErrorResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from actors.gpu_lease import GpuLease, hold
 from actors.session_router import SessionRouter
 from cluster.spots import Spot
 from nexus.config import Served
@@ -31,6 +32,19 @@ REQUESTS: Mapping[Way, type] = {"chat": ChatCompletionRequest, "completions": Co
 
 class Replica(LLMServer):
     """One engine. Requests come as plain dictionaries, so that whoever sends them needs no vLLM."""
+
+    _gpus: GpuLease | None = None
+
+    async def __init__(self, llm_config: LLMConfig, gpu_bytes: int = 0) -> None:
+        """It takes `gpu_bytes` of each GPU of its placement group, where that has some."""
+        self._gpus = await asyncio.to_thread(hold, gpu_bytes)
+        await super().__init__(llm_config)
+
+    async def __del__(self) -> None:
+        """Serve says that this replica ends."""
+        await super().__del__()
+        if self._gpus is not None:
+            await asyncio.to_thread(self._gpus.release)
 
     async def generate(self, way: Way, body: Mapping[str, Any]) -> AsyncGenerator[list[str | NexusError]]:
         """Server-sent events as vLLM writes them, some at a time; an error is the last item.
@@ -147,8 +161,11 @@ def _refusal(error: ValidationError) -> NexusError:
     return InvalidRequest(f"{pointer or 'the request'}: {fault['msg']}"[:500], pointer=pointer or None)
 
 
-def deploy(name: str, model: Served, spot: Spot) -> serve.Application:
-    """The replicas of one model on one machine, each with its engine's processors, or a refusal to start."""
+def deploy(name: str, model: Served, spot: Spot, autoscaling: Mapping[str, Any]) -> serve.Application:
+    """The replicas of one model on one machine, each with its engine's processors, or a refusal to start.
+
+    `autoscaling` is Serve's `autoscaling_config`.
+    """
     checkpoint, engine, replicas = read_checkpoint(model.address), model.engine, model.replicas
     gpu = spot.share if spot.gpus == 1 else 1  # of several it has the whole
     bundle = {"CPU": 1, "GPU": gpu} if engine.device == "gpu" else {"CPU": 0.01}
@@ -163,11 +180,7 @@ def deploy(name: str, model: Served, spot: Spot) -> serve.Application:
         deployment_config={
             "max_ongoing_requests": replicas.at_once,
             "max_queued_requests": replicas.waiting,
-            "autoscaling_config": {
-                "min_replicas": spot.least,
-                "max_replicas": spot.most,
-                "target_ongoing_requests": replicas.target,
-            },
+            "autoscaling_config": dict(autoscaling),
             "health_check_period_s": 2,
             "health_check_timeout_s": 60,
             "graceful_shutdown_timeout_s": 30,
