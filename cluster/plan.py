@@ -2,13 +2,16 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
 
-import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from cluster.inventory import Inventory
+from nexus.errors import UpstreamInvalid
 
+KEY = "placement"  # of the plan in force, in the coordinator
+DRAINED = "drained/"  # and a machine's name: nothing is to go there
 GRAIN = 10_000  # parts of a resource that Ray tells apart
 
 
@@ -132,16 +135,20 @@ class Plan:
     refusals: tuple[Refusal, ...] = ()
 
 
+_PLAN = TypeAdapter(Plan)
+
+
 def encode(plan: Plan) -> bytes:
-    """A plan as JSON, for the coordinator."""
-    return orjson.dumps(asdict(plan))
+    """A plan as the coordinator keeps it, in JSON."""
+    return _PLAN.dump_json(plan)
 
 
-def decode(text: bytes) -> Plan:
-    """What `encode` wrote."""
-    read = orjson.loads(text)
-    places = tuple(Place(**{**place, "gpus": tuple(place["gpus"])}) for place in read["places"])
-    return Plan(places, tuple(Refusal(**refusal) for refusal in read["refusals"]))
+def decode(content: bytes) -> Plan:
+    """What `encode` wrote. Raises UpstreamInvalid for what is no plan."""
+    try:
+        return _PLAN.validate_json(content)
+    except ValidationError:
+        raise UpstreamInvalid(f"the coordinator keeps something under {KEY!r} that is no plan") from None
 
 
 # What a plan leaves

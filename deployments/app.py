@@ -22,9 +22,10 @@ from actors.pressure import Pressure
 from actors.retriever import Retriever
 from actors.vectors import Vectors
 from cluster.inventory import Inventory, configured, differences
-from cluster.placement import Place, Plan
+from cluster.plan import DRAINED, KEY, Place, Plan, decode, encode
 from cluster.voter import Pace
 from deployments import gateway, machines, models, planning
+from deployments.observer import RayObserver
 from deployments.remote import Remote
 from nexus.access import KeyRing
 from nexus.cache import ResponseCache, cached
@@ -95,6 +96,7 @@ class Gateway:
                 engines={name: engine.load for name, engine in opened.engines.items()},
                 triton=open_triton(config.triton),
                 operator=Operator(home / coordinator.FOLDER, pace(config)),
+                observer=RayObserver(config),
                 fetch_picture=ImageHosts(config.models.image_hosts).fetch,
             ),
             says_request_id=False,
@@ -182,9 +184,9 @@ async def decide(config: Config) -> Decision:
     no place, Unavailable.
     """
     client = await coordinator.connect()
-    kept = await client.get(planning.KEY)
-    current = None if kept is None else planning.from_json(kept[0])
-    drained = {key.removeprefix(planning.DRAINED) for key, _, _ in await client.range(planning.DRAINED)}
+    kept = await client.get(KEY)
+    current = None if kept is None else decode(kept[0])
+    drained = {key.removeprefix(DRAINED) for key, _, _ in await client.range(DRAINED)}
     described, seen = configured(config), await asyncio.to_thread(machines.look_at, config)
     for difference in differences(described, seen):
         print(f"note: {difference.sentence}", flush=True)
@@ -199,7 +201,7 @@ async def decide(config: Config) -> Decision:
 
 async def put_in_force(plan: Plan) -> None:
     """From now on, and within a second everywhere, requests go where this plan has places."""
-    await (await coordinator.connect()).put(planning.KEY, planning.to_json(plan))
+    await (await coordinator.connect()).put(KEY, encode(plan))
 
 
 def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:

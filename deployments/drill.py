@@ -16,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -302,8 +302,11 @@ def _bring_up() -> None:
 
 
 def show(outcome: Outcome) -> dict[str, Any]:
-    """For machines; seconds as they were measured."""
-    return asdict(outcome)
+    """For machines; times in seconds."""
+    return {
+        "fault": outcome.fault, "silent": outcome.silent, "whole": outcome.whole, "done": dict(outcome.done),
+        "refused": dict(outcome.refused), "lost": outcome.lost,
+    }  # fmt: skip
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

@@ -148,8 +148,8 @@ def list_machines(as_json: Json = False) -> None:
 
 async def _rows(settings: Config) -> list[dict[str, Any]]:
     from actors.coordinator import connect
+    from cluster.plan import DRAINED
     from deployments.machines import joined
-    from deployments.planning import DRAINED
 
     there = {machine.name: machine for machine in joined()}
     try:
@@ -242,7 +242,7 @@ def _require_described(settings: Config, name: str) -> None:
 async def _mark(name: str, is_drained: bool) -> bool:
     """Whether it was drained before."""
     from actors.coordinator import connect
-    from deployments.planning import DRAINED
+    from cluster.plan import DRAINED
 
     client = await connect()
     if not is_drained:

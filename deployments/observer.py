@@ -16,9 +16,9 @@ from actors import coordinator
 from cluster.client import Client
 from cluster.gpu_leases import held
 from cluster.inventory import LOCAL, Inventory
+from cluster.plan import DRAINED, KEY, decode
 from deployments import machines
 from deployments.cluster_state import Agreed, Deployed, Joined
-from deployments.planning import DRAINED, KEY, from_json
 from nexus.config import NODE_LABEL, Config
 from nexus.errors import Unavailable
 
@@ -48,7 +48,7 @@ class RayObserver:
             self._voters.get(KEY, fresh=False), self._voters.range(DRAINED, fresh=False), held(self._voters)
         )
         names = [key.removeprefix(DRAINED) for key, _, _ in drained]
-        return Agreed(None if plan is None else from_json(plan[0]), names, claims)
+        return Agreed(None if plan is None else decode(plan[0]), names, claims)
 
 
 class Look(Generic[Said]):

@@ -5,21 +5,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
 from cluster.inventory import Gpu, Inventory, Node, configured, real
-from cluster.placement import Place, Plan, Refusal, Want, encode, left, moves, place
+from cluster.placement import Place, Plan, Refusal, Want, left, moves, place
 from cluster.wants import ROLES, wants_of
 from nexus.config import Config
-from nexus.errors import ConfigError, UpstreamInvalid
+from nexus.errors import ConfigError
 
-KEY = "placement"  # of the plan in force, in the coordinator
-DRAINED = "drained/"  # and a machine's name: nothing is to go there
 PLAIN_WIDTH = 110  # where no terminal says how wide it is
 
-_PLAN, _PLACES = TypeAdapter(Plan), TypeAdapter(tuple[Place, ...])
+_PLACES = TypeAdapter(tuple[Place, ...])
 
 
 def plan_for(config: Config, seen: Inventory | None, current: Plan | None, drained: Collection[str] = ()) -> Plan:
@@ -43,19 +41,6 @@ def inventory_for(config: Config, seen: Inventory | None, drained: Collection[st
 def refused(one: Refusal) -> str:
     """A refusal as a sentence."""
     return f"{one.want}: {one.reason}; {one.remedy}."
-
-
-def to_json(plan: Plan) -> bytes:
-    """A plan as the coordinator keeps it."""
-    return encode(plan)
-
-
-def from_json(content: bytes) -> Plan:
-    """A plan that the coordinator kept. Raises UpstreamInvalid for what is none."""
-    try:
-        return _PLAN.validate_json(content)
-    except ValidationError:
-        raise UpstreamInvalid(f"the coordinator keeps something under {KEY!r} that is no plan") from None
 
 
 def models_of(config: Config) -> dict[str, str]:

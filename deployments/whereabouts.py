@@ -1,8 +1,7 @@
 """On which machines each model is planned now: a copy of the plan in force, a second old."""
 
 from actors.coordination import Coordination
-from cluster.plan import Plan, decode
-from deployments.planning import KEY
+from cluster.plan import KEY, Plan, decode
 
 
 class Whereabouts:

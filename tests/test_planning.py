@@ -6,26 +6,24 @@ import re
 import socket
 import struct
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 import yaml
 from rich.console import Console
 
 from cluster.inventory import Inventory, Node, configured
-from cluster.placement import Place, Plan, Refusal
+from cluster.placement import Place, Plan, Refusal, decode, encode
 from deployments import cli, planning
 from deployments.cluster_state import Agreed, Deployed, Joined
 from deployments.gateway import build
 from nexus.config import load_config
 from nexus.errors import ConfigError, UpstreamInvalid
 from tests.conftest import Door
-from tests.test_status import Observer
+from tests.test_status import Observer, on_a_port
 
 GIB = 2**30
 Command = Callable[..., tuple[int, str, str]]
@@ -262,14 +260,14 @@ def test_what_is_drained_and_what_is_not_seen_is_left_out(file: Path) -> None:
 
 def test_a_plan_comes_back_as_it_was_kept(file: Path) -> None:
     plan = planning.plan_for(load_config(file), None, None)
-    assert planning.from_json(planning.to_json(plan)) == plan
+    assert decode(encode(plan)) == plan
     refused = Plan((), (Refusal("a", "b", "c"),))
-    assert planning.from_json(planning.to_json(refused)) == refused
+    assert decode(encode(refused)) == refused
     older = json.dumps({"places": [{"want": "a", "replica": 0, "node": "n", "gpus": [1], "gone": 1}]}).encode()
-    assert planning.from_json(older) == Plan((Place("a", 0, "n", (1,)),))  # of a version with other fields
+    assert decode(older) == Plan((Place("a", 0, "n", (1,)),))  # of a version with other fields
     for rubbish in (b"", b"{", b"[]", b"{}", b'{"places": 1}'):
         with pytest.raises(UpstreamInvalid, match="placement"):
-            planning.from_json(rubbish)
+            decode(rubbish)
 
 
 def test_what_is_in_force_stays_where_it_is(file: Path) -> None:
@@ -301,17 +299,8 @@ def observer(file: Path) -> Observer:
 def running(door: Door, observer: Observer, file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Observer]:
     """Its front door on a port, and the command line's way to it."""
     app = build(replace(door.lent, config=load_config(file), observer=observer))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
-        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        serving.start()
-        monkeypatch.setenv("NEXUS_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
-        monkeypatch.setenv("NEXUS_API_KEY", door.headers()["authorization"].removeprefix("Bearer "))
+    with on_a_port(app, door, monkeypatch):
         yield observer
-        server.should_exit = True
-        serving.join()
 
 
 def occupy(observer: Observer, name: str, gpu: int, taken: int) -> None:
