@@ -519,8 +519,8 @@ def environment_of_head(home: Path) -> dict[str, str]:
     return {**os.environ, **_recall(home)["environment"]}
 
 
-def restart_state_server(home: Path, instance: Instance) -> None:
-    """Start Ray's state server again, with its state, as the head had started it. Raises Unavailable.
+def restart_state_server(home: Path, instance: Instance) -> "subprocess.Popen[bytes]":
+    """Start Ray's state server again, with its state, as the head had started it; it answers. Raises Unavailable.
 
     The caller holds the home's lock.
     """
@@ -537,6 +537,7 @@ def restart_state_server(home: Path, instance: Instance) -> None:
         if server.poll() is not None or time.monotonic() > ends:
             raise Unavailable("Ray's state server does not start again")
         time.sleep(LOOK_SECONDS)
+    return server
 
 
 def _state_server_of(instance: Instance) -> list[str]:

@@ -1,6 +1,7 @@
 """Bring the application up on a Ray head, wait until it answers, and keep it so."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -132,9 +133,8 @@ def deploy(
         if line.startswith(NOTE):
             tell(line.removeprefix(NOTE))
     if done.returncode:
-        raise Unavailable(
-            f"the application was not deployed ({lines[-1] if lines else 'no reason given'}); see {log_file}"
-        )
+        reason = re.sub(r"^nexus\.errors\.\w+: ", "", lines[-1]) if lines else "no reason given"
+        raise Unavailable(f"the application was not deployed ({reason}); see {log_file}")
 
 
 def is_ready(url: str) -> bool:

@@ -34,7 +34,10 @@ NEW_NETWORK = 0x40000000  # CLONE_NEWNET of setns(2)
 SETTINGS: Mapping[str, Any] = {
     "http": {"port": PORT},
     "ray": {"head": HEAD, "dashboard_port": 0, "object_store_bytes": 100 * 2**20},
-    "coordinator": {"tick_seconds": 0.1},  # three voters and all else share a few cores
+    "coordinator": {
+        "tick_seconds": 0.1,  # three voters and all else share a few cores
+        "voters": {number: {"nexus.io/node": host} for number, host in enumerate((*WORKERS, HEAD), 1)},
+    },
     "models": {"embedder_threads": 1, "embedder_nodes": list(WORKERS), "embedder_replicas": {"least": 2, "most": 2}},
     "parsing": {"workers": 1},
 }
@@ -216,7 +219,7 @@ def cluster(settings: Mapping[str, Any] | None = None, stays: bool = False, seco
 
 def _write_settings(it: Cluster, over: Mapping[str, Any]) -> None:
     machines = {
-        host: {"address": it.hosts.address(host), "cpus": 2, "memory": "1GiB", "labels": {"rack": host}}
+        host: {"address": it.hosts.address(host), "cpus": 2, "memory": "6GiB", "labels": {"rack": host}}
         for host in (*WORKERS, HEAD)
     }
     for host in WORKERS:

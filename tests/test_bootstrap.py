@@ -14,7 +14,7 @@ import pytest
 from cluster import bootstrap
 from cluster.bootstrap import Instance
 from nexus.config import Config
-from nexus.errors import AlreadyRunning, ConfigError
+from nexus.errors import AlreadyRunning, ConfigError, Unavailable
 
 CHILD = "import sys; print('up', flush=True); sys.stdin.read()"
 
@@ -145,3 +145,45 @@ def test_the_environment_locks_ray_and_turns_the_throughput_flags_on(home: Path)
 def test_deep_homes_get_a_short_ray_folder(tmp_path: Path) -> None:
     assert bootstrap._ray_folder(Path("/h")) == "/h/run/ray"
     assert len(bootstrap._ray_folder(tmp_path / ("x" * 90))) < 60
+
+
+# ── Ray's state server, with a program in its place ─────────────────────────────────────────────
+
+SERVER = """
+import os, socket, sys
+print(os.environ["NEXUS_INSTANCE"], flush=True)
+with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listening:
+    while True:
+        listening.accept()
+"""
+
+
+def test_the_state_server_is_started_as_it_was_and_is_ours_to_stop(home: Path) -> None:
+    (port,) = bootstrap.free_ports(1)
+    recorded = instance(id="mine", ray_address=f"127.0.0.1:{port}")
+    bootstrap._record(home, recorded)
+    (home / "logs").mkdir()
+    bootstrap._remember(home, {bootstrap.INSTANCE: "mine"}, [sys.executable, "-c", SERVER, str(port)])
+    assert (home / "run" / "head.json").stat().st_mode & 0o077 == 0  # the token is in it
+    server = bootstrap.restart_state_server(home, recorded)
+    with socket.create_connection(("127.0.0.1", port)):
+        assert (home / "logs" / "ray-head.log").read_text() == "mine\n"
+    assert bootstrap.stop(home)
+    assert not psutil.pid_exists(server.pid)
+    server.wait()
+
+
+@pytest.mark.parametrize("command", [[], [sys.executable, "-c", "raise SystemExit(1)"]])
+def test_a_state_server_that_does_not_start_is_said(home: Path, command: list[str]) -> None:
+    (port,) = bootstrap.free_ports(1)
+    (home / "logs").mkdir()
+    bootstrap._remember(home, {}, command)
+    with pytest.raises(Unavailable):
+        bootstrap.restart_state_server(home, instance(ray_address=f"127.0.0.1:{port}"))
+
+
+def test_how_a_head_was_started_is_known_only_where_one_was(home: Path) -> None:
+    with pytest.raises(Unavailable, match="nexus down"):
+        bootstrap.environment_of_head(home)
+    bootstrap._remember(home, {"RAY_SOMETHING": "1"}, [])
+    assert bootstrap.environment_of_head(home)["RAY_SOMETHING"] == "1"
