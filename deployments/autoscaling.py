@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from actors.pressure import watch
-from cluster.placement import Plan
+from cluster.plan import Plan
 from cluster.shares import Claim, Kind, Pool, shares_of
 from cluster.spots import spots
 from nexus.config import Replicas, Scaling

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from actors import coordinator
 from actors.coordinator import Placement
 from actors.pressure import PRESSURE
-from cluster.placement import Place, Plan
+from cluster.plan import Place, Plan
 from cluster.shares import Claim, Pool
 from deployments import autoscaling as module
 from deployments.autoscaling import Share, autoscaling, kind_of, pools, sharing
