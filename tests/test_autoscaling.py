@@ -86,8 +86,8 @@ def test_over_all_machines_no_model_has_more_replicas_than_it_may() -> None:
 
 def test_shares_that_make_a_whole_leave_room_for_all_of_them() -> None:
     wants = {"embedder": Replicas(least=1, most=10), "embedder-1": Replicas(least=1, most=10)}
-    found = pools(wants, plan(("embedder", "sark", 3, 0.1), ("embedder-1", "sark", 7, 0.1)), 60.0)
-    assert claims(found["sark"]) == {"embedder@sark": (1, 9), "embedder-1@sark": (1, 9)}
+    found = pools(wants, plan(("embedder", "sark", 1, 0.15), ("embedder-1", "sark", 2, 0.15)), 60.0)
+    assert claims(found["sark"]) == {"embedder@sark": (1, 2), "embedder-1@sark": (1, 2)}
 
 
 def test_what_cannot_change_or_has_no_gpu_shares_nothing() -> None:
