@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cluster.client import Absent
+from cluster.gpu_leases import Claim
 from cluster.inventory import LOCAL, Gpu, Inventory, Node, configured, differences
 from cluster.plan import Place, Plan
 from cluster.raft import Status
@@ -23,7 +24,6 @@ from nexus.ports import DocumentStore
 from nexus.types import Principal
 
 if TYPE_CHECKING:
-    from cluster.gpu_leases import Claim
     from deployments.gateway import Lent
 
 VOTER = "voter"  # a want that is no deployment

@@ -1,28 +1,34 @@
 """`GET /status` and `nexus status`: everything side by side, and what is left of it when a part is away."""
 
 import asyncio
+import json
+import socket
+import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from cluster.client import Absent
 from cluster.gpu_leases import Claim
 from cluster.inventory import Gpu, Inventory, Node
 from cluster.placement import Place, Plan
 from cluster.raft import Status
-from deployments import cluster_state, overview
+from deployments import cli, cluster_state, overview
 from deployments.cluster_state import Agreed, Deployed, Joined
-from deployments.gateway import build
+from deployments.gateway import Lent, build
 from nexus.config import Config
 from nexus.errors import Unavailable
 from tests.conftest import Door
+from tests.test_bootstrap import instance
 from tests.test_gateway import add, check_problem
 from tests.test_voters_http import ALL_WELL
 
@@ -97,9 +103,8 @@ def observer() -> Observer:
     return Observer()
 
 
-@contextmanager
-def opened(door: Door, observer: Observer, **fields: Any) -> Iterator[TestClient]:
-    """The front door of a cluster of three machines, whose engines have 5 requests each."""
+def lent(door: Door, observer: Observer, **fields: Any) -> Lent:
+    """What the front door of a cluster of three machines has, whose engines have 5 requests each."""
 
     async def load() -> list[int]:
         return [3, 2]
@@ -107,9 +112,32 @@ def opened(door: Door, observer: Observer, **fields: Any) -> Iterator[TestClient
     models = {"generator": "large", "served": [{"address": "vllm:/models/large#large"}]}
     config = Config(home=door.lent.config.home, ray={"head": "witness"}, nodes=NODES, models=models)
     usual = {"operator": Operator(), "engines": {"large@sark": load, "large@clu": load}}
-    lent = replace(door.lent, **{"config": config, "observer": observer, **usual, **fields})
-    with TestClient(build(lent), raise_server_exceptions=False, headers=door.headers()) as client:
+    return replace(door.lent, **{"config": config, "observer": observer, **usual, **fields})
+
+
+@contextmanager
+def opened(door: Door, observer: Observer, **fields: Any) -> Iterator[TestClient]:
+    app = build(lent(door, observer, **fields))
+    with TestClient(app, raise_server_exceptions=False, headers=door.headers()) as client:
         yield client
+
+
+@contextmanager
+def on_a_port(app: ASGIApp, door: Door, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A front door, and the command line's way to it."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        serving.start()
+        patch.setenv("NEXUS_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        patch.setenv("NEXUS_API_KEY", door.headers()["authorization"].removeprefix("Bearer "))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            serving.join()
 
 
 @pytest.fixture
@@ -502,3 +530,51 @@ def test_one_machine_without_gpus_is_not_worth_a_line(door: Door, observer: Obse
         assert [" ".join(line.split()) for line in overview.lines(read(client))] == [
             "not known deployments: deployed is away"
         ]
+
+
+@pytest.fixture
+def nexus(door: Door, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run `nexus status …` as where a Nexus was started: exit code, and what it printed."""
+    monkeypatch.setenv("NEXUS_HOME", str(door.lent.config.home))
+    monkeypatch.setattr(cli.bootstrap, "find_instance", lambda home: instance(url="http://127.0.0.1:8000"))
+    monkeypatch.setattr(cli.bootstrap, "processes_of", lambda instance: [None] * 7)
+    monkeypatch.setattr(cli.bootstrap, "memory_of", lambda instance: GIB)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["nexus", "status", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        assert printed.err == ""
+        return int(ended.value.code or 0), printed.out
+
+    return run
+
+
+def test_the_command_shows_all_of_it(
+    nexus: Callable[..., Any], door: Door, observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on_a_port(build(lent(door, observer)), door, monkeypatch):
+        code, out = nexus()
+        lines = [" ".join(line.split()) for line in out.splitlines()]
+        assert code == 0 and lines[0] == "Nexus is ready at http://127.0.0.1:8000"
+        assert lines.index("coordinator voter 1 leads 4 of 4 voters") > lines.index("documents ready")
+        assert "sark 192.0.2.11, 8 CPUs, 64.0 GiB" in lines and "clu 192.0.2.12, 8 CPUs, 64.0 GiB, drained" in lines
+        assert lines[-1].startswith("7 processes, 1.00 GiB, up ")
+        code, out = nexus("--json")
+        shown = json.loads(out)
+    assert code == 0 and set(shown) == {
+        "home", "running", "ready", "url", "dashboard", "parts", "processes", "memory_bytes", "up_seconds", "nodes",
+        "placement", "deployments", "coordinator", "collections", "differences", "drained", "unknown",
+    }  # fmt: skip
+    assert (shown["url"], len(shown["nodes"]), shown["processes"]) == ("http://127.0.0.1:8000", 3, 7)
+
+
+def test_the_command_says_so_where_nothing_answers(nexus: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("NEXUS_URL", f"http://127.0.0.1:{probe.getsockname()[1]}")
+    code, out = nexus()
+    assert code == 1 and "gateway      does not answer" in out and "no Nexus answers" in out
+    code, out = nexus("--json")
+    assert code == 1 and "no Nexus answers" in json.loads(out)["unknown"]["everything"]
