@@ -97,8 +97,11 @@ def _start(settings: Config, config: Path | None, patience: float, join: float) 
     with bootstrap.lock_home(home):
         instance, outcome = running.ensure_up(settings, config, patience, join, _tell)
         new_key = _ensure_admin_key(home)
+        if outcome == "ran already" and settings.nodes:
+            running.apply(settings, instance, config, patience, _tell)
     if outcome == "ran already":
-        typer.echo(f"Nexus already runs at {instance.url}")
+        applied = ", and is as the settings say" if settings.nodes else ""
+        typer.echo(f"Nexus already runs at {instance.url}{applied}")
         return
     typer.echo(f"Nexus is ready at {instance.url}  ({time.monotonic() - started:.0f} s)")
     typer.echo(f"  Ray dashboard  {instance.dashboard}  (token: {home / 'ray-token'})")

@@ -67,10 +67,15 @@ def ensure_up(
     try:
         await_ready(instance.url, time.monotonic() + min(RECOVER_SECONDS, wait_seconds))
     except Unavailable:
-        deadline = time.monotonic() + wait_seconds
-        deploy(config, instance, bootstrap.environment_of_head(home), config_file, deadline, tell)
-        await_ready(instance.url, deadline)
+        apply(config, instance, config_file, wait_seconds, tell)
     return instance, "was healed"
+
+
+def apply(config: Config, instance: Instance, config_file: Path | None, wait_seconds: float, tell: Tell) -> None:
+    """Have a running cluster be as the settings say, by a plan of its machines as they are now. Raises NexusError."""
+    deadline = time.monotonic() + wait_seconds
+    deploy(config, instance, bootstrap.environment_of_head(Path(config.home)), config_file, deadline, tell)
+    await_ready(instance.url, deadline)
 
 
 def bring_up(
