@@ -14,10 +14,11 @@ import typer
 from cluster import bootstrap
 from cluster.bootstrap import RAYLET
 from cluster.inventory import configured, differences
+from cluster.plan import DRAINED
 from deployments import running
 from deployments.driver import become_driver
 from nexus.config import Config, load_config
-from nexus.errors import ConfigError, InvalidRequest, NexusError, NotFound, Unavailable
+from nexus.errors import AlreadyRunning, ConfigError, InvalidRequest, NexusError, NotFound, Unavailable
 
 if TYPE_CHECKING:
     from deployments.machines import Joined
@@ -82,18 +83,25 @@ def keep_token(home: Path, token_file: Path | None, environment: Mapping[str, st
     bootstrap.keep_token(home, given.strip())
 
 
-def _join(settings: Config, name: str) -> None:
+def _join(settings: Config, name: str, again: bool = False) -> None:
+    """Join the cluster, unless that is done; `again`: unless `nexus node stop` came before."""
     home = Path(settings.home)
     with bootstrap.lock_home(home):
         instance = bootstrap.find_instance(home, "node")
-        if instance and instance.node == name and RAYLET in bootstrap.living(instance):
-            typer.echo(f"{name} has joined {instance.ray_address} already")
+        if again and instance is None:
+            return
+        if _is_joined(instance, name):
+            typer.echo(f"{name} is in the cluster already")
             return
         for difference in differences(configured(settings), bootstrap.seen_here(settings, name)):
             if difference.node == name:
                 _tell(difference.sentence)
         instance = bootstrap.join_head(settings, name)
     typer.echo(f"{name} has joined {instance.ray_address}; it leaves with nexus node stop")
+
+
+def _is_joined(instance: bootstrap.Instance | None, name: str) -> bool:
+    return instance is not None and instance.node == name and RAYLET in bootstrap.living(instance)
 
 
 def _keep_joined(settings: Config, name: str) -> None:
@@ -103,15 +111,16 @@ def _keep_joined(settings: Config, name: str) -> None:
         instance = bootstrap.find_instance(home, "node")
         if was_joined and instance is None:
             return
-        if instance and instance.node == name and RAYLET in bootstrap.living(instance):
+        if _is_joined(instance, name):
             was_joined, pause = True, 0.0
             time.sleep(LOOK_SECONDS)
             continue
         time.sleep(pause)
         try:
-            _join(settings, name)
-            was_joined = True
-        except NexusError as error:
+            _join(settings, name, again=was_joined)
+        except AlreadyRunning:  # somebody starts or stops it just now
+            time.sleep(LOOK_SECONDS)
+        except NexusError as error:  # and no record is left
             was_joined, pause = False, running.longer(pause)
             _tell(f"{error.message}; again in {pause:.0f} s")
 
@@ -148,7 +157,6 @@ def list_machines(as_json: Json = False) -> None:
 
 async def _rows(settings: Config) -> list[dict[str, Any]]:
     from actors.coordinator import connect
-    from cluster.plan import DRAINED
     from deployments.machines import joined
 
     there = {machine.name: machine for machine in joined()}
@@ -242,7 +250,6 @@ def _require_described(settings: Config, name: str) -> None:
 async def _mark(name: str, is_drained: bool) -> bool:
     """Whether it was drained before."""
     from actors.coordinator import connect
-    from cluster.plan import DRAINED
 
     client = await connect()
     if not is_drained:

@@ -229,7 +229,7 @@ def _write_settings(it: Cluster, over: Mapping[str, Any]) -> None:
     whole: dict[str, Any] = {"nodes": machines}
     for section in {*SETTINGS, *over}:
         whole[section] = {**SETTINGS.get(section, {}), **over.get(section, {})}
-    it.settings.write_text(yaml.safe_dump(whole))
+    it.settings.write_text(yaml.safe_dump(whole, sort_keys=False))
 
 
 def _await(it: Cluster, up: subprocess.Popen[bytes], words: str, seconds: float) -> None:

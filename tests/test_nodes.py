@@ -263,20 +263,24 @@ def test_what_cannot_be_started_is_tried_again_after_longer_and_longer(
 def test_a_machine_joins_again_whenever_its_raylet_ended(
     settings: Config, naps: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes = iter([Unavailable("no head"), None, None])
-    joined: list[str] = []
+    outcomes = iter([Unavailable("no head"), None, AlreadyRunning("busy"), None])
+    joined: list[bool] = []
 
-    def join(config: Config, name: str) -> None:
+    def join(config: Config, name: str, again: bool) -> None:
+        joined.append(again)
         if error := next(outcomes):
             raise error
-        joined.append(name)
 
     monkeypatch.setattr(nodes, "_join", join)
-    tell_story(monkeypatch, None, None, {RAYLET}, {RAYLET}, set(), {RAYLET}, None)
+    tell_story(monkeypatch, None, None, {RAYLET}, {RAYLET}, set(), set(), {RAYLET}, None)
     nodes._keep_joined(settings, "clu")
-    assert joined == ["clu", "clu"]
+    assert joined == [False, False, True, True]
     assert capsys.readouterr().err == "no head; again in 1 s\n"
-    assert [nap for nap in naps if nap] == [1, 1, 1, 1]
+
+
+def test_who_was_stopped_meanwhile_does_not_join_again(settings: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "join_head", lambda *arguments: pytest.fail("it joined"))
+    nodes._join(settings, "clu", again=True)
 
 
 def test_joining_twice_is_joining_once(
