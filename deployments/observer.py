@@ -85,7 +85,7 @@ class Look(Generic[Said]):
 def joined() -> Sequence[Joined]:
     """The machines as Ray knows them; of one that came back only as it is now."""
     try:
-        nodes = ray.nodes()
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
     except RayError as error:
         raise Unavailable(f"Ray does not tell its machines: {error}") from None
     found = [_joined(node) for node in sorted(nodes, key=lambda node: bool(node["Alive"]))]

@@ -25,7 +25,7 @@ from cluster.raft import Status
 from deployments import cli, cluster_state, overview
 from deployments.cluster_state import Agreed, Deployed, Joined
 from deployments.gateway import Lent, build
-from nexus.config import Config
+from nexus.config import Config, Models
 from nexus.errors import Unavailable
 from tests.conftest import Door
 from tests.test_bootstrap import instance
@@ -218,6 +218,17 @@ def test_an_engine_that_is_away_has_no_queue_and_the_others_have_theirs(door: Do
     assert ["ongoing" in one for one in shown["deployments"]] == [False, False, True]
 
 
+def test_two_models_of_one_name_on_one_machine_have_no_queue_of_their_own(door: Door, observer: Observer) -> None:
+    served = [{"address": f"vllm:/models/{folder}", "name": "large"} for folder in ("a", "b")]
+    config = lent(door, observer).config.model_copy(update={"models": Models(generator="large", served=served)})
+    more = Deployed("generator-1@sark", "HEALTHY", 1, 0)
+    observer.says["deployed"] = (*DEPLOYED, more)
+    with opened(door, observer, config=config) as client:
+        shown = {one["name"]: one for one in read(client)["deployments"]}
+    assert shown[more.name]["model"] == "large"
+    assert [name for name, one in shown.items() if "ongoing" in one] == ["generator-0@clu"]
+
+
 @pytest.mark.parametrize(
     ("method", "part", "fields"),
     [
@@ -263,6 +274,8 @@ def test_a_machine_that_died_or_never_came_is_told_as_such(client: TestClient, o
     assert nodes["clu"]["gpus"] is None and nodes["witness"]["cpus"] == 2
     for name in ("clu", "witness"):
         assert any(sentence.startswith(name) for sentence in read(client)["differences"])
+    observer.says["deployed"] = DEPLOYED[:2]
+    assert sentences(client, "generator-0@clu") == []  # that its machine is away says enough
 
 
 def test_a_machine_that_nobody_described_is_shown_too(client: TestClient, observer: Observer) -> None:
