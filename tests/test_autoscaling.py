@@ -242,7 +242,6 @@ async def become(wanted: Mapping[str, int]) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.timeout(500)
 @pytest.mark.filterwarnings("ignore")  # what Ray Serve says as it is imported
 @pytest.mark.usefixtures("machine")
 def test_chat_takes_gpus_from_bulk_and_gives_them_back(tmp_path: Path) -> None:
