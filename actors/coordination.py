@@ -56,8 +56,8 @@ class Coordination:
 
     def peek(self, key: str) -> bytes | None:
         """What any voter had under a key a second ago; None for nothing, and until that is known. Never waits."""
-        if key not in self._peeked:
-            self._peeked[key] = None
+        if key not in self._peeked or self._looking is None or self._looking.done():
+            self._peeked.setdefault(key, None)
             asyncio.run_coroutine_threadsafe(self._look_from_now_on(), self._loop)
         return self._peeked[key]
 

@@ -291,10 +291,10 @@ def compare(
 
 
 def _not_running(plan: Plan, running: Collection[str], away: Collection[str]) -> Iterator[str]:
-    """On one machine a deployment has only the name of what it is; voters have none."""
+    """Models are called after their machines, but on a machine alone; voters are no deployments."""
     for want, node in dict.fromkeys((place.want, place.node) for place in plan.places):
-        name = want if node == LOCAL else f"{want}@{node}"
-        if want != VOTER and node not in away and name not in running:
+        if want != VOTER and node not in away and not {want, f"{want}@{node}"} & set(running):
+            name = want if node == LOCAL else f"{want}@{node}"
             yield f"{name} is planned and does not run: `nexus up` applies the plan"
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from actors import coordinator
 from cluster.client import Client as Voters
@@ -36,6 +36,7 @@ PAUSE_SECONDS = 0.05  # between two requests of one kind
 REQUEST_SECONDS = 60.0
 CALM_SECONDS = 5.0  # of load before a fault, and after all is whole again
 LOOK_SECONDS = 0.5
+DELAY_SECONDS = 1.0  # before what a machine was told to do, so that it can answer
 COLLECTION = "drill"
 
 
@@ -203,7 +204,7 @@ def _cut_link(address: str, seconds: float) -> str:
     device = next(
         name for name, own in psutil.net_if_addrs().items() if any(one.address == address for one in own)
     )  # fmt: skip
-    story = f"sleep 0.5; ip link set {device} down; sleep {seconds}; ip link set {device} up"
+    story = f"sleep {DELAY_SECONDS}; ip link set {device} down; sleep {seconds}; ip link set {device} up"
     subprocess.Popen(["sh", "-c", story], start_new_session=True, stdin=subprocess.DEVNULL)
     return device
 
@@ -212,12 +213,12 @@ def _cut_link(address: str, seconds: float) -> str:
 def _kill_raylet() -> int:
     """The one that this worker belongs to; a moment later, so that this can be answered."""
     raylet = os.getppid()
-    subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {raylet}"], start_new_session=True, stdin=subprocess.DEVNULL)
+    subprocess.Popen(["sh", "-c", f"sleep {DELAY_SECONDS}; kill -9 {raylet}"], start_new_session=True, stdin=subprocess.DEVNULL)
     return raylet
 
 
 def strike(config: Config, fault: Fault, cut_seconds: float) -> None:
-    """Let it happen. Returns before it does, within a second. Raises Unavailable where the machine cannot be told."""
+    """Let it happen, about a second from now. Raises Unavailable where the machine cannot be told."""
     there = {"label_selector": {NODE_LABEL: fault.node}}
     try:
         if fault.what == "link":
@@ -226,8 +227,10 @@ def strike(config: Config, fault: Fault, cut_seconds: float) -> None:
             ray.get(_kill_raylet.options(**there).remote(), timeout=60)
         else:
             _kill_state_server(Path(config.home))
-    except RayError as error:
+    except (GetTimeoutError, RayTaskError) as error:
         raise Unavailable(f"{fault.node} cannot be told to fail: {error}") from None
+    except RayError:
+        return  # it failed before it could say that it would
 
 
 def _kill_state_server(home: Path) -> None:
@@ -258,8 +261,9 @@ def run(config: Config, fault: Fault, cut_seconds: float, patience: float, heal:
         time.sleep(CALM_SECONDS)
         begun = time.monotonic()
         strike(config, fault, cut_seconds)
-        time.sleep(1.0 + (cut_seconds if fault.what == "link" else 0.0))
-        heal()
+        time.sleep(DELAY_SECONDS + (cut_seconds if fault.what == "link" else 0.0))
+        if fault.what == "state":  # machines join again by themselves
+            heal()
         _await_whole(nexus, fault, begun + patience)
         whole = time.monotonic() - begun
         time.sleep(CALM_SECONDS)

@@ -48,6 +48,10 @@ class Voters:
         if lease not in self.leases:
             raise LeaseGone
 
+    async def get(self, key: str, fresh: bool = True) -> tuple[bytes, int] | None:
+        assert not fresh
+        return self.keys.get(key)
+
     async def range(self, prefix: str, fresh: bool = True) -> list[tuple[str, bytes, int]]:
         if not fresh:
             self.looks += 1
@@ -103,3 +107,36 @@ def test_who_stopped_looking_looks_again(asking: Coordination, voters: Voters, m
     voters.keys[f"{COLLECTIONS}manuals"] = (shown(NEXT), 0)
     assert asking.live_index("manuals") == NEXT
     assert asking._looking is not looking and not asking._looking.done()
+
+
+def test_who_peeks_never_waits_and_sees_what_any_voter_had(
+    asking: Coordination, voters: Voters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordination, "LOOK_SECONDS", 0.01)
+    voters.keys["placement"] = (b"one", 0)
+    assert asking.peek("placement") is None, "nobody has been asked, for all voters are waiting"
+    asking._loop.call_soon_threadsafe(voters.all_look.set)
+    for value in (b"one", b"two", None):
+        while asking.peek("placement") != value:
+            pass  # the test's own timeout ends it
+        voters.keys["placement"] = (b"two", 0)
+        if value == b"two":
+            del voters.keys["placement"]
+
+
+def test_who_peeked_looks_again_after_looking_ended(
+    asking: Coordination, voters: Voters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordination, "LOOK_SECONDS", 0.01)
+    asking._loop.call_soon_threadsafe(voters.all_look.set)
+    voters.keys["placement"], fine = (b"one", 0), voters.keys[f"{COLLECTIONS}manuals"]
+    while asking.peek("placement") is None:
+        pass  # the test's own timeout ends it
+    looking = asking._looking
+    assert looking is not None
+    voters.keys[f"{COLLECTIONS}manuals"] = (b'{"of": "another version"}', 0)
+    while not looking.done():
+        pass
+    voters.keys |= {f"{COLLECTIONS}manuals": fine, "placement": (b"two", 0)}
+    while asking.peek("placement") != b"two":
+        pass

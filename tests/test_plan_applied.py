@@ -21,7 +21,8 @@ def applied(file: Path, tmp_path: Path) -> Any:  # noqa: F811
     environment = Running(tmp_path / "home", 0).environment
     del environment["NEXUS_HTTP__PORT"]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.plan_applied", str(file), str(tmp_path / "said.json")], cwd=ROOT, text=True, capture_output=True,
+        [sys.executable, "-m", "tests.plan_applied", str(file), str(tmp_path / "said.json")],
+        cwd=ROOT, text=True, capture_output=True,
         stdin=subprocess.DEVNULL, check=False, timeout=270,
         env={**environment, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", "RAY_enable_worker_prestart": "0"},
     )  # fmt: skip
