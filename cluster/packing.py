@@ -211,6 +211,11 @@ class Packing:
         gpus = [number for number, one in enumerate(room.gpus) if one.gpu.index in place.gpus]
         self._change(want, room, gpus, -place.gpu_bytes, -round(place.gpu_share * GRAIN), -1)
 
+    def release_all(self, want: Want) -> None:
+        """Undo `take` for every replica."""
+        for replica in tuple(self.places.get(want.name, ())):
+            self.release(want, replica)
+
     def _change(self, want: Want, room: Room, gpus: Sequence[int], taken: int, grains: int, sign: int = 1) -> None:
         room.cpus -= sign * ceil(round(want.cpus * GRAIN, 3))
         room.memory -= sign * want.memory

@@ -18,14 +18,14 @@ from cluster.plan import Place, Plan, Want
 ROUNDS = 4
 SEARCHED = 400
 STEPS = 2_000
-LARGE = 50_000  # replicas times machines from which on one round has to do
+LARGE = 5_000  # replicas times machines from which on two rounds have to do
 
 Preferred = Mapping[str, Sequence[Place]]  # by want
 
 
 @dataclass(frozen=True, slots=True)
 class Solved:
-    """Machines with what found a place, and the names of the wants of which some replica did not."""
+    """Machines with what found a place, and the names of the wants that did not get their least."""
 
     packing: Packing
     missing: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ def solve(inventory: Inventory, wants: Sequence[Want], current: Plan | None = No
     first = fill(inventory, order, before)
     if not first.missing:
         return _fill_up(first, wants, before)
-    alone = frozenset(want.name for want in wants if not fits_alone(inventory, want))
+    alone = _hopeless(inventory, wants)
     best: Solved | None = None
     for attempt in _attempts(inventory, [want for want in order if want.name not in alone], before):
         if best is None or len(attempt.missing) < len(best.missing):
@@ -88,7 +88,18 @@ def _by_want(order: Sequence[Want], plan: Plan) -> dict[str, list[Place]]:
 
 def fits_alone(inventory: Inventory, want: Want) -> bool:
     """Whether there is room for its least while nothing else is there."""
-    return not fill(inventory, [want], {}).missing or _search_all(inventory, [want]) is not None
+    return not _hopeless(inventory, [want])
+
+
+def _hopeless(inventory: Inventory, wants: Sequence[Want]) -> frozenset[str]:
+    """The names of those whose least finds no room even while nothing else is there."""
+    packing = Packing(inventory)
+    found = []
+    for want in wants:
+        if not place_least(packing, want) and _search_all(inventory, [want]) is None:
+            found.append(want.name)
+        packing.release_all(want)
+    return frozenset(found)
 
 
 def _attempts(inventory: Inventory, order: Sequence[Want], before: Preferred) -> Iterator[Solved]:
@@ -120,7 +131,7 @@ def _in_many_orders(inventory: Inventory, order: Sequence[Want], preferred: Pref
     is_large = sum(want.least for want in order) * len(inventory.nodes) > LARGE
     for start in (order, sorted(order, key=lambda want: len(want.nodes) or len(inventory.nodes))):
         turn = list(start)
-        for _ in range(1 if is_large else ROUNDS):
+        for _ in range(2 if is_large else ROUNDS):
             solved = fill(inventory, turn, {}, preferred)
             yield solved
             turn.sort(key=lambda want: want.name not in solved.missing)
@@ -129,7 +140,10 @@ def _in_many_orders(inventory: Inventory, order: Sequence[Want], preferred: Pref
 def fill(
     inventory: Inventory, order: Sequence[Want], kept: Preferred, preferred: Preferred = MappingProxyType({})
 ) -> Solved:
-    """What is kept first, then the least of every want in this order, where it is preferred if that is free."""
+    """What is kept first, then the least of every want in this order, where it is preferred if that is free.
+
+    A want that does not get its least gets nothing: the others may have use for it.
+    """
     packing = Packing(inventory)
     for want in order:
         for one in kept.get(want.name, ()):
@@ -139,12 +153,13 @@ def fill(
         for one in preferred.get(want.name, ()):
             if packing.count(want) < want.least:
                 packing.keep(want, one)
-        if not _place_least(packing, want):
+        if not place_least(packing, want):
             missing.append(want.name)
+            packing.release_all(want)
     return Solved(packing, tuple(missing))
 
 
-def _place_least(packing: Packing, want: Want) -> bool:
+def place_least(packing: Packing, want: Want) -> bool:
     """Whether all replicas that there must be found a place."""
     if want.nodes_of_each:
         missing = [replica for replica in range(want.least) if not packing.has(want, replica)]

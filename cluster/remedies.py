@@ -13,7 +13,7 @@ from math import ceil, floor
 from cluster.inventory import Gpu, Inventory, Node
 from cluster.packing import Packing, Room
 from cluster.plan import GRAIN, Footprint, Plan, Refusal, Want
-from cluster.planner import LARGE, Solved, fill, fits_alone, fits_beside, solve
+from cluster.planner import LARGE, Solved, fits_alone, fits_beside, place_least, solve
 
 GIB = 2**30
 TRIED = 60  # changes at most for one want
@@ -32,21 +32,31 @@ class Change:
 
 def refuse(inventory: Inventory, wants: Sequence[Want], current: Plan | None, solved: Solved) -> tuple[Refusal, ...]:
     """A refusal for each want without its least."""
-    missing = [want for want in wants if want.name in solved.missing]
-    return tuple(
-        Refusal(want.name, _explain(inventory, want, solved), _find_remedy(inventory, wants, current, solved, want))
-        for want in missing
-    )  # fmt: skip
+    refusals = []
+    for want in wants:
+        if want.name in solved.missing:
+            is_alone = want.name in solved.alone
+            packing = Packing(inventory) if is_alone else solved.packing
+            place_least(packing, want)  # as many as there is room for, to see what the next one lacks
+            reason = _explain(packing, want, is_alone)
+            changes = list(islice(_changes(inventory, want, packing), TRIED))
+            packing.release_all(want)
+            refusals.append(Refusal(want.name, reason, _find_remedy(wants, current, solved, want, changes)))
+    return tuple(refusals)
 
 
-def _find_remedy(inventory: Inventory, wants: Sequence[Want], current: Plan | None, solved: Solved, want: Want) -> str:
+def _find_remedy(
+    wants: Sequence[Want], current: Plan | None, solved: Solved, want: Want, changes: Sequence[Change]
+) -> str:
+    """The first change with which a plan for all that has a place, and for this, is none that refuses."""
     others = [other for other in wants if other.name not in solved.missing]
     places = solved.places(others)
-    is_large = sum(other.least for other in wants) * len(inventory.nodes) > LARGE
-    for change in islice(_changes(inventory, want, solved.packing), TRIED):
+    replicas = sum(other.least for other in (*others, want))
+    for change in changes:
         if not fits_alone(change.inventory, change.want):
             continue
         changed = [*others, change.want]
+        is_large = replicas * len(change.inventory.nodes) > LARGE
         if is_large and not fits_beside(change.inventory, changed, change.want, places):
             continue
         if not solve(change.inventory, changed, current).missing:
@@ -61,9 +71,7 @@ def _gib(size: float) -> str:
     return f"{size / GIB:,.1f} GiB"
 
 
-def _explain(inventory: Inventory, want: Want, solved: Solved) -> str:
-    is_alone = want.name in solved.alone
-    packing = fill(inventory, [want], {}).packing if is_alone else solved.packing
+def _explain(packing: Packing, want: Want, is_alone: bool) -> str:
     beside = "" if is_alone else " beside what else is wanted"
     return f"{packing.count(want)} of {want.least} replicas have a place{beside}; {_find_shortage(packing, want)}"
 
@@ -158,7 +166,7 @@ def _changes(inventory: Inventory, want: Want, packing: Packing) -> Iterator[Cha
             yield Change(says, _with(inventory, nodes), want)
     for says, changed in _other_divisions(want, allowed):
         yield Change(says, inventory, changed)
-    for fewer in range(1, want.least):
+    for fewer in _counts(want.least - 1, want.least - packing.count(want)):
         says = f"{fewer} {'replica' if fewer == 1 else 'replicas'} fewer"
         yield Change(says, inventory, replace(want, least=want.least - fewer))
     for says, node in _grown(allowed, want, packing):
@@ -276,12 +284,21 @@ def _machines(inventory: Inventory, want: Want) -> Iterator[Change]:
     }
     by_size = sorted(kinds.values(), key=lambda node: (len(node.gpus), node.memory, node.cpus, node.name))
     where = " that it may be on" if want.nodes else ""
-    for count in range(1, min(want.least, 8) + 1):
+    for count in _counts(want.least):
         for node in by_size:
             free = replace(node, gpus=tuple(replace(gpu, taken=0) for gpu in node.gpus))
             yield _with_more(f"{_machine(count)} more like {node.name}{where}", inventory, want, free, count)
-    for count in range(1, want.least + 1):
+    for count in _counts(want.least):
         yield _with_more(f"{_machine(count)} more with {has}{where}", inventory, want, made, count)
+
+
+def _counts(most: int, at_least: int = 1) -> list[int]:
+    """Numbers to try, in steps of about an eighth."""
+    found = []
+    while at_least <= most:
+        found.append(at_least)
+        at_least += max(1, at_least // 8)
+    return [*found, most] if found and found[-1] != most else found
 
 
 def _made_to_measure(want: Want) -> tuple[Node, str]:
