@@ -6,6 +6,7 @@ acknowledged is looked for afterwards: a document, a line of a session, a key of
 """
 
 import asyncio
+import io
 import itertools
 import os
 import subprocess
@@ -15,7 +16,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -204,8 +205,7 @@ def _cut_link(address: str, seconds: float) -> str:
     device = next(
         name for name, own in psutil.net_if_addrs().items() if any(one.address == address for one in own)
     )  # fmt: skip
-    story = f"sleep {DELAY_SECONDS}; ip link set {device} down; sleep {seconds}; ip link set {device} up"
-    subprocess.Popen(["sh", "-c", story], start_new_session=True, stdin=subprocess.DEVNULL)
+    _later(f"ip link set {device} down; sleep {seconds}; ip link set {device} up")
     return device
 
 
@@ -213,8 +213,14 @@ def _cut_link(address: str, seconds: float) -> str:
 def _kill_raylet() -> int:
     """The one that this worker belongs to; a moment later, so that this can be answered."""
     raylet = os.getppid()
-    subprocess.Popen(["sh", "-c", f"sleep {DELAY_SECONDS}; kill -9 {raylet}"], start_new_session=True, stdin=subprocess.DEVNULL)
+    _later(f"kill -9 {raylet}")
     return raylet
+
+
+def _later(story: str) -> None:
+    """By a shell that outlives this process."""
+    command = ["sh", "-c", f"sleep {DELAY_SECONDS}; {story}"]
+    subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
 
 
 def strike(config: Config, fault: Fault, cut_seconds: float) -> None:
@@ -288,11 +294,13 @@ def _await_whole(nexus: Client, fault: Fault, deadline: float) -> None:
 
 def run_all(config: Config, chosen: Sequence[Fault], cut_seconds: float, patience: float) -> list[Outcome]:
     """One fault after another. What has died of the head is started again as `nexus up` does. Raises Unavailable."""
-    ray.init(namespace="nexus", log_to_driver=False, logging_level="ERROR")
     outcomes = []
-    for fault in chosen:
-        print(f"{fault} …", file=sys.stderr, flush=True)
-        outcomes.append(run(config, fault, cut_seconds, patience, _bring_up))
+    with redirect_stdout(io.StringIO()):  # where Ray prints a page about each machine that dies
+        ray.init(namespace="nexus", log_to_driver=False, logging_level="ERROR")
+        for fault in chosen:
+            print(f"{fault} …", file=sys.stderr, flush=True)
+            outcomes.append(run(config, fault, cut_seconds, patience, _bring_up))
+        ray.shutdown()
     return outcomes
 
 
