@@ -6,8 +6,8 @@ joins). `stop` ends the processes of that session, or with that id, and no other
 machine without knowing of each other, and what a crash left behind is found by the next start. (Either mark
 alone would miss some: Ray's workers overwrite their environment with their title.)
 
-With machines in the settings the head keeps Ray's state on disk, so that Ray's state server, when it alone has
-died, is started again as it was, and nobody else notices.
+With machines in the settings the head keeps Ray's state on disk. Ray's state server, when it alone has died, is
+started again with it, and nobody notices; a whole head that has died, too, and what runs on other machines goes on.
 """
 
 import contextlib
@@ -90,6 +90,11 @@ def lock_home(home: Path) -> Iterator[None]:
         except BlockingIOError:
             raise AlreadyRunning(f"another `nexus up` or `nexus down` of {home} is under way; wait for it") from None
         yield
+
+
+def record_settings(home: Path, instance: Instance, config_file: Path | None) -> None:
+    """From now on these are the settings of what runs."""
+    _record(home, replace(instance, config_file="" if config_file is None else str(config_file.absolute())))
 
 
 def find_instance(home: Path, record: Record = "instance") -> Instance | None:
@@ -207,6 +212,12 @@ def stop(home: Path, record: Record = "instance") -> bool:
     instance = find_instance(home, record)
     if instance is None:
         return False
+    was_running = _end(instance)
+    (home / "run" / f"{record}.json").unlink(missing_ok=True)
+    return was_running
+
+
+def _end(instance: Instance) -> bool:
     running = processes_of(instance)
     for process in running:
         with contextlib.suppress(psutil.Error):
@@ -217,7 +228,6 @@ def stop(home: Path, record: Record = "instance") -> bool:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(left, timeout=STOP_SECONDS)
-    (home / "run" / f"{record}.json").unlink(missing_ok=True)
     return bool(running)
 
 
@@ -369,9 +379,25 @@ def start_head(config: Config, config_file: Path | None = None) -> tuple[Instanc
         gpus = free_gpus(config, instance.node)
         environment |= _of_gpus(gpus)
         command += describe_node(instance.node, machine, gpus)
-    instance = _start_node(config, instance, command, environment, "instance")
-    _remember(home, environment, _state_server_of(instance))
+    full = _node_command(config, instance, command)
+    instance = _start_node(home, instance, full, environment, "instance")
+    _remember(home, environment, full, _state_server_of(instance))
     return instance, {**os.environ, **environment}
+
+
+def restart_head(home: Path, instance: Instance) -> Instance:
+    """Start a cluster's head that has ended as it was started before, with the state it had. Raises Unavailable.
+
+    The other machines, and what runs on them, take it for the same. The caller holds the home's lock.
+    """
+    remembered = _recall(home)
+    if not (home / "run" / "gcs").is_dir():
+        raise Unavailable("Ray's state is gone")
+    _end(instance)
+    again = replace(instance, session=0, boot_id=_boot_id(), started_at=time.time())
+    again = _start_node(home, again, remembered["command"], remembered["environment"], "instance")
+    _remember(home, remembered["environment"], remembered["command"], _state_server_of(again))
+    return again
 
 
 def join_head(config: Config, name: str) -> Instance:
@@ -387,7 +413,8 @@ def join_head(config: Config, name: str) -> Instance:
     machine, gpus = config.nodes[name], free_gpus(config, name)
     command = [f"--address={instance.ray_address}", f"--node-ip-address={address_of(machine)}"]
     environment = environment_of(config, instance.id) | _of_gpus(gpus)
-    return _start_node(config, instance, [*command, *describe_node(name, machine, gpus)], environment, "node")
+    full = _node_command(config, instance, [*command, *describe_node(name, machine, gpus)])
+    return _start_node(home, instance, full, environment, "node")
 
 
 def _answers(address: str) -> bool:
@@ -461,28 +488,30 @@ def _new_instance(home: Path, ray_address: str, **fields: Any) -> Instance:
     )  # fmt: skip
 
 
-def _start_node(
-    config: Config, instance: Instance, command: Sequence[str], environment: Mapping[str, str], record: Record
-) -> Instance:
-    """Run `ray start`, and record it from before it begins. Raises Unavailable, with nothing left running."""
-    home = Path(config.home)
-    shutil.rmtree(instance.ray_folder, ignore_errors=True)  # its logs were kept until now
-    shutil.rmtree(home / "run" / "metrics", ignore_errors=True)
-    (home / "run" / "metrics").mkdir(parents=True)
-    (home / "logs").mkdir(exist_ok=True)
-    _record(home, instance, record)
+def _node_command(config: Config, instance: Instance, command: Sequence[str]) -> list[str]:
     listen, grpc, runtime, metrics = free_ports(4)
-    full = [
+    return [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *command,
         f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
         f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}",
         f"--object-store-memory={config.ray.object_store_bytes}", f"--temp-dir={instance.ray_folder}",
         "--include-log-monitor=False",
     ]  # fmt: skip
+
+
+def _start_node(
+    home: Path, instance: Instance, command: Sequence[str], environment: Mapping[str, str], record: Record
+) -> Instance:
+    """Run `ray start`, and record it from before it begins. Raises Unavailable, with nothing left running."""
+    shutil.rmtree(instance.ray_folder, ignore_errors=True)  # its logs were kept until now
+    shutil.rmtree(home / "run" / "metrics", ignore_errors=True)
+    (home / "run" / "metrics").mkdir(parents=True)
+    (home / "logs").mkdir(exist_ok=True)
+    _record(home, instance, record)
     log_file = home / "logs" / ("ray-head.log" if record == "instance" else "ray-node.log")
     with log_file.open("wb") as log:
         starter = subprocess.Popen(
-            full, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env={**os.environ, **environment},
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env={**os.environ, **environment},
             start_new_session=True,
         )  # fmt: skip
         instance = replace(instance, session=starter.pid)
@@ -548,10 +577,12 @@ def _state_server_of(instance: Instance) -> list[str]:
     return []
 
 
-def _remember(home: Path, environment: Mapping[str, str], state_server: Sequence[str]) -> None:
+def _remember(home: Path, environment: Mapping[str, str], command: Sequence[str], state_server: Sequence[str]) -> None:
+    """How the head was started, for whoever has to start it, or its state server, again; with the token."""
     part = home / "run" / "head.json.part"
     part.touch(0o600)
-    part.write_text(json.dumps({"environment": dict(environment), "state_server": list(state_server)}))
+    how = {"environment": dict(environment), "command": list(command), "state_server": list(state_server)}
+    part.write_text(json.dumps(how))
     part.replace(home / "run" / "head.json")
 
 

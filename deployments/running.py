@@ -18,25 +18,24 @@ from cluster import bootstrap
 from cluster.bootstrap import RAYLET, STATE_SERVER, Instance
 from nexus import __version__
 from nexus.config import Config
-from nexus.errors import AlreadyRunning, NexusError, Unavailable
+from nexus.errors import AlreadyRunning, ConfigError, NexusError, Unavailable
 
 JOIN_SECONDS = 60.0  # that the other machines have to join a new head
-RECOVER_SECONDS = 30.0  # that a running application has to be ready again by itself
+RECOVER_SECONDS = 60.0  # that a running application has to be ready again by itself
 LOOK_SECONDS = 1.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0  # between attempts that fail
 NOTE = "note: "  # begins what the deploying process has to say to whoever runs `nexus up`
 
+Lacking = Literal["nothing", "state server", "head"]
 Outcome = Literal["ran already", "was healed", "started"]
 Tell = Callable[[str], None]
 
 
-def missing(alive: Collection[str], is_cluster: bool) -> Literal["nothing", "state server", "everything"]:
-    """What of Ray has to be started, by what lives of it. Only a cluster's state server finds its state again."""
+def missing(alive: Collection[str]) -> Lacking:
+    """What of Ray has to be started again, by what lives of it."""
     if RAYLET not in alive:
-        return "everything"
-    if STATE_SERVER in alive:
-        return "nothing"
-    return "state server" if is_cluster else "everything"
+        return "head"
+    return "nothing" if STATE_SERVER in alive else "state server"
 
 
 def ensure_up(
@@ -44,26 +43,17 @@ def ensure_up(
 ) -> tuple[Instance, Outcome]:
     """Start what is missing, and nothing else. The caller holds the home's lock. Raises NexusError.
 
-    Of a cluster, an application that is not ready is given a moment, then deployed again; what is well of it is left
-    as it is.
+    What ended of a cluster's head is started with the state that it had. Its application, where it is not ready, is
+    given a moment, then deployed again; what is well of it stays as it is.
     """
-    home = Path(config.home)
-    instance = bootstrap.find_instance(home)
-    lacking = missing(bootstrap.living(instance), bool(config.nodes)) if instance else "everything"
-    if instance is not None and lacking == "state server":
-        tell("Ray's state server has ended; starting it again")
-        try:
-            bootstrap.restart_state_server(home, instance)
-        except Unavailable as error:
-            tell(f"{error.message}; starting anew")
-            lacking = "everything"
-    if instance is None or lacking == "everything":
+    instance = bootstrap.find_instance(Path(config.home))
+    lacking = missing(bootstrap.living(instance)) if instance else "head"
+    if instance and lacking != "nothing":
+        instance = _heal(config, instance, lacking, tell)
+    if instance is None or not (config.nodes or is_ready(instance.url)):
         return bring_up(config, config_file, wait_seconds, join_seconds, tell), "started"
-    outcome: Outcome = "ran already" if lacking == "nothing" else "was healed"
-    if is_ready(instance.url):
-        return instance, outcome
-    if not config.nodes:
-        return bring_up(config, config_file, wait_seconds, join_seconds, tell), "started"
+    if lacking == "nothing" and is_ready(instance.url):
+        return instance, "ran already"
     try:
         await_ready(instance.url, time.monotonic() + min(RECOVER_SECONDS, wait_seconds))
     except Unavailable:
@@ -71,10 +61,29 @@ def ensure_up(
     return instance, "was healed"
 
 
+def _heal(config: Config, instance: Instance, lacking: Lacking, tell: Tell) -> Instance | None:
+    """A cluster's head, once it runs again with the state that it had. None where it cannot."""
+    home = Path(config.home)
+    if not config.nodes:
+        return None
+    try:
+        if lacking == "head":
+            tell("Ray's head has ended; starting it again")
+            return bootstrap.restart_head(home, instance)
+        tell("Ray's state server has ended; starting it again")
+        bootstrap.restart_state_server(home, instance)
+        return instance
+    except (ConfigError, Unavailable) as error:
+        tell(f"that failed ({error.message}); beginning anew")
+        return None
+
+
 def apply(config: Config, instance: Instance, config_file: Path | None, wait_seconds: float, tell: Tell) -> None:
     """Have a running cluster be as the settings say, by a plan of its machines as they are now. Raises NexusError."""
     deadline = time.monotonic() + wait_seconds
-    deploy(config, instance, bootstrap.environment_of_head(Path(config.home)), config_file, deadline, tell)
+    home = Path(config.home)
+    deploy(config, instance, bootstrap.environment_of_head(home), config_file, deadline, tell)
+    bootstrap.record_settings(home, instance, config_file)
     await_ready(instance.url, deadline)
 
 
@@ -167,7 +176,7 @@ def keep_up(config: Config, config_file: Path | None, wait_seconds: float, join_
     home = Path(config.home)
     pause = 0.0  # before the next attempt, while they fail: a failed one leaves no record
     while (instance := bootstrap.find_instance(home)) or pause:
-        if instance and missing(bootstrap.living(instance), bool(config.nodes)) == "nothing":
+        if instance and missing(bootstrap.living(instance)) == "nothing":
             pause = 0.0
             time.sleep(LOOK_SECONDS)
             continue

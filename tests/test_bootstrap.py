@@ -163,7 +163,7 @@ def test_the_state_server_is_started_as_it_was_and_is_ours_to_stop(home: Path) -
     recorded = instance(id="mine", ray_address=f"127.0.0.1:{port}")
     bootstrap._record(home, recorded)
     (home / "logs").mkdir()
-    bootstrap._remember(home, {bootstrap.INSTANCE: "mine"}, [sys.executable, "-c", SERVER, str(port)])
+    bootstrap._remember(home, {bootstrap.INSTANCE: "mine"}, [], [sys.executable, "-c", SERVER, str(port)])
     assert (home / "run" / "head.json").stat().st_mode & 0o077 == 0  # the token is in it
     server = bootstrap.restart_state_server(home, recorded)
     with socket.create_connection(("127.0.0.1", port)):
@@ -177,7 +177,7 @@ def test_the_state_server_is_started_as_it_was_and_is_ours_to_stop(home: Path) -
 def test_a_state_server_that_does_not_start_is_said(home: Path, command: list[str]) -> None:
     (port,) = bootstrap.free_ports(1)
     (home / "logs").mkdir()
-    bootstrap._remember(home, {}, command)
+    bootstrap._remember(home, {}, [], command)
     with pytest.raises(Unavailable):
         bootstrap.restart_state_server(home, instance(ray_address=f"127.0.0.1:{port}"))
 
@@ -185,5 +185,5 @@ def test_a_state_server_that_does_not_start_is_said(home: Path, command: list[st
 def test_how_a_head_was_started_is_known_only_where_one_was(home: Path) -> None:
     with pytest.raises(Unavailable, match="nexus down"):
         bootstrap.environment_of_head(home)
-    bootstrap._remember(home, {"RAY_SOMETHING": "1"}, [])
+    bootstrap._remember(home, {"RAY_SOMETHING": "1"}, [], [])
     assert bootstrap.environment_of_head(home)["RAY_SOMETHING"] == "1"

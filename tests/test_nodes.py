@@ -168,17 +168,11 @@ def test_without_a_token_it_is_said_where_to_get_it_and_none_is_made(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("alive", "of_a_cluster", "alone"),
-    [
-        ({RAYLET, STATE_SERVER}, "nothing", "nothing"),
-        ({RAYLET}, "state server", "everything"),
-        ({STATE_SERVER}, "everything", "everything"),
-        (set(), "everything", "everything"),
-    ],
+    ("alive", "lacking"),
+    [({RAYLET, STATE_SERVER}, "nothing"), ({RAYLET}, "state server"), ({STATE_SERVER}, "head"), (set(), "head")],
 )
-def test_what_is_missing_is_told_by_what_lives(alive: set[str], of_a_cluster: str, alone: str) -> None:
-    assert running.missing(alive, is_cluster=True) == of_a_cluster
-    assert running.missing(alive, is_cluster=False) == alone
+def test_what_is_missing_is_told_by_what_lives(alive: set[str], lacking: str) -> None:
+    assert running.missing(alive) == lacking
 
 
 def test_pauses_grow_to_a_minute() -> None:
