@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -25,7 +25,7 @@ def plan_for(config: Config, seen: Inventory | None, current: Plan | None, drain
 
     The error says what has no place, why, and what would give it one.
     """
-    plan = place(inventory_for(config, seen, drained), wants_of(config), current)
+    plan = place(inventory_for(config, seen, drained), wants_for(config, drained), current)
     if plan.refusals:
         raise ConfigError("not everything wanted has a place. " + " ".join(map(refused, plan.refusals)))
     return plan
@@ -36,6 +36,24 @@ def inventory_for(config: Config, seen: Inventory | None, drained: Collection[st
     described = configured(config)
     usable = described if seen is None else real(described, seen)
     return Inventory(tuple(node for node in usable.nodes if node.name not in drained))
+
+
+def wants_for(config: Config, drained: Collection[str]) -> list[Want]:
+    """What is wanted. While machines are drained, of each model one replica, and the others where there is room.
+
+    The voters of these machines stay there until an operator removes them: none of them is to be placed.
+    """
+    wants = wants_of(config)
+    if not drained:
+        return wants
+    fewer = [replace(want, least=min(want.least, 1), most=max(want.least, want.most)) for want in wants]
+    return [_without(want, drained) if want.nodes_of_each else few for want, few in zip(wants, fewer, strict=True)]
+
+
+def _without(want: Want, drained: Collection[str]) -> Want:
+    """Without the replicas that belong to drained machines alone."""
+    each = tuple(nodes for nodes in want.nodes_of_each if not nodes or set(nodes) - set(drained))
+    return replace(want, least=len(each), most=len(each), nodes_of_each=each)
 
 
 def refused(one: Refusal) -> str:
@@ -107,7 +125,7 @@ class Draft:
 
 def draw(config: Config, told: Told) -> Draft:
     """The plan that `nexus up` would apply."""
-    inventory, wants = inventory_for(config, told.seen, told.drained), wants_of(config)
+    inventory, wants = inventory_for(config, told.seen, told.drained), wants_for(config, told.drained)
     return Draft(inventory, wants, place(inventory, wants, told.plan))
 
 

@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -380,7 +381,7 @@ def test_machines_that_are_away_or_drained_are_left_out_and_named(
     agreed = running.says["agreed"]
     running.says["agreed"] = replace(agreed, drained=["clu"])
     code, out, err = nexus("--config", file, "--json")
-    assert code == 1  # one machine is too small for all of it
+    assert code == 0  # of what one machine is too small for, one replica stays
     assert [node["node"] for node in json.loads(out)["nodes"]] == ["witness", "sark"]
     assert "clu is drained" in err
     running.says["agreed"] = agreed
@@ -431,3 +432,18 @@ def test_a_nexus_that_does_not_answer_stops_the_diff_and_not_the_plan(
     assert (code, out) == (1, "") and err.startswith("error: no Nexus answers")
     code, out, err = nexus("--config", file)
     assert code == 0 and "sark" in out and err.startswith("note: the machines are as described: no Nexus answers")
+
+
+def test_a_drained_machine_keeps_its_voter_and_of_the_models_one_replica_stays_elsewhere(file: Path) -> None:
+    config = load_config(file)
+    plan = planning.plan_for(config, None, None)
+    assert {place.node for place in plan.places if place.want == "voter"} == {"witness", "sark", "clu"}
+    drained = planning.plan_for(config, None, plan, {"clu"})
+    assert {place.node for place in drained.places} == {"witness", "sark"}
+    assert {place.node for place in drained.places if place.want == "voter"} == {"witness", "sark"}
+    counts = Counter(place.want for place in drained.places)
+    assert counts["generator-0"] == 1, "for which one machine has room once"
+    assert counts["embedder"] == counts["reranker-0"] == 2
+    assert planning.plan_for(config, None, drained, {"clu"}) == drained
+    with pytest.raises(ConfigError, match="gateway"):
+        planning.plan_for(config, None, plan, {"witness"})
