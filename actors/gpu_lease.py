@@ -38,6 +38,8 @@ def hold(gpu_bytes: int) -> "GpuLease | None":
         return None
     node, holder = ray.get_runtime_context().get_node_labels().get(NODE_LABEL, LOCAL), _own_name()
     claims = [Claim(node, gpu, holder, parts * gpu_bytes, os.getpid()) for gpu, parts in sorted(_own_gpus().items())]
+    if not claims:
+        raise OperatorError(f"{holder} takes {size(gpu_bytes)} of a GPU, and Ray gave it none: run `nexus up` again")
     return GpuLease(Coordination(), claims, lambda: look(node, "", is_of_this_node).gpus)
 
 
@@ -56,7 +58,7 @@ def _own_gpus() -> Mapping[int, int]:
     gpus, group = ray.get_gpu_ids(), ray.util.get_current_placement_group()
     if not gpus and group is not None:
         bundles = [number for number, bundle in enumerate(group.bundle_specs) if bundle.get("GPU")]
-        glimpse = ray.remote(ray.get_gpu_ids).options(num_cpus=0, num_gpus=GLIMPSE)
+        glimpse = ray.remote(num_cpus=0, num_gpus=GLIMPSE)(ray.get_gpu_ids)
         there = [PlacementGroupSchedulingStrategy(group, number) for number in bundles]
         seen = ray.get([glimpse.options(scheduling_strategy=one).remote() for one in there])
         gpus = [gpu for some in seen for gpu in some]
