@@ -6,8 +6,8 @@ joins). `stop` ends the processes of that session, or with that id, and no other
 machine without knowing of each other, and what a crash left behind is found by the next start. (Either mark
 alone would miss some: Ray's workers overwrite their environment with their title.)
 
-With machines in the settings the head keeps Ray's state on disk. Ray's state server, when it alone has died, is
-started again with it, and nobody notices; a whole head that has died, too, and what runs on other machines goes on.
+With machines in the settings the head keeps Ray's state on disk, and how its processes were started: those that
+have ended are started again, with that state. What runs on other machines does not notice.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +44,9 @@ STOP_SECONDS = 3.0
 MAX_SOCKET_PATH = 107  # of a Unix socket, which Ray makes deep under its folder
 PORT = 6379  # of the head of a cluster, unless the settings say another
 STATE_SERVER, RAYLET = "gcs_server", "raylet"  # the processes without which there is no head, or no node
+DASHBOARD = "dashboard/dashboard.py"  # as its command line has it
+RAYLET_SOCKET, STORE_SOCKET, RAYLET_ID = "--raylet_socket_name", "--store_socket_name", "--node_id"
+OUTLIVE_A_RAYLET = (STATE_SERVER, DASHBOARD, "ray-dashboard", "ray.util.client.server")
 GPUS_LABEL = "nexus.io/gpus"  # which Ray carries, with the indices of the GPUs that it was given: 0-1-5
 Record = Literal["instance", "node"]
 
@@ -63,6 +66,7 @@ class Instance:
     started_at: float
     node: str = ""  # its name, in a cluster
     config_file: str = ""  # the one given to `up`, if any
+    revived: tuple[tuple[int, float], ...] = ()  # the sessions of what was started again, and when
 
 
 # ── the home ────────────────────────────────────────────────────────────────────────────────────
@@ -100,7 +104,8 @@ def record_settings(home: Path, instance: Instance, config_file: Path | None) ->
 def find_instance(home: Path, record: Record = "instance") -> Instance | None:
     """What the last `nexus up`, or `nexus node start` for "node", recorded, whether or not it still runs."""
     try:
-        return Instance(**json.loads((home / "run" / f"{record}.json").read_text()))
+        found = Instance(**json.loads((home / "run" / f"{record}.json").read_text()))
+        return replace(found, revived=tuple((session, at) for session, at in found.revived))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
         return None  # nothing recorded, or by a version that recorded other things
 
@@ -147,21 +152,37 @@ def is_running(home: Path) -> bool:
 
 def processes_of(instance: Instance) -> list[psutil.Process]:
     """Every process of the instance, but not the one that asks."""
-    if instance.boot_id != _boot_id() or not _leads_still(instance):
+    if instance.boot_id != _boot_id():
         return []
+    sessions = {session for session, at in _sessions(instance) if _leads_still(session, at)}
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE and _is_of(process, instance):
+            if process.pid == os.getpid() or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            if os.getsid(process.pid) in sessions or _has_mark(process, instance.id):
                 found.append(process)
     return found
 
 
-def _is_of(process: psutil.Process, instance: Instance) -> bool:
-    if instance.session and os.getsid(process.pid) == instance.session:
-        return True
+def _processes_but(instance: Instance, words: Collection[str]) -> list[psutil.Process]:
+    found = []
+    for process in processes_of(instance):
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if not any(word in command for word in words):
+                found.append(process)
+    return found
+
+
+def _sessions(instance: Instance) -> list[tuple[int, float]]:
+    first = [(instance.session, instance.started_at)] if instance.session else []
+    return [*first, *instance.revived]
+
+
+def _has_mark(process: psutil.Process, id: str) -> bool:
     with contextlib.suppress(psutil.AccessDenied):
-        return process.environ().get(INSTANCE) == instance.id
+        return process.environ().get(INSTANCE) == id
     return False
 
 
@@ -175,15 +196,13 @@ def is_of_this_node(process_id: int) -> bool:
     return False
 
 
-def _leads_still(instance: Instance) -> bool:
+def _leads_still(session: int, started_at: float) -> bool:
     """False when the leader's process id now belongs to somebody else's process.
 
-    The leader itself ends once the head runs; its id stays taken for as long as its session lives.
+    The leader itself may have ended; its id stays taken for as long as its session lives.
     """
     with contextlib.suppress(psutil.NoSuchProcess):
-        return (
-            not instance.session or psutil.Process(instance.session).create_time() < instance.started_at + START_SECONDS
-        )
+        return psutil.Process(session).create_time() < started_at + START_SECONDS
     return True
 
 
@@ -217,13 +236,14 @@ def stop(home: Path, record: Record = "instance") -> bool:
     return was_running
 
 
-def _end(instance: Instance) -> bool:
-    running = processes_of(instance)
+def _end(instance: Instance, but: Collection[str] = (), patience: float = STOP_SECONDS) -> bool:
+    """All but those whose command lines have one of these words; whether there was any."""
+    running = _processes_but(instance, but)
     for process in running:
         with contextlib.suppress(psutil.Error):
             process.terminate()
-    psutil.wait_procs(running, timeout=STOP_SECONDS)
-    while left := processes_of(instance):
+    psutil.wait_procs(running, timeout=patience)
+    while left := _processes_but(instance, but):
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
@@ -379,25 +399,9 @@ def start_head(config: Config, config_file: Path | None = None) -> tuple[Instanc
         gpus = free_gpus(config, instance.node)
         environment |= _of_gpus(gpus)
         command += describe_node(instance.node, machine, gpus)
-    full = _node_command(config, instance, command)
-    instance = _start_node(home, instance, full, environment, "instance")
-    _remember(home, environment, full, _state_server_of(instance))
+    instance = _start_node(config, instance, command, environment, "instance")
+    _remember(home, environment, _commands_of(instance))
     return instance, {**os.environ, **environment}
-
-
-def restart_head(home: Path, instance: Instance) -> Instance:
-    """Start a cluster's head that has ended as it was started before, with the state it had. Raises Unavailable.
-
-    The other machines, and what runs on them, take it for the same. The caller holds the home's lock.
-    """
-    remembered = _recall(home)
-    if not (home / "run" / "gcs").is_dir():
-        raise Unavailable("Ray's state is gone")
-    _end(instance)
-    again = replace(instance, session=0, boot_id=_boot_id(), started_at=time.time())
-    again = _start_node(home, again, remembered["command"], remembered["environment"], "instance")
-    _remember(home, remembered["environment"], remembered["command"], _state_server_of(again))
-    return again
 
 
 def join_head(config: Config, name: str) -> Instance:
@@ -413,14 +417,17 @@ def join_head(config: Config, name: str) -> Instance:
     machine, gpus = config.nodes[name], free_gpus(config, name)
     command = [f"--address={instance.ray_address}", f"--node-ip-address={address_of(machine)}"]
     environment = environment_of(config, instance.id) | _of_gpus(gpus)
-    full = _node_command(config, instance, [*command, *describe_node(name, machine, gpus)])
-    return _start_node(home, instance, full, environment, "node")
+    return _start_node(config, instance, [*command, *describe_node(name, machine, gpus)], environment, "node")
 
 
 def _answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT, or at the path of a socket."""
+    is_path = address.startswith("/")
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), CONNECT_SECONDS):
+        with socket.socket(socket.AF_UNIX if is_path else socket.AF_INET) as probe:
+            probe.settimeout(CONNECT_SECONDS)
+            probe.connect(address if is_path else (host, int(port)))
             return True
     except OSError:
         return False
@@ -488,30 +495,28 @@ def _new_instance(home: Path, ray_address: str, **fields: Any) -> Instance:
     )  # fmt: skip
 
 
-def _node_command(config: Config, instance: Instance, command: Sequence[str]) -> list[str]:
+def _start_node(
+    config: Config, instance: Instance, command: Sequence[str], environment: Mapping[str, str], record: Record
+) -> Instance:
+    """Run `ray start`, and record it from before it begins. Raises Unavailable, with nothing left running."""
+    home = Path(config.home)
+    shutil.rmtree(instance.ray_folder, ignore_errors=True)  # its logs were kept until now
+    shutil.rmtree(home / "run" / "metrics", ignore_errors=True)
+    (home / "run" / "metrics").mkdir(parents=True)
+    (home / "logs").mkdir(exist_ok=True)
+    _record(home, instance, record)
     listen, grpc, runtime, metrics = free_ports(4)
-    return [
+    full = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *command,
         f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
         f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}",
         f"--object-store-memory={config.ray.object_store_bytes}", f"--temp-dir={instance.ray_folder}",
         "--include-log-monitor=False",
     ]  # fmt: skip
-
-
-def _start_node(
-    home: Path, instance: Instance, command: Sequence[str], environment: Mapping[str, str], record: Record
-) -> Instance:
-    """Run `ray start`, and record it from before it begins. Raises Unavailable, with nothing left running."""
-    shutil.rmtree(instance.ray_folder, ignore_errors=True)  # its logs were kept until now
-    shutil.rmtree(home / "run" / "metrics", ignore_errors=True)
-    (home / "run" / "metrics").mkdir(parents=True)
-    (home / "logs").mkdir(exist_ok=True)
-    _record(home, instance, record)
     log_file = home / "logs" / ("ray-head.log" if record == "instance" else "ray-node.log")
     with log_file.open("wb") as log:
         starter = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env={**os.environ, **environment},
+            full, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env={**os.environ, **environment},
             start_new_session=True,
         )  # fmt: skip
         instance = replace(instance, session=starter.pid)
@@ -531,16 +536,25 @@ def _start_node(
     return instance
 
 
-# ── Ray's state server ──────────────────────────────────────────────────────────────────────────
+# ── what has ended of a head ────────────────────────────────────────────────────────────────────
 
 
 def living(instance: Instance) -> set[str]:
     """Which of the processes live that matter: Ray's state server (at the head) and its raylet."""
-    names = set()
+    return set(_commands_of(instance)) & {STATE_SERVER, RAYLET}
+
+
+def _commands_of(instance: Instance) -> dict[str, list[str]]:
+    """The command lines of those of its processes that can be started again, as far as they live."""
+    found = {}
     for process in processes_of(instance):
         with contextlib.suppress(psutil.Error):
-            names.add(process.name())
-    return names & {STATE_SERVER, RAYLET}
+            command = process.cmdline()
+            if any(DASHBOARD in word for word in command):
+                found[DASHBOARD] = command
+            elif process.name() in (STATE_SERVER, RAYLET):
+                found[process.name()] = command
+    return found
 
 
 def environment_of_head(home: Path) -> dict[str, str]:
@@ -548,41 +562,67 @@ def environment_of_head(home: Path) -> dict[str, str]:
     return {**os.environ, **_recall(home)["environment"]}
 
 
-def restart_state_server(home: Path, instance: Instance) -> "subprocess.Popen[bytes]":
-    """Start Ray's state server again, with its state, as the head had started it; it answers. Raises Unavailable.
+def revive(home: Path, instance: Instance) -> None:
+    """Start again what has ended of a cluster's head, as it was started before. Raises Unavailable.
 
-    The caller holds the home's lock.
+    It has the state that it had: the other machines, and what runs on them, take it for the same; what ran under the
+    raylet that ended is started again by Ray. The caller holds the home's lock.
     """
     remembered = _recall(home)
-    if not remembered["state_server"]:
-        raise Unavailable("it is not recorded how Ray's state server was started")
+    commands, alive = remembered["commands"], _commands_of(instance)
+    if not {STATE_SERVER, RAYLET} <= set(commands):
+        raise Unavailable("it is not recorded how the head was started")
+    if instance.boot_id != _boot_id():
+        instance = replace(instance, boot_id=_boot_id(), session=0, revived=())
+    for name in (STATE_SERVER, RAYLET, DASHBOARD):
+        if name in alive or name not in commands:
+            continue
+        command = commands[name]
+        if name == RAYLET:
+            _end(instance, OUTLIVE_A_RAYLET, patience=0.1)  # what the raylet had started is lost
+            command = _renamed(command)
+        process = _start_again(home, command, remembered["environment"])
+        instance = replace(instance, revived=(*instance.revived, (process.pid, time.time())))
+        _record(home, instance)
+        if name != DASHBOARD:
+            _await_answer(process, instance.ray_address if name == STATE_SERVER else _option(command, RAYLET_SOCKET))
+
+
+def _renamed(raylet: Sequence[str]) -> list[str]:
+    """The command of a raylet for a node that Ray has not known yet, for it takes back none; with room to listen."""
+    for name in (RAYLET_SOCKET, STORE_SOCKET):
+        Path(_option(raylet, name)).unlink(missing_ok=True)
+    before = _option(raylet, RAYLET_ID)
+    after = secrets.token_hex(len(before) // 2)
+    return [word.replace(before, after) for word in raylet]
+
+
+def _option(command: Sequence[str], name: str) -> str:
+    return next(word.partition("=")[2] for word in command if word.startswith(f"{name}="))
+
+
+def _start_again(home: Path, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     with (home / "logs" / "ray-head.log").open("ab") as log:
-        server = subprocess.Popen(
-            remembered["state_server"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home,
-            env={**os.environ, **remembered["environment"]}, start_new_session=True,
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=home, env={**os.environ, **environment},
+            start_new_session=True,
         )  # fmt: skip
+
+
+def _await_answer(process: "subprocess.Popen[bytes]", address: str) -> None:
+    """Return once something listens at this port, or socket's path. Raises Unavailable when the process has ended."""
     ends = time.monotonic() + START_SECONDS
-    while not _answers(instance.ray_address):
-        if server.poll() is not None or time.monotonic() > ends:
-            raise Unavailable("Ray's state server does not start again")
+    while not _answers(address):
+        if process.poll() is not None or time.monotonic() > ends:
+            raise Unavailable(f"nothing listens at {address} again")
         time.sleep(LOOK_SECONDS)
-    return server
 
 
-def _state_server_of(instance: Instance) -> list[str]:
-    for process in processes_of(instance):
-        with contextlib.suppress(psutil.Error):
-            if process.name() == STATE_SERVER:
-                return process.cmdline()
-    return []
-
-
-def _remember(home: Path, environment: Mapping[str, str], command: Sequence[str], state_server: Sequence[str]) -> None:
-    """How the head was started, for whoever has to start it, or its state server, again; with the token."""
+def _remember(home: Path, environment: Mapping[str, str], commands: Mapping[str, Sequence[str]]) -> None:
+    """How the head was started, for whoever has to start a part of it again; with the token."""
     part = home / "run" / "head.json.part"
     part.touch(0o600)
-    how = {"environment": dict(environment), "command": list(command), "state_server": list(state_server)}
-    part.write_text(json.dumps(how))
+    part.write_text(json.dumps({"environment": dict(environment), "commands": commands}))
     part.replace(home / "run" / "head.json")
 
 
@@ -591,9 +631,7 @@ def _recall(home: Path) -> dict[str, Any]:
         remembered: dict[str, Any] = json.loads((home / "run" / "head.json").read_text())
         return remembered
     except (FileNotFoundError, json.JSONDecodeError):
-        raise Unavailable(
-            f"it is not recorded how the head in {home} was started: `nexus down`, then `nexus up`"
-        ) from None
+        raise Unavailable("it is not recorded how the head was started: `nexus down`, then `nexus up`") from None
 
 
 def _ray_folder(home: Path) -> str:

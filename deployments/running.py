@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from cluster import bootstrap
 from cluster.bootstrap import RAYLET, STATE_SERVER, Instance
 from nexus import __version__
 from nexus.config import Config
-from nexus.errors import AlreadyRunning, ConfigError, NexusError, Unavailable
+from nexus.errors import AlreadyRunning, NexusError, Unavailable
 
 JOIN_SECONDS = 60.0  # that the other machines have to join a new head
 RECOVER_SECONDS = 60.0  # that a running application has to be ready again by itself
@@ -26,16 +26,8 @@ LOOK_SECONDS = 1.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0  # between attempts that fail
 NOTE = "note: "  # begins what the deploying process has to say to whoever runs `nexus up`
 
-Lacking = Literal["nothing", "state server", "head"]
 Outcome = Literal["ran already", "was healed", "started"]
 Tell = Callable[[str], None]
-
-
-def missing(alive: Collection[str]) -> Lacking:
-    """What of Ray has to be started again, by what lives of it."""
-    if RAYLET not in alive:
-        return "head"
-    return "nothing" if STATE_SERVER in alive else "state server"
 
 
 def ensure_up(
@@ -47,12 +39,12 @@ def ensure_up(
     given a moment, then deployed again; what is well of it stays as it is.
     """
     instance = bootstrap.find_instance(Path(config.home))
-    lacking = missing(bootstrap.living(instance)) if instance else "head"
-    if instance and lacking != "nothing":
-        instance = _heal(config, instance, lacking, tell)
+    was_whole = instance is not None and is_whole(instance)
+    if instance and not was_whole:
+        instance = _heal(config, instance, tell)
     if instance is None or not (config.nodes or is_ready(instance.url)):
         return bring_up(config, config_file, wait_seconds, join_seconds, tell), "started"
-    if lacking == "nothing" and is_ready(instance.url):
+    if was_whole and is_ready(instance.url):
         return instance, "ran already"
     try:
         await_ready(instance.url, time.monotonic() + min(RECOVER_SECONDS, wait_seconds))
@@ -61,19 +53,22 @@ def ensure_up(
     return instance, "was healed"
 
 
-def _heal(config: Config, instance: Instance, lacking: Lacking, tell: Tell) -> Instance | None:
-    """A cluster's head, once it runs again with the state that it had. None where it cannot."""
+def is_whole(instance: Instance) -> bool:
+    """Whether of a head nothing has ended without which it is none."""
+    return bootstrap.living(instance) == {RAYLET, STATE_SERVER}
+
+
+def _heal(config: Config, instance: Instance, tell: Tell) -> Instance | None:
+    """A cluster's head, once what has ended of it runs again. None where it does not."""
     home = Path(config.home)
     if not config.nodes:
         return None
+    ended = " and ".join(sorted({RAYLET, STATE_SERVER} - bootstrap.living(instance)))
+    tell(f"Ray's {ended} has ended here; starting that again")
     try:
-        if lacking == "head":
-            tell("Ray's head has ended; starting it again")
-            return bootstrap.restart_head(home, instance)
-        tell("Ray's state server has ended; starting it again")
-        bootstrap.restart_state_server(home, instance)
-        return instance
-    except (ConfigError, Unavailable) as error:
+        bootstrap.revive(home, instance)
+        return bootstrap.find_instance(home)
+    except Unavailable as error:
         tell(f"that failed ({error.message}); beginning anew")
         return None
 
@@ -176,7 +171,7 @@ def keep_up(config: Config, config_file: Path | None, wait_seconds: float, join_
     home = Path(config.home)
     pause = 0.0  # before the next attempt, while they fail: a failed one leaves no record
     while (instance := bootstrap.find_instance(home)) or pause:
-        if instance and missing(bootstrap.living(instance)) == "nothing":
+        if instance and is_whole(instance):
             pause = 0.0
             time.sleep(LOOK_SECONDS)
             continue

@@ -147,43 +147,93 @@ def test_deep_homes_get_a_short_ray_folder(tmp_path: Path) -> None:
     assert len(bootstrap._ray_folder(tmp_path / ("x" * 90))) < 60
 
 
-# ── Ray's state server, with a program in its place ─────────────────────────────────────────────
+# ── what has ended of a head, with programs in the places of Ray's ──────────────────────────────
 
-SERVER = """
+PROGRAM = """
 import os, socket, sys
-print(os.environ["NEXUS_INSTANCE"], flush=True)
-with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listening:
+name, address, *rest = sys.argv[1:]
+print(name, os.environ["NEXUS_INSTANCE"], *rest, flush=True)
+path = address.partition("=")[2]
+with socket.socket(socket.AF_UNIX if path else socket.AF_INET) as listening:
+    listening.bind(path or ("127.0.0.1", int(address)))
+    listening.listen()
     while True:
         listening.accept()
 """
 
 
-def test_the_state_server_is_started_as_it_was_and_is_ours_to_stop(home: Path) -> None:
+OLD = "00ff" * 14  # a node's id
+
+
+@pytest.fixture
+def ended(home: Path, tmp_path: Path) -> Instance:
+    """A head of which nothing lives, and what its processes were started with."""
     (port,) = bootstrap.free_ports(1)
-    recorded = instance(id="mine", ray_address=f"127.0.0.1:{port}")
+    recorded = instance(id="mine", session=2**22 - 1, ray_address=f"127.0.0.1:{port}")
     bootstrap._record(home, recorded)
     (home / "logs").mkdir()
-    bootstrap._remember(home, {bootstrap.INSTANCE: "mine"}, [], [sys.executable, "-c", SERVER, str(port)])
+    (tmp_path / "socket").touch()  # left there
+    program = [sys.executable, "-c", PROGRAM]
+    commands = {
+        bootstrap.STATE_SERVER: [*program, bootstrap.STATE_SERVER, str(port)],
+        bootstrap.RAYLET: [
+            *program, "raylet", f"--raylet_socket_name={tmp_path / 'socket'}",
+            f"--store_socket_name={tmp_path / 'store'}",
+            f"--node_id={OLD}", f"--worker=x --id {OLD}",
+        ],
+    }  # fmt: skip
+    bootstrap._remember(home, {bootstrap.INSTANCE: "mine"}, commands)
+    return recorded
+
+
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_what_has_ended_is_started_as_it_was_and_is_ours_to_stop(home: Path, ended: Instance) -> None:
     assert (home / "run" / "head.json").stat().st_mode & 0o077 == 0  # the token is in it
-    server = bootstrap.restart_state_server(home, recorded)
-    with socket.create_connection(("127.0.0.1", port)):
-        assert (home / "logs" / "ray-head.log").read_text() == "mine\n"
+    worker = start(env={**os.environ, bootstrap.INSTANCE: "mine"})
+    bootstrap.revive(home, ended)
+    assert not psutil.pid_exists(worker.pid)  # what was left of those of the raylet that ended
+    end(worker)
+    server, raylet = (home / "logs" / "ray-head.log").read_text().splitlines()
+    assert server == "gcs_server mine"
+    name = raylet.rpartition(" ")[2]
+    assert raylet.endswith(f"store --node_id={name} --worker=x --id {name}")
+    assert name != OLD and len(name) == len(OLD)  # Ray gave that one up
+    found = bootstrap.find_instance(home)
+    assert found is not None and len(bootstrap.processes_of(found)) == len(found.revived) == 2
     assert bootstrap.stop(home)
-    assert not psutil.pid_exists(server.pid)
-    server.wait()
+    assert not any(psutil.pid_exists(session) for session, _ in found.revived)
 
 
-@pytest.mark.parametrize("command", [[], [sys.executable, "-c", "raise SystemExit(1)"]])
-def test_a_state_server_that_does_not_start_is_said(home: Path, command: list[str]) -> None:
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_after_a_reboot_the_sessions_of_before_are_nobodys(home: Path, ended: Instance) -> None:
+    stranger = start(start_new_session=True)
+    bootstrap.revive(home, replace(ended, boot_id="another boot", session=stranger.pid))
+    assert bootstrap.stop(home)
+    assert stranger.poll() is None
+    end(stranger)
+
+
+def test_a_process_that_was_started_again_marks_what_is_ours_by_its_session(home: Path) -> None:
+    ours, others = start(start_new_session=True), start(start_new_session=True)
+    now, long_ago = time.time(), time.time() - 3600
+    bootstrap._record(home, instance(revived=((ours.pid, now), (others.pid, long_ago))))
+    assert bootstrap.stop(home)
+    assert not psutil.pid_exists(ours.pid) and others.poll() is None
+    for child in (ours, others):
+        end(child)
+
+
+@pytest.mark.parametrize("commands", [{}, {"raylet": ["x"]}, {"gcs_server": ["false"], "raylet": ["x"]}])
+def test_what_does_not_start_again_is_said(home: Path, commands: dict[str, list[str]]) -> None:
     (port,) = bootstrap.free_ports(1)
     (home / "logs").mkdir()
-    bootstrap._remember(home, {}, [], command)
+    bootstrap._remember(home, {}, commands)
     with pytest.raises(Unavailable):
-        bootstrap.restart_state_server(home, instance(ray_address=f"127.0.0.1:{port}"))
+        bootstrap.revive(home, instance(ray_address=f"127.0.0.1:{port}"))
 
 
 def test_how_a_head_was_started_is_known_only_where_one_was(home: Path) -> None:
     with pytest.raises(Unavailable, match="nexus down"):
         bootstrap.environment_of_head(home)
-    bootstrap._remember(home, {"RAY_SOMETHING": "1"}, [], [])
+    bootstrap._remember(home, {"RAY_SOMETHING": "1"}, {})
     assert bootstrap.environment_of_head(home)["RAY_SOMETHING"] == "1"

@@ -167,12 +167,10 @@ def test_without_a_token_it_is_said_where_to_get_it_and_none_is_made(tmp_path: P
 # ── what has to be started again ────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    ("alive", "lacking"),
-    [({RAYLET, STATE_SERVER}, "nothing"), ({RAYLET}, "state server"), ({STATE_SERVER}, "head"), (set(), "head")],
-)
-def test_what_is_missing_is_told_by_what_lives(alive: set[str], lacking: str) -> None:
-    assert running.missing(alive) == lacking
+@pytest.mark.parametrize("alive", [{RAYLET}, {STATE_SERVER}, set(), {RAYLET, STATE_SERVER}])
+def test_a_head_is_whole_with_its_raylet_and_its_state_server(alive: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "living", lambda instance: alive)
+    assert running.is_whole(SOME) == (len(alive) == 2)
 
 
 def test_pauses_grow_to_a_minute() -> None:
