@@ -43,7 +43,6 @@ from cluster.gpu_leases import GPUS, Claim, claim, declare, held
 from cluster.inventory import Gpu
 from cluster.voter import Pace
 from nexus.errors import OperatorError, Unavailable
-from tests.running import until
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -497,9 +496,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 class TestOnRay:
     pytestmark = SYSTEM
 
-    def test_replicas_that_fit_are_held_by_name_and_gpu_until_they_release_or_are_killed(
-        self, machine: Machine
-    ) -> None:
+    def test_replicas_that_fit_are_held_by_name_and_gpu_until_they_release(self, machine: Machine) -> None:
         machine.show({})
         one, two = machine.start("embedder@sark#1", 30 * GIB, 0.5), machine.start("reranker-0@sark#2", 20 * GIB, 1)
         told = {"embedder@sark#1": ray.get(one.tell.remote()), "reranker-0@sark#2": ray.get(two.tell.remote())}
@@ -508,9 +505,10 @@ class TestOnRay:
         assert sorted(machine.held(), key=lambda claim: claim.holder) == expected
         ray.get(two.end.remote())
         assert machine.held() == [expected[0]]
-        os.kill(expected[0].pid, signal.SIGKILL)
-        until(60, lambda: machine.held() == [])
-        ray.kill(two)
+        ray.get(one.end.remote())
+        assert machine.held() == []
+        for each in (one, two):
+            ray.kill(each)
 
     def test_one_whose_gpu_a_stranger_holds_is_refused_and_says_who(self, machine: Machine) -> None:
         stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
@@ -531,16 +529,16 @@ class TestOnRay:
         third = machine.start("embedder@sark#3", 20 * GIB, 1)
         assert ray.get(third.tell.remote())[0] == [1]
         stranger.communicate(b"\n")
-        for one in (*both, third):
+        for one in (both[outcomes.index([0])], third):
+            ray.get(one.end.remote())
             ray.kill(one)
-        until(60, lambda: machine.held() == [])
 
     def test_an_engine_claims_the_gpus_of_its_bundles_before_its_workers_have_them(self, machine: Machine) -> None:
         machine.show({})
         group = placement_group([{"CPU": 1, "GPU": 0.9}] * 2, strategy="STRICT_PACK")
         there = PlacementGroupSchedulingStrategy(group, 0)
         engine = machine.start("generator-0@sark#1", 72 * GIB, 0, scheduling_strategy=there)
-        (gpus, pid) = ray.get(engine.tell.remote())
+        gpus, pid = ray.get(engine.tell.remote())
         assert gpus == []
         assert machine.held() == [Claim("sark", gpu, "generator-0@sark#1", 72 * GIB, pid) for gpu in (0, 1)]
         with pytest.raises(ActorDiedError, match=r"generator-0@sark#1 holds 72.0GiB \(process \d+\)"):
@@ -548,8 +546,9 @@ class TestOnRay:
         with pytest.raises(ActorDiedError, match=r"embedder@sark#2 takes 9.0GiB of a GPU, and Ray gave it none"):
             ray.get(machine.start("embedder@sark#2", 9 * GIB, 0).tell.remote())
         late = machine.start("embedder@sark#3", 9 * GIB, 0.1, patience=60.0)
-        ray.kill(engine)  # whose claim ends with its lease
-        assert len(ray.get(late.tell.remote())[0]) == 1
+        os.kill(pid, signal.SIGKILL)  # and its claims end with their lease
+        gpus, pid = ray.get(late.tell.remote())
+        assert machine.held() == [Claim("sark", gpus[0], "embedder@sark#3", 9 * GIB, pid)]
         ray.kill(late)
         remove_placement_group(group)
 
