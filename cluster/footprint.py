@@ -36,8 +36,8 @@ from nexus.models.vllm import environment
 
 MIB, GIB = 2**20, 2**30
 PROCESS = 384 * MIB  # Python, Ray and torch in a replica's process
-GPU_PROCESS = 1536 * MIB  # the same with CUDA's libraries, and weights on their way to the GPU
-ENGINE_PROCESS = 900 * MIB  # of vLLM in host memory: the replica, its core and each worker are one each
+CUDA_PROCESS = 1536 * MIB  # what CUDA's libraries and weights on their way to a GPU add to a process
+ENGINE_PROCESS = 584 * MIB  # of vLLM in host memory: the replica, its core and each worker are one each
 TOKENIZER = 32 * MIB
 WORKING = 200 * MIB  # per batch that a small model works on, on a CPU: states, scores, oneDNN's kernels
 GPU_TOKENS = 32_768  # of a batch of a small model on a GPU
@@ -99,8 +99,9 @@ def of_checkpoint(folder: Path, engine: Engine, name: str = "") -> Footprint:
 
 
 def host_memory(engine: Engine) -> int:
-    """Of the processes of one replica, beside weights and cache."""
-    return (engine.tensor_parallel * engine.pipeline_parallel + 2) * ENGINE_PROCESS
+    """Of the processes of one replica, beside weights and cache on a CPU."""
+    workers = engine.tensor_parallel * engine.pipeline_parallel
+    return (workers + 2) * ENGINE_PROCESS + (workers * CUDA_PROCESS if engine.device == "gpu" else 0)
 
 
 def cpu_cache(engine: Engine) -> int:

@@ -92,7 +92,15 @@ def _want(name: str, model: Served, threads: int) -> Want:
     at_once = min(threads, model.replicas.at_once)
     holds = _encoder(model, model.device, at_once) or Footprint(0, footprint.PROCESS)
     if model.device == "gpu":
-        return Want(name, least, most, memory=footprint.GPU_PROCESS, gpus=1, footprint=holds, nodes=model.nodes)
+        return Want(
+            name,
+            least,
+            most,
+            memory=footprint.PROCESS + footprint.CUDA_PROCESS,
+            gpus=1,
+            footprint=holds,
+            nodes=model.nodes,
+        )
     return Want(name, least, most, memory=holds.weights + holds.overhead, footprint=holds, nodes=model.nodes)
 
 
