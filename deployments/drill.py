@@ -37,6 +37,7 @@ PAUSE_SECONDS = 0.05  # between two requests of one kind
 REQUEST_SECONDS = 60.0
 CALM_SECONDS = 5.0  # of load before a fault, and after all is whole again
 LOOK_SECONDS = 0.5
+FELT_SECONDS = 20.0  # in which Ray notices that a raylet is gone
 DELAY_SECONDS = 1.0  # before what a machine was told to do, so that it can answer
 COLLECTION = "drill"
 
@@ -270,7 +271,10 @@ def run(config: Config, fault: Fault, cut_seconds: float, patience: float, heal:
         time.sleep(DELAY_SECONDS + (cut_seconds if fault.what == "link" else 0.0))
         if fault.what == "state":  # machines join again by themselves
             heal()
-        _await_whole(nexus, fault, begun + patience)
+        elif fault.what == "raylet":
+            _await(nexus, False, begun + FELT_SECONDS)
+        if not _await(nexus, True, begun + patience):
+            raise Unavailable(f"after {fault}, not all runs again in its time; `nexus status` says what is missing")
         whole = time.monotonic() - begun
         time.sleep(CALM_SECONDS)
         ended = time.monotonic()
@@ -282,14 +286,14 @@ def run(config: Config, fault: Fault, cut_seconds: float, patience: float, heal:
     return Outcome(str(fault), longest_gap(load.beats, "answer", begun, ended), whole, done, refused, len(lost))
 
 
-def _await_whole(nexus: Client, fault: Fault, deadline: float) -> None:
-    while True:
+def _await(nexus: Client, wanted: bool, deadline: float) -> bool:
+    """Whether all is whole, or something is not, before that moment (monotonic seconds)."""
+    while time.monotonic() <= deadline:
         with suppress(NexusError):
-            if is_whole(nexus.call("GET", "/status", timeout=20)[1]):
-                return
-        if time.monotonic() > deadline:
-            raise Unavailable(f"after {fault}, not all runs again in its time; `nexus status` says what is missing")
+            if is_whole(nexus.call("GET", "/status", timeout=20)[1]) is wanted:
+                return True
         time.sleep(LOOK_SECONDS)
+    return False
 
 
 def run_all(config: Config, chosen: Sequence[Fault], cut_seconds: float, patience: float) -> list[Outcome]:
