@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 VOTER = "voter"  # a want that is no deployment
 UNWELL = ("UNHEALTHY", "DEPLOY_FAILED")
-PATIENCE_SECONDS = 4.0  # for each of those that are asked; all at once
+PATIENCE_SECONDS = 6.0  # for each of those that are asked; all at once
 
 _COUNTING = ThreadPoolExecutor(1, "tally")  # whoever asks often has one count under way, and no more
 

@@ -24,7 +24,7 @@ from nexus.errors import Unavailable
 
 FRESH_SECONDS = 1.0
 INVENTORY_SECONDS = 10.0  # to look at a machine takes a process there, and a silent one is waited for
-KEPT_SECONDS = 60.0
+KEPT_SECONDS = 120.0
 STARTING = ("STARTING", "UPDATING", "RECOVERING")
 
 Said = TypeVar("Said")
@@ -37,6 +37,8 @@ class RayObserver:
         self.joined = Look(joined, FRESH_SECONDS)
         look = partial(machines.look_at, config)
         self.inventory: Look[Inventory] = Look(look, INVENTORY_SECONDS, KEPT_SECONDS)
+        if config.nodes:
+            self.inventory.begin()
         self.deployed = Look(deployed, FRESH_SECONDS)
         self._voters: Client | None = None
 
@@ -62,6 +64,10 @@ class Look(Generic[Said]):
         self._thread = ThreadPoolExecutor(1, "observer")
         self._asked: asyncio.Future[tuple[Said, float]] | None = None
         self._said: tuple[Said, float] | None = None
+
+    def begin(self) -> None:
+        """Ask before anybody waits for it."""
+        self._thread.submit(self._listen)
 
     async def __call__(self) -> Said:
         said = self._said

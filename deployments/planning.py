@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
+from cluster.bootstrap import GPUS_LABEL
 from cluster.inventory import Gpu, Inventory, Node, configured, real
 from cluster.placement import Place, Plan, Refusal, Want, left, moves, place
 from cluster.wants import ROLES, wants_of
@@ -77,56 +78,71 @@ def models_of(config: Config) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What `GET /status` tells a planner; `seen` and `plan` are None where it does not say."""
+    """What `GET /status` tells a planner; `seen` and `plan` are None where it does not say.
+
+    `given` are the GPUs that machines joined with: `nexus node start` leaves out those that others hold.
+    """
 
     seen: Inventory | None = None
     plan: Plan | None = None
     why_no_plan: str = ""
     drained: Sequence[str] = ()
-    notes: Sequence[str] = ()  # for people: which machines the plan leaves out, and why
+    given: Mapping[str, Collection[int]] = field(default_factory=dict)
+    notes: Sequence[str] = ()  # for people: which machines are not planned as they are seen
 
 
 def read_status(config: Config, status: Mapping[str, Any]) -> Told:
-    """Machines that do not answer are left out; one that does not say which GPUs it has, has those described."""
+    """What a machine does not say of itself is as described."""
     unknown, drained = status["unknown"], status["drained"] or ()
     plan = None if status["placement"] is None else Plan(_PLACES.validate_python(status["placement"]))
     why = unknown.get("placement", "no plan is in force: the Nexus that runs is one machine without GPUs of its own")
     notes = [f"{name} is drained: nothing goes there" for name in drained]
     if status["nodes"] is None:
-        return Told(None, plan, why, drained, [*notes, f"the machines are as described: {unknown['nodes']}"])
+        notes.append(f"the machines are as described: {unknown['nodes']}")
+        return Told(None, plan, why, drained, notes=notes)
     described = {node.name: node for node in configured(config).nodes}
-    seen = []
+    seen, given = [], {}
     for node in status["nodes"]:
+        name = node["name"]
         if not node["alive"]:
-            notes.append(f"{node['name']} does not answer: nothing goes there")
-            continue
-        if node["gpus"] is None:
-            notes.append(f"{node['name']} does not say which GPUs it has: they are as described")
-        seen.append(_read_node(node, described.get(node["name"])))
-    return Told(Inventory(tuple(seen)), plan, why, drained, notes)
+            notes.append(f"{name} does not answer: it is planned as described")
+        elif node["gpus"] is None:
+            notes.append(f"{name} does not say which GPUs it has: they are as described")
+        else:
+            described[name] = _read_node(node)
+            given[name] = {int(index) for index in node["labels"].get(GPUS_LABEL, "").split("-") if index}
+        seen += [described[name]] if name in described else []
+    return Told(Inventory(tuple(seen)), plan, why, drained, given if config.nodes else {}, notes)
 
 
-def _read_node(node: Mapping[str, Any], described: Node | None) -> Node:
-    gpus = described.gpus if described else ()
-    if node["gpus"] is not None:
-        sizes = [(one["index"], one["model"], one["memory_bytes"], one["taken_bytes"]) for one in node["gpus"]]
-        gpus = tuple(Gpu(*one) for one in sizes)
-    return Node(node["name"], node["address"], node["cpus"], node["memory_bytes"], gpus, node["labels"])
+def _read_node(node: Mapping[str, Any]) -> Node:
+    gpus = (Gpu(one["index"], one["model"], one["memory_bytes"], one["taken_bytes"]) for one in node["gpus"])
+    return Node(node["name"], node["address"], node["cpus"], node["memory_bytes"], tuple(gpus), node["labels"])
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A plan, with what it was made of."""
+    """A plan, with what it was made of, and the GPUs that were left out of it, by machine."""
 
     inventory: Inventory
     wants: Sequence[Want]
     plan: Plan
+    left_out: Mapping[str, Collection[int]]
 
 
 def draw(config: Config, told: Told) -> Draft:
     """The plan that `nexus up` would apply."""
     inventory, wants = inventory_for(config, told.seen, told.drained), wants_for(config, told.drained)
-    return Draft(inventory, wants, place(inventory, wants, told.plan))
+    given = Inventory(tuple(_given(node, told.given.get(node.name)) for node in inventory.nodes))
+    left_out = {
+        node.name: {gpu.index for gpu in node.gpus} - {gpu.index for gpu in rest.gpus}
+        for node, rest in zip(inventory.nodes, given.nodes, strict=True)
+    }
+    return Draft(inventory, wants, place(given, wants, told.plan), left_out)
+
+
+def _given(node: Node, indices: Collection[int] | None) -> Node:
+    return node if indices is None else replace(node, gpus=tuple(gpu for gpu in node.gpus if gpu.index in indices))
 
 
 # ── as JSON ─────────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +158,7 @@ def describe(config: Config, draft: Draft) -> dict[str, Any]:
         gpus = [
             {
                 "gpu": gpu.index, "model": gpu.model, "memory_bytes": gpu.memory, "taken_bytes": gpu.taken,
-                "left_bytes": free.memory,
+                "left_bytes": free.memory, "left_out": gpu.index in draft.left_out[node.name],
                 "replicas": [replica for one, replica in here if gpu.index in one.gpus],
             }
             for gpu, free in zip(node.gpus, rest.gpus, strict=True)
@@ -230,6 +246,7 @@ def _gpus(gpus: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("  GPU", "model", "memory", "what is there", "left", numbers=("  GPU", "memory", "left"))
     for gpu in gpus:
         lines = [f"{gibibytes(gpu['taken_bytes'])} held by others"] if gpu["taken_bytes"] else []
+        lines += ["left out when the machine joined"] if gpu["left_out"] else []
         lines += [f"{gibibytes(one['bytes'])} {_called(one)}" for one in gpu["replicas"]]
         table.add_row(
             str(gpu["gpu"]), gpu["model"], gibibytes(gpu["memory_bytes"]), "\n".join(lines) or "nothing",

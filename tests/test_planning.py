@@ -284,13 +284,19 @@ def test_what_is_in_force_stays_where_it_is(file: Path) -> None:
 # ── where Nexus runs ────────────────────────────────────────────────────────────────────────────
 
 
+def joined(node: Node) -> Joined:
+    """With all its GPUs."""
+    labels = {"nexus.io/gpus": "-".join(str(gpu.index) for gpu in node.gpus)} if node.gpus else {}
+    return Joined(node.name, node.address, True, labels, node.cpus, node.memory)
+
+
 @pytest.fixture
 def observer(file: Path) -> Observer:
     """Of a cluster that is as described and runs its plan."""
     config, observer = load_config(file), Observer()
     described = configured(config)
     observer.says = {
-        "joined": [Joined(node.name, node.address, True, {}, node.cpus, node.memory) for node in described.nodes],
+        "joined": [joined(node) for node in described.nodes],
         "inventory": described, "deployed": [Deployed("gateway@witness", "HEALTHY", 1, 0)],
         "agreed": Agreed(planning.plan_for(config, None, None)),
     }  # fmt: skip
@@ -375,20 +381,36 @@ def test_what_would_be_refused_is_not_compared(
     assert code == 1 and "no place for generator-0" in err and json.loads(out)["refusals"]
 
 
-def test_machines_that_are_away_or_drained_are_left_out_and_named(
-    nexus: Command, file: Path, running: Observer
-) -> None:
-    agreed = running.says["agreed"]
-    running.says["agreed"] = replace(agreed, drained=["clu"])
+def test_a_drained_machine_is_left_out_and_named(nexus: Command, file: Path, running: Observer) -> None:
+    running.says["agreed"] = replace(running.says["agreed"], drained=["clu"])
     code, out, err = nexus("--config", file, "--json")
     assert code == 0  # of what one machine is too small for, one replica stays
     assert [node["node"] for node in json.loads(out)["nodes"]] == ["witness", "sark"]
-    assert "clu is drained" in err
-    running.says["agreed"] = agreed
+    assert err == "note: clu is drained: nothing goes there\n"
+
+
+def test_a_machine_that_is_away_is_planned_as_described_and_named(
+    nexus: Command, file: Path, running: Observer
+) -> None:
+    occupy(running, "clu", 0, 8 * GIB)
     running.says["joined"] = [replace(one, is_alive=one.name != "clu") for one in running.says["joined"]]
-    _, out, err = nexus("--config", file, "--json")
-    assert [node["node"] for node in json.loads(out)["nodes"]] == ["witness", "sark"]
-    assert "clu does not answer" in err
+    code, out, err = nexus("--config", file, "--diff")
+    assert (code, out) == (0, f"{len(running.says['agreed'].plan.places)} unchanged\n")
+    assert err == "note: clu does not answer: it is planned as described\n"
+
+
+def test_a_gpu_that_a_machine_joined_without_is_shown_and_not_planned(
+    nexus: Command, file: Path, running: Observer
+) -> None:
+    assert any(place.node == "sark" and 0 in place.gpus for place in running.says["agreed"].plan.places)
+    running.says["joined"] = [
+        replace(one, labels={"nexus.io/gpus": "1-2-3-4-5-6-7"}) if one.name == "sark" else one
+        for one in running.says["joined"]
+    ]
+    gpus = read(nexus, "--config", file)["nodes"][1]["gpus"]
+    assert [gpu["left_out"] for gpu in gpus] == [True] + 7 * [False] and gpus[0]["replicas"] == []
+    _, out, _ = nexus("--config", file)
+    assert "0 H100 8.0 GiB left out when the machine joined 8.0 GiB" in map(words, out.splitlines())
 
 
 def test_a_machine_that_does_not_say_what_it_has_counts_as_described(

@@ -482,12 +482,24 @@ def test_what_is_stale_is_asked_anew_and_does_meanwhile_where_it_may() -> None:
         look, keeping = by_ray.Look(ask, fresh=0), by_ray.Look(ask, fresh=0, kept=3600)
         assert [await look(), await look(), await keeping()] == [1, 2, 3]
         ask.may_answer.clear()
-        assert [await keeping(), await keeping()] == [3, 3]  # one call is under way
-        ask.may_answer.set()
+        try:
+            async with asyncio.timeout(60):
+                assert [await keeping(), await keeping()] == [3, 3]  # one call is under way
+        finally:
+            ask.may_answer.set()
         assert keeping._asked is not None and (await keeping._asked)[0] == 4
         assert await keeping() == 4
 
     asyncio.run(run())
+
+
+def test_a_look_may_begin_before_anybody_waits() -> None:
+    ask = Asked()
+    look = by_ray.Look(ask, fresh=3600)
+    look.begin()
+    ask.may_answer.set()
+    look._thread.shutdown(wait=True)  # it has ended
+    assert (asyncio.run(look()), ask.calls) == (1, 1)
 
 
 def test_a_look_that_failed_is_taken_again() -> None:
