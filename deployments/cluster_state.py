@@ -279,13 +279,13 @@ def compare(
     found = [one.sentence for one in differences(Inventory(tuple(described)), there)] if described else []
     for machine in machines:
         found += [sentence for gpu in machine.gpus or () for sentence in _of_gpu(machine.node.name, gpu)]
+    away = {machine.node.name for machine in machines if not machine.is_alive}  # which says enough
     found += [
         f"{one.name} is unhealthy: {one.running} of its replicas run; its log says why"
         for one in deployed or ()
-        if one.status in UNWELL
+        if one.status in UNWELL and one.node not in away
     ]
     if deployed is not None and agreed is not None and agreed.plan is not None:
-        away = {machine.node.name for machine in machines if not machine.is_alive}
         found += _not_running(agreed.plan, {one.name for one in deployed}, away)
     return found
 

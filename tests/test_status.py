@@ -274,8 +274,9 @@ def test_a_machine_that_died_or_never_came_is_told_as_such(client: TestClient, o
     assert nodes["clu"]["gpus"] is None and nodes["witness"]["cpus"] == 2
     for name in ("clu", "witness"):
         assert any(sentence.startswith(name) for sentence in read(client)["differences"])
-    observer.says["deployed"] = DEPLOYED[:2]
-    assert sentences(client, "generator-0@clu") == []  # that its machine is away says enough
+    for there in (DEPLOYED[:2], (*DEPLOYED[:2], replace(DEPLOYED[2], status="UNHEALTHY"))):
+        observer.says["deployed"] = there
+        assert sentences(client, "generator-0@clu") == []  # that its machine is away says enough
 
 
 def test_a_machine_that_nobody_described_is_shown_too(client: TestClient, observer: Observer) -> None:
