@@ -39,8 +39,11 @@ PROCESS = 384 * MIB  # Python, Ray and torch in a replica's process
 CUDA_PROCESS = 1536 * MIB  # what CUDA's libraries and weights on their way to a GPU add to a process
 ENGINE_PROCESS = 584 * MIB  # of vLLM in host memory: the replica, its core and each worker are one each
 TOKENIZER = 32 * MIB
-WORKING = 200 * MIB  # per batch that a small model works on, on a CPU: states, scores, oneDNN's kernels
+KERNELS = 272 * MIB  # of oneDNN for all lengths of texts, and what glibc keeps
+WORKING = 9  # bytes per token of a batch and number of a layer's states, on a CPU
+CPU_TOKENS = 2048  # of a batch of a small model on a CPU
 GPU_TOKENS = 32_768  # of a batch of a small model on a GPU
+GGUF_BUFFERS = 256 * MIB  # of llama.cpp, for a batch
 CONTEXT = 512 * MIB  # of CUDA on a GPU, with torch's kernels
 COMMUNICATION = 512 * MIB  # NCCL's buffers
 GRAPH = 384 * 2**10  # of one CUDA graph and layer; vLLM reports 0.16 to 0.4 MiB
@@ -290,7 +293,8 @@ def of_encoder(address: str, device: Device, at_once: int = 1) -> Footprint:
     if device == "gpu":
         states = 2 * GPU_TOKENS * (6 * config.hidden + 2 * config.width)
         return Footprint(4 * numbers, CONTEXT + at_once * states)
-    return Footprint(4 * numbers, PROCESS + TOKENIZER + at_once * WORKING)
+    working = WORKING * CPU_TOKENS * (6 * config.hidden + 2 * config.width)
+    return Footprint(4 * numbers, PROCESS + TOKENIZER + KERNELS + at_once * working)
 
 
 def of_gguf(address: str, context_length: int) -> Footprint:
@@ -310,7 +314,7 @@ def of_gguf(address: str, context_length: int) -> Footprint:
             size = int(said.get(f"{kind}.attention.key_length", hidden // heads))
         except (struct.error, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
             raise ConfigError(f"the header of {address!r} is damaged or lacks {error}") from None
-    return Footprint(file.stat().st_size, PROCESS + WORKING, 4 * layers * kept * size, context_length)
+    return Footprint(file.stat().st_size, PROCESS + GGUF_BUFFERS, 4 * layers * kept * size, context_length)
 
 
 # Files

@@ -97,18 +97,22 @@ def test_what_trying_everything_places_is_placed() -> None:
     assert min(found) > 50, "too few of one kind to tell"
 
 
-def test_only_one_arrangement_is_found() -> None:
-    """The largest first would take the place that only the smaller fits in beside the rest."""
-    tight = Inventory((machine("a", 1, of_each=24), machine("b", 1, of_each=48), machine("c", 1, of_each=80)))
-    wants = [
-        small("x", 40, nodes=("b", "c")),
-        small("y", 22),
-        small("z", 44, nodes=("b", "c")),
-        small("v", 30),
-        small("u", 4),
-    ]
-    assert can_be_placed(tight, wants)
-    planned(tight, *wants)
+TIGHT = [machine("a", 1, of_each=24), machine("b", 1, of_each=48), machine("c", 1, of_each=80)]
+OF_ALL = [
+    small("x", 40, nodes=("b", "c")),
+    small("y", 22),
+    small("z", 44, nodes=("b", "c")),
+    small("v", 30),
+    small("u", 4),
+]
+
+
+@pytest.mark.parametrize("others", [0, 100])
+def test_the_only_arrangement_is_found(others: int) -> None:
+    """Where few machines are there by trying all, where many are by another order."""
+    tight = Inventory((*TIGHT, *(machine(f"n{number}") for number in range(others))))
+    assert can_be_placed(tight, OF_ALL)
+    planned(tight, *OF_ALL)
 
 
 # ── where things go ─────────────────────────────────────────────────────────────────────────────
@@ -217,12 +221,38 @@ def test_one_gives_way_where_one_is_enough() -> None:
     assert [(old.want, new.node) for old, new in moves(scattered, after).moved] == [("a", "clu")]
 
 
+def test_no_more_than_one_gives_way_where_one_is_enough() -> None:
+    """Neither of the first two GPUs is free, though the pair would go there if nothing were on them."""
+    one = Inventory((machine("sark", 3),))
+    scattered = Plan((Place("a", 0, "sark", (0,)), Place("b", 0, "sark", (1,))))
+    after = planned(one, small("a", 5), small("b", 5), engine("pair", 30, gpus=2), current=scattered)
+    assert len(moves(scattered, after).moved) == 1
+
+
+def test_what_is_not_allowed_any_more_moves() -> None:
+    before = planned(
+        PAIR, small("s", 2, nodes=("sark",)), Want("voter", 1, 1, is_apart=True, nodes_of_each=(("sark",),))
+    )
+    voter = Want("voter", 1, 1, is_apart=True, nodes_of_each=(("witness",),))
+    after = planned(PAIR, small("s", 2, nodes=("clu",)), voter, current=before)
+    assert [(old.node, new.node) for old, new in moves(before, after).moved] == [("sark", "clu"), ("sark", "witness")]
+    two = Plan((Place("voter", 0, "sark"), Place("voter", 1, "sark")))
+    assert len({*spots(planned(PAIR, Want("voter", 2, 2, is_apart=True), current=two), "voter")}) == 2
+
+
+def test_a_group_on_gpus_that_are_not_alike_moves() -> None:
+    cards = (Gpu(0, "A40", 48 * GIB), Gpu(1, "H100", 80 * GIB), Gpu(2, "H100", 80 * GIB))
+    one = Inventory((Node("sark", "sark", 64, 1024 * GIB, cards),))
+    mixed = Plan((Place("pair", 0, "sark", (0, 1)),))
+    assert spots(planned(one, engine("pair", 30, gpus=2), current=mixed), "pair") == [("sark", (1, 2))]
+
+
 def test_replicas_past_the_least_give_way_and_move_nothing() -> None:
     one = Inventory((machine("sark", 4),))
     before = planned(one, engine("e", 16, most=4))
     after = planned(one, engine("e", 16, most=4), engine("pair", 30, gpus=2), current=before)
-    assert len(spots(after, "e")) == 2 and moves(before, after).moved == ()
-    assert {*spots(after, "e")} <= {*spots(before, "e")}
+    staying = {one for one in after.places if one.want == "e"}
+    assert len(staying) == 2 and staying < {*before.places}
 
 
 def test_nothing_moves_to_make_room_for_more_than_the_least() -> None:
@@ -251,8 +281,10 @@ def test_other_sizes_change_a_place_without_moving_it() -> None:
 
 
 def test_a_plan_that_was_refused_is_no_reason_to_stay_anywhere() -> None:
-    refusing = place(PAIR, [small("a", 5), engine("b", 9000)])
-    assert refusing.refusals and place(PAIR, [small("a", 5)], refusing) == place(PAIR, [small("a", 5)])
+    elsewhere = (Place("a", 0, "clu", (5,)),)
+    assert spots(planned(PAIR, small("a", 5), current=Plan(elsewhere)), "a") == [("clu", (5,))]
+    refusing = Plan(elsewhere, (Refusal("b", "too large", "leave b out"),))
+    assert planned(PAIR, small("a", 5), current=refusing) == planned(PAIR, small("a", 5))
 
 
 def test_moves_are_told_by_what_replicas_do_not_by_their_numbers() -> None:
@@ -324,6 +356,19 @@ def test_two_that_fit_alone_but_not_together() -> None:
         "0 of 1 replicas have a place beside what else is wanted; one needs 72.5 GiB of a GPU"
     )
     assert refusal.remedy == "1 machine more like sark"
+
+
+def test_what_does_not_get_its_least_leaves_its_room_to_others() -> None:
+    one = Inventory((machine("sark", 2, memory=16, cpus=4),))
+    for greedy, modest in (
+        (Want("x", 3, 3, memory=7 * GIB), Want("y", memory=10 * GIB)),
+        (Want("x", 3, 3, cpus=2), Want("y", cpus=1)),
+        (engine("x", 30, least=3), engine("y", 20)),
+        (engine("x", 30, gpus=2, least=2), engine("y", 20)),
+    ):
+        plan = place(one, [greedy, modest])
+        assert [refusal.want for refusal in plan.refusals] == ["x"]
+        assert [found.want for found in plan.places] == ["y"]
 
 
 def test_each_of_several_refusals_is_about_one() -> None:
