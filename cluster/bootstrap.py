@@ -166,13 +166,13 @@ def processes_of(instance: Instance) -> list[psutil.Process]:
 
 
 def _processes_but(instance: Instance, words: Collection[str]) -> list[psutil.Process]:
-    found = []
-    for process in processes_of(instance):
+    running, kept = processes_of(instance), set()
+    for process in running:
         with contextlib.suppress(psutil.Error):
             command = " ".join(process.cmdline())
-            if not any(word in command for word in words):
-                found.append(process)
-    return found
+            if any(word in command for word in words):
+                kept |= {process, *process.children(recursive=True)}
+    return [process for process in running if process not in kept]
 
 
 def _sessions(instance: Instance) -> list[tuple[int, float]]:
@@ -237,7 +237,7 @@ def stop(home: Path, record: Record = "instance") -> bool:
 
 
 def _end(instance: Instance, but: Collection[str] = (), patience: float = STOP_SECONDS) -> bool:
-    """All but those whose command lines have one of these words; whether there was any."""
+    """All but those whose command lines have one of these words, and their children; whether there was any."""
     running = _processes_but(instance, but)
     for process in running:
         with contextlib.suppress(psutil.Error):

@@ -233,6 +233,8 @@ def _connect() -> tuple[Config, bootstrap.Instance]:
     """The settings of the Nexus that runs here, and itself, once this process is a driver of its Ray."""
     home = Path(load_config().home)
     recorded = bootstrap.find_instance(home)
+    if recorded is not None and bootstrap.processes_of(recorded) and not running.is_whole(recorded):
+        raise Unavailable("a part of Ray has ended here, which would not answer; `nexus up` starts it again")
     settings = load_config(Path(recorded.config_file) if recorded and recorded.config_file else None)
     instance = become_driver(settings, "deployments.cli", sys.argv[1:])
     bootstrap.head_address(settings)

@@ -237,3 +237,27 @@ def test_how_a_head_was_started_is_known_only_where_one_was(home: Path) -> None:
         bootstrap.environment_of_head(home)
     bootstrap._remember(home, {"RAY_SOMETHING": "1"}, {})
     assert bootstrap.environment_of_head(home)["RAY_SOMETHING"] == "1"
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_those_that_outlive_a_raylet_keep_their_children(home: Path) -> None:
+    environment = {**os.environ, bootstrap.INSTANCE: "mine"}
+    command = [sys.executable, "-c", PARENT, "dashboard/dashboard.py"]
+    dashboard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert dashboard.stdout is not None
+    child = int(dashboard.stdout.readline())
+    worker = start(env=environment)
+    ours = instance(id="mine")
+    assert bootstrap._end(ours, bootstrap.OUTLIVE_A_RAYLET)
+    assert not psutil.pid_exists(worker.pid) and dashboard.poll() is None and psutil.pid_exists(child)
+    assert bootstrap._end(ours)
+    assert not psutil.pid_exists(child)
+    for process in (dashboard, worker):
+        end(process)
