@@ -139,12 +139,13 @@ class Cluster:
         return found
 
     def kill(self, host: str, name: str) -> None:
-        """With SIGKILL, at least one."""
+        """With SIGKILL, at least one; returns once it has gone."""
         doomed = self.processes(host, name)
         assert doomed, f"there is no {name} on {host}"
         for process in doomed:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(doomed, timeout=10)
 
     # The front door
 

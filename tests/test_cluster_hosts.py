@@ -161,3 +161,23 @@ def test_a_drill_finds_answers_within_half_a_minute_and_nothing_lost(it: Cluster
     for outcome in outcomes.values():
         assert outcome["lost"] == 0 and set(outcome["done"]) == {"answer", "document", "session", "metadata"}, outcome
         assert outcome["silent"] < 30, outcome  # what the cluster promises
+
+
+def test_a_head_that_is_watched_heals_by_itself_and_a_signal_ends_what_it_watches_and_nothing_else(it: Cluster) -> None:
+    watcher = it.begin(HEAD, "up", "--stay")
+    until(60, lambda: "already runs" in it.said(HEAD))
+    it.kill(HEAD, "gcs_server")
+    until(60, lambda: it.processes(HEAD, "gcs_server"))
+    it.kill(HEAD, "raylet")
+    until(60, lambda: it.processes(HEAD, "raylet"))
+    until(120, lambda: answers(it))
+    watcher.terminate()
+    assert watcher.wait(60) == 0 and it.hosts.processes(HEAD) == []
+    assert it.processes("sark", "node start") and it.processes("sark", "raylet")
+
+
+def test_a_signal_takes_a_machine_that_stays_out_of_the_cluster(it: Cluster) -> None:
+    (member,) = it.processes("sark", "node start")
+    member.terminate()
+    until(60, lambda: not it.hosts.processes("sark"))
+    assert "sark has left the cluster" in it.said("sark")
