@@ -97,22 +97,19 @@ def test_what_trying_everything_places_is_placed() -> None:
     assert min(found) > 50, "too few of one kind to tell"
 
 
-TIGHT = [machine("a", 1, of_each=24), machine("b", 1, of_each=48), machine("c", 1, of_each=80)]
-OF_ALL = [
-    small("x", 40, nodes=("b", "c")),
-    small("y", 22),
-    small("z", 44, nodes=("b", "c")),
-    small("v", 30),
-    small("u", 4),
-]
+def test_the_only_arrangement_is_found_by_trying_all() -> None:
+    tight = Inventory((machine("a", 1, of_each=24), machine("b", 1, of_each=48), machine("c", 1, of_each=80)))
+    either = ("b", "c")
+    wants = [small("x", 40, nodes=either), small("y", 22), small("z", 44, nodes=either), small("v", 30), small("u", 4)]
+    assert can_be_placed(tight, wants)
+    planned(tight, *wants)
 
 
-@pytest.mark.parametrize("others", [0, 100])
-def test_the_only_arrangement_is_found(others: int) -> None:
-    """Where few machines are there by trying all, where many are by another order."""
-    tight = Inventory((*TIGHT, *(machine(f"n{number}") for number in range(others))))
-    assert can_be_placed(tight, OF_ALL)
-    planned(tight, *OF_ALL)
+def test_it_is_found_by_another_order_where_all_are_too_many() -> None:
+    """Beside a hundred machines that do not help, 36 and 40 have to be on one GPU, which is not where 40 goes first."""
+    useless = (machine(f"n{number}") for number in range(100))
+    many = Inventory((machine("a", 1, of_each=48), machine("b", 1, of_each=80), *useless))
+    planned(many, small("x", 30), small("y", 15), small("z", 36), small("v", 40))
 
 
 # ── where things go ─────────────────────────────────────────────────────────────────────────────
@@ -255,6 +252,13 @@ def test_replicas_past_the_least_give_way_and_move_nothing() -> None:
     assert len(staying) == 2 and staying < {*before.places}
 
 
+def test_what_is_needed_does_not_move_where_what_is_not_can_go() -> None:
+    one = Inventory((machine("sark", 4),))
+    before = Plan((Place("a", 0, "sark", (0,)), *(Place("e", number, "sark", (number + 1,)) for number in range(3))))
+    after = planned(one, small("a", 10), engine("e", 16, most=3), engine("pair", 30, gpus=2), current=before)
+    assert spots(after, "a") == [("sark", (0,))] and spots(after, "e") == [("sark", (1,))]
+
+
 def test_nothing_moves_to_make_room_for_more_than_the_least() -> None:
     one = Inventory((machine("sark", 2),))
     apart = Plan((Place("a", 0, "sark", (0,)), Place("b", 0, "sark", (1,))))
@@ -358,17 +362,25 @@ def test_two_that_fit_alone_but_not_together() -> None:
     assert refusal.remedy == "1 machine more like sark"
 
 
-def test_what_does_not_get_its_least_leaves_its_room_to_others() -> None:
-    one = Inventory((machine("sark", 2, memory=16, cpus=4),))
-    for greedy, modest in (
-        (Want("x", 3, 3, memory=7 * GIB), Want("y", memory=10 * GIB)),
-        (Want("x", 3, 3, cpus=2), Want("y", cpus=1)),
-        (engine("x", 30, least=3), engine("y", 20)),
-        (engine("x", 30, gpus=2, least=2), engine("y", 20)),
-    ):
-        plan = place(one, [greedy, modest])
-        assert [refusal.want for refusal in plan.refusals] == ["x"]
-        assert [found.want for found in plan.places] == ["y"]
+@pytest.mark.parametrize(
+    ("first", "greedy", "modest", "says"),
+    [
+        (Want("z", memory=8 * GIB), Want("x", 3, 3, memory=7 * GIB), Want("y", memory=6 * GIB), "1 of 3"),
+        (Want("z", cpus=2), Want("x", 3, 3, cpus=1), Want("y", cpus=0.5), "1 of 3"),
+        (engine("z", 30, gpus=2), engine("x", 30, least=3), engine("y", 30), "1 of 3"),
+        (engine("z", 300, gpus=8), engine("x", 30, gpus=2, least=2), engine("y", 30), "0 of 2"),
+    ],
+)
+def test_what_does_not_get_its_least_leaves_its_room_to_others(
+    first: Want, greedy: Want, modest: Want, says: str
+) -> None:
+    """It would, if nothing else were there."""
+    gpus = 10 if first.gpus == 8 else 4
+    one = Inventory((machine("sark", gpus, memory=24, cpus=4),))
+    plan = place(one, [first, greedy, modest])
+    recount(one, [first, greedy, modest], plan)
+    assert [refusal.want for refusal in plan.refusals] == ["x"]
+    assert plan.refusals[0].reason.startswith(f"{says} replicas have a place beside what else is wanted")
 
 
 def test_each_of_several_refusals_is_about_one() -> None:
