@@ -142,7 +142,7 @@ class _Machine:
         self.name = name
         self.in_flight = 0
         self.turn = 0  # of all calls, the last one that it was asked
-        self.is_met = False  # it has answered
+        self.is_met = False  # it has answered, or failed
         self._part = part
         self._is_away = False
         self._silent_since: float | None = None  # it was first asked after its last answer
@@ -163,7 +163,7 @@ class _Machine:
         if not task.cancelled():
             self._silent_since = None
             self._is_away = isinstance(task.exception(), Unavailable)
-            self.is_met = self.is_met or not self._is_away
+            self.is_met = True
 
     def is_aside(self, now: float) -> bool:
         """Whether others are asked first."""
@@ -183,7 +183,7 @@ class _Machine:
                 await self._part.ready()
         except (NexusError, RayError, OSError):  # TimeoutError is one
             return False
-        self.is_met, self._is_away, self._silent_since = True, False, None
+        self._is_away, self._silent_since = False, None
         return True
 
 
