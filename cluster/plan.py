@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from pydantic import TypeAdapter, ValidationError
@@ -149,6 +149,21 @@ def decode(content: bytes) -> Plan:
         return _PLAN.validate_json(content)
     except ValidationError:
         raise UpstreamInvalid(f"the coordinator keeps something under {KEY!r} that is no plan") from None
+
+
+def make_way(plan: Plan, machine: str) -> Plan:
+    """Without the last replica of each kind that has two on some machine and none on this one.
+
+    So the next plan has one to place, and takes the emptiest machine for it.
+    """
+    there = {place.want for place in plan.places if place.node == machine}
+    doubled: dict[str, Place] = {}
+    counts = Counter((place.want, place.node) for place in plan.places)
+    for place in plan.places:
+        if place.want not in there and counts[place.want, place.node] > 1:
+            doubled[place.want] = place
+    given_up = set(doubled.values())
+    return replace(plan, places=tuple(place for place in plan.places if place not in given_up))
 
 
 # What a plan leaves

@@ -14,7 +14,7 @@ import typer
 from cluster import bootstrap
 from cluster.bootstrap import RAYLET
 from cluster.inventory import configured, differences
-from cluster.plan import DRAINED
+from cluster.plan import DRAINED, KEY, decode, encode, make_way
 from deployments import running
 from deployments.driver import become_driver
 from nexus.config import Config, load_config
@@ -225,6 +225,7 @@ def resume(
     _require_described(settings, name)
     with bootstrap.lock_home(Path(settings.home)):
         was_drained = asyncio.run(_mark(name, is_drained=False))
+        asyncio.run(_make_way(name))
         _deploy(settings, instance, time.monotonic() + wait)
     typer.echo(f"{name} takes work again" if was_drained else f"{name} was not drained")
 
@@ -260,6 +261,15 @@ async def _mark(name: str, is_drained: bool) -> bool:
         return True
     await client.put(f"{DRAINED}{name}", b"")
     return False
+
+
+async def _make_way(name: str) -> None:
+    """Let the next plan have replicas for a machine that takes work again."""
+    from actors.coordinator import connect
+
+    client = await connect()
+    if kept := await client.get(KEY):
+        await client.compare_and_set(KEY, kept[1], encode(make_way(decode(kept[0]), name)))
 
 
 def _deploy(settings: Config, instance: bootstrap.Instance, deadline: float) -> None:

@@ -36,8 +36,7 @@ Machine = Callable[..., None]
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Gives this machine GPUs, as NVML would report them."""
-    monkeypatch.syspath_prepend(str(DOUBLE))
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", load_module(DOUBLE / "pynvml.py"))
     monkeypatch.setenv("FAKE_NVML", str(tmp_path / "gpus.json"))
 
     def describe(*gpus: dict[str, object], **errors: str) -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import socket
+import sys
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from deployments.machines import Joined
 from nexus.config import Config
 from nexus.errors import AlreadyRunning, ConfigError, InvalidRequest, NotFound, Unavailable
 from tests.running import ROOT
+from tests.test_inventory import load_module
 
 UNITS = ROOT / "deployments" / "systemd"
 NVML = ROOT / "tests" / "nvml"
@@ -114,7 +116,7 @@ def test_gpus_that_somebody_computes_on_or_that_are_not_described_are_left_out(
     gpu = {"name": "NVIDIA H100 80GB HBM3", "total": 80 * GIB}
     file = tmp_path / "nvml.json"
     file.write_text(json.dumps({"gpus": [gpu, gpu | {"used": 30 * GIB, "compute": [stranger]}, gpu, gpu]}))
-    monkeypatch.syspath_prepend(str(NVML))
+    monkeypatch.setitem(sys.modules, "pynvml", load_module(NVML / "pynvml.py"))
     monkeypatch.setenv("FAKE_NVML", str(file))
     assert bootstrap.free_gpus(settings, "sark") == (0, 2)
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cluster.inventory import Inventory, Node, configured
 from cluster.placement import Place, Plan, Refusal, decode, encode
+from cluster.plan import make_way
 from deployments import cli, planning
 from deployments.cluster_state import Agreed, Deployed, Joined
 from deployments.gateway import build
@@ -467,5 +468,10 @@ def test_a_drained_machine_keeps_its_voter_and_of_the_models_one_replica_stays_e
     assert counts["generator-0"] == 1, "for which one machine has room once"
     assert counts["embedder"] == counts["reranker-0"] == 2
     assert planning.plan_for(config, None, drained, {"clu"}) == drained
+    assert {one.node for one in drained.places if one.want == "embedder"} == {"sark"}
+    resumed = planning.plan_for(config, None, make_way(drained, "clu"))
+    for want in ("embedder", "reranker-0", "generator-0"):
+        assert {one.node for one in resumed.places if one.want == want} == {"sark", "clu"}, want
+    assert make_way(resumed, "clu") == resumed and make_way(drained, "sark") == drained
     with pytest.raises(ConfigError, match="gateway"):
         planning.plan_for(config, None, plan, {"witness"})
