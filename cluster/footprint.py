@@ -312,8 +312,8 @@ def of_gguf(address: str, context_length: int) -> Footprint:
             )
             kept = int(said.get(f"{kind}.attention.head_count_kv", heads))
             size = int(said.get(f"{kind}.attention.key_length", hidden // heads))
-        except (struct.error, KeyError, ValueError, TypeError, OverflowError, MemoryError) as error:
-            raise ConfigError(f"the header of {address!r} is damaged or lacks {error}") from None
+        except (struct.error, KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+            raise ConfigError(f"the header of {address!r} is damaged, or has no model: {error}") from None
     return Footprint(file.stat().st_size, PROCESS + GGUF_BUFFERS, 4 * layers * kept * size, context_length)
 
 
@@ -396,9 +396,8 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
     return values
 
 
-_GGUF_SIZES = dict(
-    zip(range(13), "BbHhIifB??Qqd", strict=True)
-)  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: types of values by number, 8 is a text and 9 a list
+_GGUF_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_TEXT, _GGUF_LIST = 8, 9
 
 
@@ -419,9 +418,11 @@ def _read_gguf(stream: BinaryIO) -> dict[str, Any]:
             return read_text()
         if kind == _GGUF_LIST:
             of, count = read("I"), read("Q")
+            if of == _GGUF_LIST:
+                raise ValueError("a list of lists")
             values = [read_value(of) for _ in range(count)]
             return values[0] if values else None
-        return read(_GGUF_SIZES[kind])
+        return read(_GGUF_NUMBERS[kind])
 
     stream.read(4 + 4 + 8)  # magic, version, number of tensors
     return {read_text(): read_value(read("I")) for _ in range(read("Q"))}

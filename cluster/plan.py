@@ -1,7 +1,7 @@
 """What is wanted, who goes where, and what that leaves: values, without any choice in them."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -255,8 +255,3 @@ def _by_want(places: Iterable[Place]) -> dict[str, list[Place]]:
 
 def _size(place: Place) -> tuple[float, ...]:
     return (place.gpu_bytes, place.gpu_share, place.cache_tokens, place.cpus, place.memory)
-
-
-def count_places(places: Sequence[Place]) -> Counter[str]:
-    """How many replicas of each want have a place."""
-    return Counter(place.want for place in places)

@@ -95,8 +95,8 @@ def _hopeless(inventory: Inventory, wants: Sequence[Want]) -> frozenset[str]:
     """The names of those whose least finds no room even while nothing else is there."""
     packing = Packing(inventory)
     found = []
-    for want in wants:
-        if not place_least(packing, want) and _search_all(inventory, [want]) is None:
+    for want in wants:  # of one want every order is as good, unless its replicas have machines of their own
+        if not place_least(packing, want) and not (want.nodes_of_each and _search_all(inventory, [want])):
             found.append(want.name)
         packing.release_all(want)
     return frozenset(found)

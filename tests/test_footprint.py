@@ -122,6 +122,17 @@ def test_the_cache_and_the_batch_of_llama_3_8b(tmp_path: Path) -> None:
     assert (found.divides_by, found.heads) == (8, 32)
 
 
+def test_a_batch_goes_through_all_the_experts_it_asks(tmp_path: Path) -> None:
+    def batch(**changed: int) -> int:
+        return of_checkpoint(
+            write_model(tmp_path, {**SMALL, **changed}), Engine(compiled=False, max_sequences=1)
+        ).overhead
+
+    dense, mixture = batch(intermediate_size=2048), batch(num_experts_per_tok=8, moe_intermediate_size=1024)
+    assert dense == 2 * 4096 * (4 * 1024 + 3 * 2048)  # a batch is no longer than one sequence
+    assert mixture == 2 * 4096 * (4 * 1024 + 3 * 8192)
+
+
 @pytest.mark.parametrize(
     ("changed", "numbers", "divides_by"),
     [
@@ -240,7 +251,7 @@ def test_no_weight_is_read(tmp_path: Path) -> None:
 def test_a_model_in_several_files(tmp_path: Path) -> None:
     folder = write_model(tmp_path, SMALL)
     write_header(folder / "model-2.safetensors", {"model.layers.0.b": matrix(1024, 1024)})
-    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    write_header(folder / "consolidated.safetensors", {"layers.0.w2": matrix(1024, 1024)})  # the same by other names
     assert of_checkpoint(folder, Engine()).weights == 2 * EMBEDDING + 3 * LAYER
     index = {"weight_map": {"lm_head.weight": "model.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
