@@ -35,9 +35,10 @@ from nexus.models import gguf, sentence_transformer
 from nexus.models.vllm import environment
 
 MIB, GIB = 2**20, 2**30
-PROCESS = 384 * MIB  # Python, Ray and torch in a replica's process
+RAY = 72 * MIB  # of a worker of Ray, with Serve and what it has mapped of the object store
+PROCESS = 384 * MIB + RAY  # Python, torch and Ray: a replica before it loads a model
 CUDA_PROCESS = 1536 * MIB  # what CUDA's libraries and weights on their way to a GPU add to a process
-ENGINE_PROCESS = 584 * MIB  # of vLLM in host memory: the replica, its core and each worker are one each
+ENGINE_PROCESS = 640 * MIB  # of vLLM in host memory: the replica, its core and each worker are one each
 TOKENIZER = 32 * MIB
 KERNELS = 272 * MIB  # of oneDNN for all lengths of texts, and what glibc keeps
 WORKING = 9  # bytes per token of a batch and number of a layer's states, on a CPU
