@@ -225,21 +225,23 @@ class Packing:
         self._note(room)
 
     def keep(self, want: Want, place: Place) -> bool:
-        """Leave a replica where it is, if it still fits there."""
+        """Leave a replica where it is, if it still fits there; one whose number is too high now gets another."""
         room = self.room_of.get(place.node)
-        if room is None or place.replica >= want.most or place.replica in self.places.get(want.name, {}):
+        is_over = place.replica >= want.most and not want.nodes_of_each
+        replica = self.next_replica(want) if is_over else place.replica
+        if room is None or replica >= want.most or self.has(want, replica):
             return False
         by_index = {one.gpu.index: position for position, one in enumerate(room.gpus)}
         if any(index not in by_index for index in place.gpus):
             return False
         gpus = tuple(by_index[index] for index in place.gpus)
-        names = want.nodes_of(place.replica)
+        names = want.nodes_of(replica)
         if (names and place.node not in names) or (want.is_apart and self.count_on(want, place.node)):
             return False
         if not room.holds(want, gpus):
             return False
         taken = want.taken_of(room.gpus[gpus[0]].gpu.memory) if gpus else 0
-        self.take(want, place.replica, room, Option((), gpus, taken))
+        self.take(want, replica, room, Option((), gpus, taken))
         return True
 
 

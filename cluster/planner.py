@@ -110,7 +110,7 @@ def _attempts(inventory: Inventory, order: Sequence[Want], before: Preferred) ->
         if is_small:
             for kept in _without_one(order, before):
                 yield fill(inventory, order, kept)
-        yield fill(inventory, order, {want.name: before[want.name][: want.least] for want in order})
+        yield fill(inventory, order, before, is_least_kept=True)
         yield from _in_many_orders(inventory, order, before)
     yield from _in_many_orders(inventory, order, {})
     if is_small and (packing := _search_all(inventory, order)):
@@ -138,16 +138,19 @@ def _in_many_orders(inventory: Inventory, order: Sequence[Want], preferred: Pref
 
 
 def fill(
-    inventory: Inventory, order: Sequence[Want], kept: Preferred, preferred: Preferred = MappingProxyType({})
-) -> Solved:
+    inventory: Inventory, order: Sequence[Want], kept: Preferred, preferred: Preferred = MappingProxyType({}),
+    is_least_kept: bool = False,
+) -> Solved:  # fmt: skip
     """What is kept first, then the least of every want in this order, where it is preferred if that is free.
 
-    A want that does not get its least gets nothing: the others may have use for it.
+    With `is_least_kept` no more than its least is kept of any. A want that does not get its least gets nothing: the
+    others may have use for it.
     """
     packing = Packing(inventory)
     for want in order:
         for one in kept.get(want.name, ()):
-            packing.keep(want, one)
+            if not is_least_kept or packing.count(want) < want.least:
+                packing.keep(want, one)
     missing = []
     for want in order:
         for one in preferred.get(want.name, ()):

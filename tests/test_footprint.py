@@ -118,7 +118,11 @@ def test_the_cache_and_the_batch_of_llama_3_8b(tmp_path: Path) -> None:
     found = of_checkpoint(folder, Engine(max_sequences=256, compiled=False))
     assert found.cache_bytes_per_token == 128 * 2**10 and found.longest == 131072
     assert found.overhead / GIB == pytest.approx(1.26, rel=0.1)
-    assert of_checkpoint(folder, Engine(max_sequences=256)).overhead > found.overhead  # CUDA graphs
+    for sequences, graphs in ((256, 3 + 32 + 16), (64, 3 + 16)):  # CUDA graphs for 1, 2, 4, 8, 16 … sequences
+        eager, compiled = (
+            of_checkpoint(folder, Engine(max_sequences=sequences, compiled=one)) for one in (False, True)
+        )
+        assert compiled.overhead - eager.overhead == graphs * 32 * 384 * 2**10
     assert (found.divides_by, found.heads) == (8, 32)
 
 

@@ -276,6 +276,12 @@ def test_a_machine_that_is_gone_moves_only_what_was_on_it() -> None:
     assert {*before.places} - {*after.places} == {one for one in before.places if one.node == "sark"}
 
 
+def test_fewer_replicas_than_there_were_stay_where_they_are() -> None:
+    before = Plan((Place("e", 0, "gone", (0,)), Place("e", 1, "clu", (3,)), Place("e", 3, "clu", (6,))))
+    after = planned(PAIR, engine("e", 16, least=2), current=before)
+    assert [(one.replica, one.node, one.gpus) for one in after.places] == [(0, "clu", (6,)), (1, "clu", (3,))]
+
+
 def test_other_sizes_change_a_place_without_moving_it() -> None:
     before = planned(PAIR, engine("e", 16), small("s", 2))
     after = planned(PAIR, engine("e", 16, share=0.5), small("s", 2), current=before)
