@@ -197,9 +197,9 @@ class Doors:
     def is_planned(self, task: Task, place: int, node: str) -> bool:
         return self.whereabouts is None or self.whereabouts.is_planned(name_of(task, place), node)
 
-    def open(self, task: Task, place: int, part: Callable[[DeploymentHandle], Any] = Remote) -> Any:
+    def open(self, task: Task, place: int) -> Any:
         """A model that any of its deployments can stand for, as one object to ask."""
-        parts = {node: part(handle) for node, handle in self.each(task, place).items()}
+        parts = {node: Remote(handle) for node, handle in self.each(task, place).items()}
         if self.whereabouts is None:
             return next(iter(parts.values()))
         return Spread(parts, partial(self.is_planned, task, place))
@@ -261,7 +261,7 @@ def _open_generators(place: int, model: Served, doors: Doors, retriever: Any) ->
 
 def _open_embedder(place: int, model: Served, doors: Doors) -> Any:
     if model.address.startswith(vllm.SCHEME):
-        return doors.open("embed", place, RemoteEmbedder)
+        return RemoteEmbedder(doors.open("embed", place))
     return _open("embed", place, model, doors)
 
 
