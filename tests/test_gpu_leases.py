@@ -511,27 +511,28 @@ class TestOnRay:
             ray.kill(each)
 
     def test_one_whose_gpu_a_stranger_holds_is_refused_and_says_who(self, machine: Machine) -> None:
-        stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
-        machine.show({1: 70 * GIB}, by=stranger.pid)
-        both = [machine.start(f"embedder@sark#{number}", 20 * GIB, 1) for number in (1, 2)]
-        outcomes = []
-        for one in both:
-            try:
-                outcomes.append(ray.get(one.tell.remote())[0])
-            except ActorDiedError as error:
-                outcomes.append(str(error))
-        refused = next(one for one in outcomes if isinstance(one, str))
-        assert [0] in outcomes
-        for part in ("OperatorError", "takes 20.0GiB of GPU 1 of sark", "not of Nexus hold 70.0GiB", "nvidia-smi"):
-            assert part in refused
-        assert [claim.gpu for claim in machine.held()] == [0]
-        machine.show({1: 70 * GIB}, by=machine.held()[0].pid)  # the same bytes in a process of ours are no stranger's
-        third = machine.start("embedder@sark#3", 20 * GIB, 1)
-        assert ray.get(third.tell.remote())[0] == [1]
-        stranger.communicate(b"\n")
-        for one in (both[outcomes.index([0])], third):
-            ray.get(one.end.remote())
-            ray.kill(one)
+        waiting = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        with subprocess.Popen(waiting, stdin=subprocess.PIPE, start_new_session=True) as stranger:
+            machine.show({1: 70 * GIB}, by=stranger.pid)
+            both = [machine.start(f"embedder@sark#{number}", 20 * GIB, 1) for number in (1, 2)]
+            outcomes = []
+            for one in both:
+                try:
+                    outcomes.append(ray.get(one.tell.remote())[0])
+                except ActorDiedError as error:
+                    outcomes.append(str(error))
+            refused = next(one for one in outcomes if isinstance(one, str))
+            assert [0] in outcomes
+            for part in ("OperatorError", "takes 20.0GiB of GPU 1 of sark", "not of Nexus hold 70.0GiB", "nvidia-smi"):
+                assert part in refused
+            assert [claim.gpu for claim in machine.held()] == [0]
+            ours = machine.held()[0].pid
+            machine.show({1: 70 * GIB}, by=ours)  # who is no stranger
+            third = machine.start("embedder@sark#3", 20 * GIB, 1)
+            assert ray.get(third.tell.remote())[0] == [1]
+            for one in (both[outcomes.index([0])], third):
+                ray.get(one.end.remote())
+                ray.kill(one)
 
     def test_an_engine_claims_the_gpus_of_its_bundles_before_its_workers_have_them(self, machine: Machine) -> None:
         machine.show({})
