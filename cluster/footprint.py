@@ -35,7 +35,7 @@ from nexus.models import gguf, sentence_transformer
 from nexus.models.vllm import environment
 
 MIB, GIB = 2**20, 2**30
-RAY = 72 * MIB  # of a worker of Ray, with Serve and what it has mapped of the object store
+RAY = 48 * MIB  # of a worker of Ray, with Serve and what it has mapped of the object store
 PROCESS = 384 * MIB + RAY  # Python, torch and Ray: a replica before it loads a model
 CUDA_PROCESS = 1536 * MIB  # what CUDA's libraries and weights on their way to a GPU add to a process
 ENGINE_PROCESS = 640 * MIB  # of vLLM in host memory: the replica, its core and each worker are one each
