@@ -86,13 +86,16 @@ class Running:
 
 
 def until(seconds: float, condition: Callable[[], object]) -> None:
-    """Wait for a condition that may raise while parts are away."""
+    """Wait for a condition that may raise while parts are away; what was last seen is in the error."""
     deadline = time.monotonic() + seconds
     while True:
-        with suppress(httpx.HTTPError, AssertionError, psutil.Error):
-            if condition():
+        try:
+            seen = condition()
+            if seen:
                 return
-        assert time.monotonic() < deadline, "not within its time"
+        except (httpx.HTTPError, AssertionError, psutil.Error) as error:
+            seen = error
+        assert time.monotonic() < deadline, f"not within {seconds:g} s; last seen: {seen!r}"
         time.sleep(0.1)
 
 

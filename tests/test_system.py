@@ -199,7 +199,12 @@ def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: 
     def answers() -> bool:
         with nexus.http() as http:
             query = http.post("/rag/query", json={"query": "How do I clear an E-217 that stays latched?"})
-            return http.get("/readyz").status_code == 200 and "service card" in query.json().get("response", "")
+            ready = http.get("/readyz")
+            assert ready.status_code == 200 and "service card" in query.json().get("response", ""), (
+                ready.text,
+                query.text,
+            )
+            return True
 
     until(180, answers)
     with nexus.http() as http:
