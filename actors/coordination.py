@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from actors import coordinator
 from cluster.catalog import LeaseGone
 from cluster.client import Client
+from nexus.background import begin_in_background
 from nexus.coordination import LEASE_SECONDS
 from nexus.errors import TryAgain
 from nexus.ports import LiveIndex
@@ -118,7 +119,7 @@ class Coordination:
 
     async def _look_from_now_on(self) -> None:
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._keep_looking())
+            self._looking = begin_in_background(self._keep_looking())
 
     async def _keep_looking(self) -> None:
         """Keep a copy of what any voter has: a search asks nobody, and goes on while there is no quorum."""

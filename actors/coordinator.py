@@ -29,6 +29,7 @@ from cluster.client import Absent, Client, Doubtful, Elsewhere, Query
 from cluster.raft import ConfChangeRefused, Members, Message, NodeId, NotLeader, ProposalDropped, Role, Snapshot, Status
 from cluster.raft.storage import Storage
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
+from nexus.background import begin_in_background
 from nexus.errors import AlreadyRunning, ConfigError, Conflict, InvalidRequest, NotFound, OperatorError, Unavailable
 
 __all__ = ["Client", "Compacted", "Coordinator", "Operator", "Placement", "connect", "restore", "start"]
@@ -276,7 +277,7 @@ class Peers:
                     self._handles[to].deliver.options(num_returns=0).remote(letter)
             is_silent = time.monotonic() - self._heard.get(to, 0) >= SILENCE_SECONDS
             if (is_silent or to not in self._handles) and to not in self._looking:
-                self._looking[to] = asyncio.create_task(self._look_up(to))
+                self._looking[to] = begin_in_background(self._look_up(to))
 
     async def _look_up(self, to: NodeId) -> None:
         """Once in a while."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from actors.coordination import Coordination
 from actors.pressure import yielding
+from nexus.background import begin_in_background, has_failed
 from nexus.config import Config
 from nexus.conveyor import Conveyor, Pace
 from nexus.errors import TryAgain
@@ -90,8 +91,8 @@ class Ingestor:
 
     async def _conveyor(self) -> Conveyor:
         """Made on the first call, once: the embedder pool must be there to say what it is."""
-        if self._starting is None or (self._starting.done() and self._starting.exception() is not None):
-            self._starting = asyncio.create_task(self._open())
+        if self._starting is None or has_failed(self._starting):
+            self._starting = begin_in_background(self._open())
         return await asyncio.shield(self._starting)
 
     async def _open(self) -> Conveyor:

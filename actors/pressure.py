@@ -13,6 +13,7 @@ from typing import Any
 from actors import coordinator
 from cluster.catalog import LeaseGone
 from cluster.client import Client
+from nexus.background import begin_in_background
 from nexus.config import Scaling
 from nexus.errors import TryAgain
 from nexus.pressure import UNYIELDING, FirstTokens, Yielding
@@ -39,7 +40,7 @@ class Pressure:
         """The first token of a chat came after so many seconds, just now."""
         self._tokens.note(seconds)
         if self._tokens.are_near_limit() and (self._saying is None or self._saying.done()):
-            self._saying = asyncio.create_task(self._say())
+            self._saying = begin_in_background(self._say())
 
     async def close(self) -> None:
         """Say no more; what was said ends with its lease."""

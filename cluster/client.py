@@ -31,6 +31,7 @@ from cluster.catalog import (
     encode,
 )
 from cluster.raft import NOBODY, Members, NodeId, Role, Snapshot, Status
+from nexus.background import begin_in_background, has_failed
 from nexus.errors import Conflict, NexusError, NotFound, Unavailable
 
 Asked = TypeVar("Asked")
@@ -254,8 +255,8 @@ class Client:
         return sequences
 
     async def _open_session(self) -> int:
-        if self._session is None or (self._session.done() and self._session.exception()):
-            self._session = asyncio.create_task(self._new_session())
+        if self._session is None or has_failed(self._session):
+            self._session = begin_in_background(self._new_session())
         return await asyncio.shield(self._session)
 
     async def _new_session(self) -> int:
@@ -357,7 +358,7 @@ class _Batches(Generic[Asked, Value]):
     def _call(self) -> None:
         if self._waiting and len(self._calls) < CALLS_AT_ONCE:
             batch: list[tuple[Asked, asyncio.Future[Value]]] = []
-            task = asyncio.create_task(self._run(batch))
+            task = begin_in_background(self._run(batch))
             self._calls.add(task)
             task.add_done_callback(partial(self._ended, batch))
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import orjson
-from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from nexus.background import begin_in_background
 from nexus.chat_format import read_chunk, to_body
 from nexus.errors import NexusError, Overloaded, Unavailable, UpstreamInvalid
 from nexus.ports import InputType
@@ -34,7 +35,7 @@ def translated() -> Iterator[None]:
         raise (cause if isinstance(cause, NexusError) else error) from None
     except BackPressureError as error:
         raise Overloaded("every place is taken; try again in a moment") from error
-    except (RayActorError, ObjectLostError, DeploymentUnavailableError) as error:
+    except (RayActorError, ObjectLostError, DeploymentUnavailableError, TaskCancelledError) as error:
         raise Unavailable("a part of Nexus is restarting; try again in a moment") from error
 
 
@@ -174,7 +175,7 @@ class _Machine:
 
     def begin_probe(self, now: float) -> "asyncio.Task[bool]":
         self._probed = now
-        return asyncio.create_task(self.passes_check())
+        return begin_in_background(self.passes_check())
 
     async def passes_check(self) -> bool:
         """Whether it says in time that it is ready, and is so asked again."""

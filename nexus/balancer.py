@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from math import exp2
 from typing import Literal
 
+from nexus.background import begin_in_background
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable, UpstreamInvalid
 from nexus.ports import Generator
 from nexus.types import Delta, Prompt, digest
@@ -303,7 +304,7 @@ class Balancer:
         return True
 
     def _start_probe(self, backend: "_Backend") -> None:
-        backend.probing = probe = asyncio.create_task(self._probe(backend))
+        backend.probing = probe = begin_in_background(self._probe(backend))
         self._probes.add(probe)
         probe.add_done_callback(self._probes.discard)
 

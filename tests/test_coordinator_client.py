@@ -270,6 +270,21 @@ def test_a_session_that_expired_is_renewed_silently(tmp_path: Path) -> None:
     run(main)
 
 
+def test_a_session_whose_opening_was_cancelled_is_opened_by_the_next(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path, 1) as whole:
+            client = whole.client()
+            opening = asyncio.ensure_future(client._open_session())
+            await asyncio.sleep(0)
+            assert client._session is not None
+            client._session.cancel()  # as with the request that began it
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            assert await client.put("a", b"1") == 1
+
+    run(main)
+
+
 def test_in_doubt_an_expired_session_is_told(tmp_path: Path) -> None:
     async def main() -> None:
         async with cluster(tmp_path, 1) as whole:

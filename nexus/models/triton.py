@@ -22,6 +22,7 @@ import tritonclient.http.aio as over_http
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
+from nexus.background import begin_in_background
 from nexus.errors import ConfigError, InvalidRequest, NexusError, NotFound, TooLarge, Unavailable, UpstreamInvalid
 
 Tensor = NDArray[Any]
@@ -570,7 +571,7 @@ class TritonPool:
         for member in self._members:
             if member.away and self._clock() - member.probed_at >= self._probe_seconds:
                 member.probed_at = self._clock()
-                probe = asyncio.create_task(self._probe(member))
+                probe = begin_in_background(self._probe(member))
                 self._probes.add(probe)
                 probe.add_done_callback(self._probes.discard)
         if all(member.away for member in self._members) and self._probes:
