@@ -41,11 +41,18 @@ def chunk_id_of(document_id: str, version: str, ordinal: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks: the tenant whose data they see, and a name for the record."""
+    """Who asks: the tenant whose data they see, and a name for the record.
+
+    `credential` names what they showed, a key's id or a token's. The limits are those of its own, per minute; None:
+    the installation's.
+    """
 
     tenant: str
     subject: str
     permissions: frozenset[str] = frozenset()
+    credential: str = ""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
