@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, Self
 from jsonschema import Draft202012Validator, SchemaError
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from deployments.shapes import MaxBytes
 from nexus.types import Image, Message, Prompt
 
 MAX_CHARACTERS = 2**20  # of all text in one request
 MAX_SCHEMA_NODES = 2000
+MAX_SCHEMA_BYTES = 256 * 1024
 MAX_PATTERN = 256
 MAX_TOKENS = 2**20
 INT64 = 2**63 - 1
@@ -33,7 +35,7 @@ def _is_text(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_is_text)]
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS), AfterValidator(_is_text)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_is_text)]
 Token = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -83,7 +85,7 @@ def _check_pattern(pattern: str) -> None:
         raise ValueError(f"the pattern {pattern[:50]!r} cannot be read: {error}") from None
 
 
-Schema = Annotated[dict[str, JsonValue], AfterValidator(_is_schema)]
+Schema = Annotated[dict[str, JsonValue], MaxBytes(MAX_SCHEMA_BYTES), AfterValidator(_is_schema)]
 
 
 class TextPart(Strict):

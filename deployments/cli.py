@@ -250,6 +250,33 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
+@app.command("authz-check")
+def authz_check(as_json: Json = False) -> None:
+    """Try every route as every kind of caller, on things of its own tenant and of another's (own/foreign).
+
+    It asks an application of its own in this process, with two tenants in it. Exit code 1 if something leaks.
+    """
+    from deployments import authz  # with the whole front door
+
+    cells = authz.check()
+    leaks = [cell for cell in cells if cell.leak]
+    if as_json:
+        typer.echo(json.dumps([authz.show(cell) for cell in cells]))
+    else:
+        print_table(["route", "asks for", *authz.ROLES], authz.table(cells))
+        typer.echo(f"{len(cells)} tried, {len(leaks)} leaks")
+    for cell in leaks:
+        typer.echo(f"leak: {cell.route} as {cell.role}, {cell.whose}: {cell.status}, {cell.leak}", err=True)
+    raise typer.Exit(1 if leaks else 0)
+
+
+def print_table(titles: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as what is in them, whatever the terminal's width."""
+    widths = [max(len(line[column]) for line in (titles, *rows)) for column in range(len(titles))]
+    for line in (titles, *rows):
+        typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
 @app.command()
 def drill(
     test_cluster: Annotated[

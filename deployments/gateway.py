@@ -28,6 +28,7 @@ from deployments.routes import (
     status,
     upkeep,
 )
+from deployments.shapes import describe_errors
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.balancer import Balancer, Weights
@@ -125,9 +126,14 @@ class Lent:
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
+    return middleware.wrap(application(lent), lent.keys, lent.config.http, says_request_id)
+
+
+def application(lent: Lent) -> FastAPI:
+    """The routes, and what becomes of errors within them."""
     app = FastAPI(
-        title="Nexus", version=__version__, docs_url=None, redoc_url=None
-    )  # both pages load scripts from elsewhere
+        title="Nexus", version=__version__, redirect_slashes=False, openapi_url=None
+    )  # without its pages, which load scripts from elsewhere
     app.state.lent = lent
     app.add_exception_handler(NexusError, _answer_nexus_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
@@ -149,8 +155,8 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
         status,
     )
     for routes in everything:
-        app.include_router(routes.router)
-    return middleware.wrap(app, lent.keys, lent.config.http, says_request_id)
+        app.include_router(routes.router, responses=describe_errors(routes.router.prefix))
+    return app
 
 
 def _respond(request: Request, status: int, code: str, detail: str, faults: Sequence[tuple[str, str]] = ()) -> Response:
@@ -169,10 +175,17 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = [(_pointer(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")) for fault in error.errors()]
     kinds = {fault["type"] for fault in error.errors()}
+    if "model_attributes_type" in kinds and faults[0][0] == "" and not _is_json(request):
+        return _respond(request, 415, "unsupported_media_type", "send the body as application/json")
     malformed = bool(kinds & {"json_invalid", "extra_forbidden"}) or request.url.path.startswith("/v1/")
     code = "malformed_json" if "json_invalid" in kinds else "invalid_request"
     detail = "; ".join(f"{pointer or 'the body'}: {text}" for pointer, text in faults[:5])
     return _respond(request, 400 if malformed else 422, code, detail, faults)
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _pointer(location: Sequence[object]) -> str:

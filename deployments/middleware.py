@@ -63,9 +63,10 @@ def wrap(app: ASGIApp, keys: KeyRing, http: Http, says_request_id: bool) -> ASGI
     app = Answering(app)
     if http.allowed_origins:  # outside Identity: a browser's preflight carries no key
         app = CORSMiddleware(
-            app, allow_origins=list(http.allowed_origins), allow_methods=["GET", "POST", "DELETE"],
+            app, allow_origins=list(http.allowed_origins), allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["authorization", "content-type", "x-api-key"],
         )  # fmt: skip
+    app = Hosts(app, http)
     return RequestId(app, says_request_id)
 
 
@@ -153,7 +154,6 @@ class RequestId:
                 headers = MutableHeaders(scope=message)
                 if self.says_it:
                     headers["x-request-id"] = request_id
-                headers["x-content-type-options"] = "nosniff"
             await send(message)
 
         await self.app(scope, receive, send_with_id)
@@ -241,3 +241,66 @@ class BodyLimit:
             return message
 
         await self.app(scope, counted, send)
+
+
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+SAFE_HEADERS = {
+    "x-content-type-options": "nosniff", "x-frame-options": "DENY", "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'; sandbox",
+    "cross-origin-resource-policy": "same-origin",
+}  # fmt: skip
+
+
+class Hosts:
+    """Refuses what a browser is tricked into asking, and has a browser do nothing with what is answered.
+
+    A request names a host that is ours: else a stranger's name was made to resolve to this address (DNS rebinding).
+    A page of another origin may not ask unless the settings name it, and no form can: `text/plain` is refused.
+    """
+
+    def __init__(self, app: ASGIApp, http: Http) -> None:
+        own = f"[{http.host}]" if ":" in http.host else http.host.lower()
+        self.app = app
+        self.hosts = (LOOPBACK_NAMES | {own} | set(http.allowed_hosts)) - {"0.0.0.0", "[::]"}
+        self.origins = frozenset(http.allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE_HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        try:
+            self._check(Headers(scope=scope))
+        except NexusError as error:
+            await send_nexus_error(scope, send_safely, error)
+        else:
+            await self.app(scope, receive, send_safely)
+
+    def _check(self, headers: Headers) -> None:
+        hosts = headers.getlist("host")
+        if len(hosts) != 1 or _without_port(hosts[0]) not in self.hosts:
+            raise CallerError(
+                "no such host is served here; whoever runs this Nexus names it in http.allowed_hosts",
+                code="host_not_allowed",
+            )
+        for origin in headers.getlist("origin"):
+            if origin not in self.origins and origin.lower() not in {f"http://{hosts[0]}", f"https://{hosts[0]}"}:
+                raise Forbidden(
+                    "pages of this origin may not ask here; whoever runs this Nexus names it in http.allowed_origins",
+                    code="origin_not_allowed",
+                )
+        if headers.get("content-type", "").partition(";")[0].strip().lower() == "text/plain":
+            raise UnsupportedMedia("no text/plain is read here; JSON is sent as application/json")
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.lower().rpartition(":")
+    return name if colon and port.isascii() and port.isdecimal() else host.lower()

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 
 from cluster.client import Absent, summary
 from cluster.raft import Status
@@ -27,29 +29,46 @@ from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchRes
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_INITIAL_BYTES = 64 * 1024
+MAX_FILTER_BYTES = 2**20
 MAX_NUMBER = 2**53  # what JSON carries exactly, and a database holds
 STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
 CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0, le=1)]
+LongText = Annotated[str, Field(max_length=2**26)]  # of a whole document; http.max_body_bytes is the tighter bound
+EmbeddedText = Annotated[str, Field(max_length=2**20)]
 
 
-def _at_most(bytes_: int, name: str) -> AfterValidator:
-    """An object that JSON can carry, in no more than so many bytes."""
+@dataclass(frozen=True)
+class MaxBytes:
+    """A bound in bytes: of a text in UTF-8, or of an object as JSON. A schema says it as `x-max-bytes`."""
 
-    def check(value: dict[str, Any]) -> dict[str, Any]:
-        try:
-            orjson.dumps(value)  # as every answer about it will
-            size = len(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError):
-            raise ValueError(f"{name} holds a number that JSON cannot carry, or is nested too deeply") from None
-        if size > bytes_:
-            raise ValueError(f"{name} has at most {bytes_} bytes")
+    most: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "x-max-bytes": self.most}
+
+    def _check(self, value: Any) -> Any:
+        if self._size_of(value) > self.most:
+            raise ValueError(f"at most {self.most} bytes are taken here")
         return value
 
-    return AfterValidator(check)
+    def _size_of(self, value: Any) -> int:
+        if isinstance(value, str):
+            try:
+                return len(value.encode())
+            except UnicodeEncodeError:
+                raise ValueError("half a surrogate pair is no text") from None
+        try:
+            orjson.dumps(value)  # as every answer about it will
+            return len(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            raise ValueError("here is a number that JSON cannot carry, or it is nested too deeply") from None
 
 
-Metadata = Annotated[dict[str, Any], _at_most(MAX_METADATA_BYTES, "metadata")]
+Metadata = Annotated[dict[str, Any], MaxBytes(MAX_METADATA_BYTES)]
 
 
 class Shape(BaseModel):
@@ -60,7 +79,7 @@ class AddDocument(Shape):
     """`metadata` is any JSON object of at most 16 KiB; filters see its scalar values."""
 
     filename: Annotated[str, Field(min_length=1, max_length=1024)]
-    content: str
+    content: LongText
     metadata: Metadata = {}
     collection: CollectionName = "default"
 
@@ -90,7 +109,7 @@ class Search(Shape):
     query: Annotated[str, Field(max_length=8192)]
     k: Annotated[int, Field(ge=1, le=1000)] = 10
     collection: CollectionName = "default"
-    filters: dict[str, Any] | None = None
+    filters: Annotated[dict[str, Any], MaxBytes(MAX_FILTER_BYTES)] | None = None
     hybrid: Hybrid | None = None
     as_of: Annotated[int, Field(ge=0, le=MAX_NUMBER)] | None = None
     explain: bool = False
@@ -117,11 +136,11 @@ class Search(Shape):
 
 class Query(Search):
     stream: bool = False
-    session_id: str | None = None
+    session_id: Annotated[str, Field(max_length=256)] | None = None
 
 
 class Context(Shape):
-    content: str
+    content: Annotated[str, Field(max_length=2**20)]
 
 
 class SessionQuery(Shape):
@@ -133,8 +152,10 @@ class Execute(Shape):
     """The steps of a template, or these protocols, over any JSON object of at most 64 KiB."""
 
     template_name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    protocol_names: tuple[Annotated[str, Field(min_length=1, max_length=128)], ...] | None = None
-    initial_data: Annotated[dict[str, Any], Field(min_length=1), _at_most(MAX_INITIAL_BYTES, "initial_data")]
+    protocol_names: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=128)], ...], Field(max_length=64)
+    ] | None = None  # fmt: skip
+    initial_data: Annotated[dict[str, Any], Field(min_length=1), MaxBytes(MAX_INITIAL_BYTES)]
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None  # the one that answers from documents
     max_tokens: Annotated[int, Field(ge=1, le=MAX_NUMBER)] | None = None
 
@@ -149,7 +170,9 @@ class NewVoter(Shape):
     """A voter's number, never used before, and the labels that its machine must have."""
 
     id: Annotated[int, Field(ge=1, le=MAX_NUMBER)]
-    labels: dict[Annotated[str, Field(max_length=255)], Annotated[str, Field(max_length=255)]] = {}
+    labels: Annotated[
+        dict[Annotated[str, Field(max_length=255)], Annotated[str, Field(max_length=255)]], Field(max_length=64)
+    ] = {}
 
 
 class Transfer(Shape):
@@ -161,32 +184,19 @@ class Transfer(Shape):
 class Embeddings(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    input: Annotated[EmbeddedText, Field(min_length=1)] | Annotated[
+        list[EmbeddedText], Field(min_length=1, max_length=2048)
+    ]  # fmt: skip
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_NUMBER)] | None = None
     input_type: Literal["query", "passage"] | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
 
     def texts(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else self.input
 
 
-def _at_most(most: int) -> AfterValidator:
-    """A text is bounded in the bytes of its UTF-8."""
-
-    def check(text: str) -> str:
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair is no text") from None
-        if size > most:
-            raise ValueError(f"a text here has at most {most} bytes")
-        return text
-
-    return AfterValidator(check)
-
-
-RerankedText = Annotated[str, _at_most(64 * 1024)]
+RerankedText = Annotated[str, MaxBytes(64 * 1024)]
 
 
 class RerankedDocument(BaseModel):
@@ -199,9 +209,9 @@ class Rerank(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    query: Annotated[str, _at_most(8 * 1024)]
+    query: Annotated[str, MaxBytes(8 * 1024)]
     documents: Annotated[list[RerankedText | RerankedDocument], Field(min_length=1, max_length=1000)]
-    top_n: Annotated[int, Field(ge=1)] | None = None
+    top_n: Annotated[int, Field(ge=1, le=MAX_NUMBER)] | None = None
     return_documents: bool = False
 
     def texts(self) -> list[str]:
@@ -211,6 +221,39 @@ class Rerank(BaseModel):
 def reply(value: object, status: int = 200) -> Response:
     """A JSON response, written by orjson: the handler's value is already what the client reads."""
     return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
+
+
+# ── errors, as /openapi.json describes them ─────────────────────────────────────────────────────
+
+_TEXT, _TEXT_OR_NOTHING = {"type": "string"}, {"type": ["string", "null"]}
+_FAULT = {"type": "object", "required": ["pointer", "detail"], "properties": {"pointer": _TEXT, "detail": _TEXT}}
+_PROBLEM = {  # RFC 9457
+    "type": "object", "required": ["type", "title", "status", "detail", "instance", "code", "request_id"],
+    "additionalProperties": False,
+    "properties": {
+        **dict.fromkeys(("type", "title", "detail", "instance", "code", "request_id"), _TEXT),
+        "status": {"type": "integer"}, "errors": {"type": "array", "items": _FAULT},
+    },
+}  # fmt: skip
+_OPENAI_ERROR = {
+    "type": "object", "required": ["error"], "additionalProperties": False,
+    "properties": {
+        "error": {
+            "type": "object", "required": ["message", "type", "param", "code"], "additionalProperties": False,
+            "properties": {"message": _TEXT, "type": _TEXT, "param": _TEXT_OR_NOTHING, "code": _TEXT_OR_NOTHING},
+        }
+    },
+}  # fmt: skip
+
+
+def describe_errors(prefix: str) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of routes below this prefix: the shape of what is no success."""
+    if prefix == "/v1":
+        content: dict[str, Any] = {"application/json": {"schema": _OPENAI_ERROR}}
+    else:
+        content = {"application/problem+json": {"schema": _PROBLEM}}
+    whose = {"4XX": "The request has to change", "5XX": "Not the request's fault"}
+    return {status: {"description": said, "content": content} for status, said in whose.items()}
 
 
 # ── answers ─────────────────────────────────────────────────────────────────────────────────────

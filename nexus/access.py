@@ -21,7 +21,12 @@ from pathlib import Path
 from nexus.errors import InvalidRequest, NotFound, Unauthenticated
 from nexus.types import Principal
 
-PERMISSIONS = frozenset({"documents:read", "documents:write", "sessions:read", "sessions:write", "infer", "admin"})
+PERMISSIONS = frozenset(
+    {
+        "documents:read", "documents:write", "sessions:read", "sessions:write", "infer", "policies:read",
+        "policies:write", "share:read", "share:write", "admin",
+    }
+)  # fmt: skip
 ALPHABET = string.ascii_letters + string.digits
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}")
 SECRET_CHARACTERS = 43  # 256 bits in base 62

@@ -55,20 +55,39 @@ class Section(BaseModel):
 
 
 class Http(Section):
-    """The front door. `allowed_origins` are those of browsers; empty allows none."""
+    """The front door. `allowed_origins` are those of browsers; empty allows none.
 
-    host: str = "127.0.0.1"
+    Requests name `host`, this machine itself, or one of `allowed_hosts`. `behind_tls` says that whoever is not on this
+    machine gets here only through a proxy that encrypts: without it `host` is loopback.
+    """
+
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\-]{1,253}$")] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    allowed_origins: tuple[str, ...] = ()
+    behind_tls: bool = False
+    allowed_hosts: tuple[
+        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}$|^\[[0-9a-f:.]{2,45}\]$")], ...
+    ] = ()
+    allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[a-z0-9.\-\[\]:]{1,260}$")], ...] = ()
     max_body_bytes: Positive = 64 * 2**20
     request_seconds: Annotated[float, Field(gt=0)] = 300.0
 
     @field_validator("host")
     @classmethod
-    def _is_loopback(cls, host: str) -> str:
-        if host not in ("127.0.0.1", "localhost", "::1"):
-            raise ValueError("only loopback (127.0.0.1) is served; put a TLS proxy in front of it for other machines")
+    def _is_address(cls, host: str) -> str:
         return "127.0.0.1" if host == "localhost" else host
+
+    @model_validator(mode="after")
+    def _is_private_or_encrypted(self) -> "Http":
+        if not self.is_loopback and not self.behind_tls:
+            raise ValueError(
+                f"host {self.host!r} is not loopback, and keys would travel unencrypted: leave it at 127.0.0.1 behind a"
+                " TLS proxy on this machine, or set http.behind_tls where other machines get here only through one"
+            )
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("127.0.0.1", "::1")
 
 
 class Ray(Section):
@@ -446,7 +465,8 @@ class Config(BaseSettings):
 
     @property
     def url(self) -> str:
-        host = f"[{self.http.host}]" if ":" in self.http.host else self.http.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.http.host, self.http.host)
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.http.port}"
 
 

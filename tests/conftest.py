@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,12 @@ def build_house(documents: DocumentStore, vectors: VectorStore) -> House:
 
 @pytest.fixture
 def house() -> Iterator[House]:
+    with open_house() as opened:
+        yield opened
+
+
+@contextmanager
+def open_house() -> Iterator[House]:
     documents = sqlite.open("sqlite::memory:")
     house = build_house(documents, memory.open("memory:"))
     yield house
@@ -163,13 +170,26 @@ class Door:
 
 @pytest.fixture
 def door(house: House, tmp_path: Path) -> Iterator[Door]:
-    keys = KeyRing(tmp_path)
-    jobs = Jobs(tmp_path)
+    with open_door(house, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def shared_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
+    """One for all tests of a module, where none of them minds what the others did."""
+    with open_house() as house, open_door(house, tmp_path_factory.mktemp("home")) as opened:
+        yield opened
+
+
+@contextmanager
+def open_door(house: House, home: Path) -> Iterator[Door]:
+    keys = KeyRing(home)
+    jobs = Jobs(home)
     retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
     members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5)]
     balancer = Balancer(members, Weights(1, 1, 1), probe_seconds=5)
     lent = Lent(
-        config=Config(home=tmp_path, http={"max_body_bytes": 2**20}),
+        config=Config(home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]}),
         keys=keys,
         documents=house.hades.documents,
         jobs=jobs,

@@ -110,7 +110,9 @@ def lent(door: Door, observer: Observer, **fields: Any) -> Lent:
         return [3, 2]
 
     models = {"generator": "large", "served": [{"address": "vllm:/models/large#large"}]}
-    config = Config(home=door.lent.config.home, ray={"head": "witness"}, nodes=NODES, models=models)
+    config = Config(
+        home=door.lent.config.home, http=door.lent.config.http, ray={"head": "witness"}, nodes=NODES, models=models
+    )
     usual = {"operator": Operator(), "engines": {"large@sark": load, "large@clu": load}}
     return replace(door.lent, **{"config": config, "observer": observer, **usual, **fields})
 

@@ -76,7 +76,9 @@ class Wire:
     """One request to an application, message by message, so that a test sees how much of it was taken."""
 
     def __init__(self, door: Door, max_body_bytes: int) -> None:
-        config = Config(home=door.lent.config.home, http={"max_body_bytes": max_body_bytes})
+        config = Config(
+            home=door.lent.config.home, http={"max_body_bytes": max_body_bytes, "allowed_hosts": ["testserver"]}
+        )
         self.app: ASGIApp = build(replace(door.lent, config=config))
         self.key = door.headers()["authorization"].encode()
         self.taken = 0
@@ -85,7 +87,7 @@ class Wire:
 
     def post(self, kind: str, chunks: Iterable[bytes], length: bytes | None = None, leave: bool = False) -> int:
         """The status; `leave` hangs up after the last chunk instead of ending the body."""
-        headers = [(b"authorization", self.key), (b"content-type", kind.encode())]
+        headers = [(b"host", b"testserver"), (b"authorization", self.key), (b"content-type", kind.encode())]
         headers += [(b"content-length", length)] if length is not None else []
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
-from deployments.routes.caller import lent, permit, through
+from deployments.routes.caller import demand, lent, permit, through
 from deployments.shapes import Query, Search, reply, show_answer, show_result
 from deployments.streaming import DONE, event, events, while_listening
 from nexus import telemetry
@@ -32,6 +32,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
     here = lent(request)
     context = ""
     if body.session_id is not None:
+        demand(principal, "sessions:read")
         context = await asyncio.to_thread(here.sessions.context, principal, body.session_id)
     ask = rag.Ask(body.to_request(), principal, context, session=body.session_id or "", whole=not body.stream)
     trace_id = request.state.request_id

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Depends, Request
 
+from nexus.access import PERMISSIONS
 from nexus.errors import Forbidden, InvalidRequest, NotFound
 from nexus.types import Principal
 
@@ -36,16 +37,28 @@ async def sequence_of(here: Lent, collection: str) -> int:
     return found.sequence if found else 0
 
 
-def permit(permission: str) -> Principal:
-    """A dependency: the principal, who must have this permission."""
+def permit(*permissions: str) -> Principal:
+    """A dependency: the principal, who must have these permissions; with none named, whoever has a credential.
+
+    What it asks for can be read of it (`permissions`): a route without such a declaration fails the tests.
+    """
+    if unknown := set(permissions) - PERMISSIONS:
+        raise ValueError(f"there is no permission {sorted(unknown)[0]!r}")
 
     def principal(request: Request) -> Principal:
         found = cast(Principal, request.state.principal)
-        if permission not in found.permissions:
-            raise Forbidden(f"this key may not do that; it needs the permission {permission!r}")
+        demand(found, *permissions)
         return found
 
+    principal.permissions = permissions  # type: ignore[attr-defined]
     return cast(Principal, Depends(cast(Callable[..., Principal], principal)))
+
+
+def demand(principal: Principal, *permissions: str) -> None:
+    """Raises Forbidden unless the principal has each of them: for what only the request's body makes necessary."""
+    for permission in permissions:
+        if permission not in principal.permissions:
+            raise Forbidden(f"this key may not do that; it needs the permission {permission!r}")
 
 
 def through(pipeline: str) -> Any:

@@ -49,6 +49,12 @@ async def _state(check: Callable[[], Awaitable[object]]) -> str:
     return "ready"
 
 
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request, principal: Principal = permit()) -> Response:
+    """What can be asked here, and how."""
+    return reply(request.app.openapi())
+
+
 @router.get("/metrics")
 async def metrics(principal: Principal = permit("infer")) -> Response:
     """Prometheus text, exact over all processes of this machine."""

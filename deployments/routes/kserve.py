@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError
 
 from deployments import kserve
 from deployments.routes.caller import lent, permit
-from deployments.shapes import Shape, reply
+from deployments.shapes import LongText, Shape, reply
 from nexus import __version__, telemetry
 from nexus.errors import InvalidRequest, NotFound, Unavailable, UnsupportedMedia
 from nexus.models.triton import Counters, IndexEntry, Outcome, TritonPool
@@ -36,7 +36,9 @@ class WhichModels(Shape):
 class Load(Shape):
     """`config` is JSON text; every other parameter is "file:<path>" with the file in base64."""
 
-    parameters: Annotated[dict[str, str], Field(default_factory=dict, max_length=MAX_PARAMETERS)]
+    parameters: Annotated[
+        dict[Annotated[str, Field(max_length=1024)], LongText], Field(default_factory=dict, max_length=MAX_PARAMETERS)
+    ]
 
 
 class UnloadParameters(Shape):

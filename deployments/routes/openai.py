@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deployments.chat_shapes import ChatCompletion, Completion, PlainFormat, Sampling
 from deployments.routes.answers import note, timed
-from deployments.routes.caller import lent, permit, require, through
+from deployments.routes.caller import demand, lent, permit, require, through
 from deployments.shapes import CollectionName, Embeddings, reply, show_rewritten, show_sources
 from deployments.streaming import DONE, event, events, while_listening
 from deployments.strict import StrictRoute
@@ -263,6 +263,7 @@ def _choice(delta: Delta, field: str, said: object) -> dict[str, Any]:
 
 
 async def _chat_with_documents(request: Request, body: ChatCompletion, principal: Principal) -> Response:
+    demand(principal, "documents:read")
     here = lent(request)
     collection = await _collection_of(request, body.model)
     _refuse_what_documents_cannot(body)

@@ -37,7 +37,10 @@ async def clear_context(request: Request, session_id: str, principal: Principal 
 
 @router.post("/query", dependencies=[through("rag")])
 async def query(
-    request: Request, session_id: str, body: SessionQuery, principal: Principal = permit("documents:read")
+    request: Request,
+    session_id: str,
+    body: SessionQuery,
+    principal: Principal = permit("documents:read", "sessions:read"),
 ) -> Response:
     """An answer that knows what the session was told."""
     here = lent(request)

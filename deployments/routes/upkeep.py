@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from deployments.routes.caller import lent, permit
-from deployments.shapes import reply, show_deletion, show_faults, show_removed
+from deployments.shapes import MAX_NUMBER, reply, show_deletion, show_faults, show_removed
 from nexus.types import Principal
 
 router = APIRouter(prefix="/rag", tags=["upkeep"])
@@ -20,7 +20,9 @@ async def fsck(request: Request, repair: bool = False, principal: Principal = pe
 
 @router.post("/vacuum")
 async def vacuum(
-    request: Request, keep_seconds: Annotated[float, Query(ge=0)] = 0, principal: Principal = permit("admin")
+    request: Request,
+    keep_seconds: Annotated[float, Query(ge=0, le=MAX_NUMBER)] = 0,
+    principal: Principal = permit("admin"),
 ) -> Response:
     """Remove closed versions, older than `keep_seconds`, and attempts given up; says what was removed."""
     removed = await lent(request).ingestor.vacuum(keep_seconds)

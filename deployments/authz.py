@@ -1,0 +1,349 @@
+"""Who may do what at the front door, tried out: every route, as every kind of caller, on things of ours and of others.
+
+The application runs in this process over stores of its own with two tenants in them, so nothing that is there is
+touched. Its embedder finds all texts alike: a search that forgot to look at the tenant would show everything.
+"""
+
+import asyncio
+import re
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import iter_route_contexts
+from starlette.types import ASGIApp
+
+from deployments import gateway
+from deployments.gateway import Lent
+from deployments.middleware import PUBLIC
+from nexus.access import PERMISSIONS, KeyRing
+from nexus.balancer import Balancer, Member, Weights
+from nexus.config import Config
+from nexus.errors import TryAgain
+from nexus.hades import Hades, chunks_of, document_id_of, version_of
+from nexus.ingest import Source
+from nexus.jobs import Announced, Jobs
+from nexus.models import extractive
+from nexus.pipelines.rag import Tools
+from nexus.ports import InputType, Staged
+from nexus.retrieval import RetrievalSettings, Retriever
+from nexus.sessions import Sessions
+from nexus.stores import memory, sqlite
+from nexus.types import Document, Evidence, Piece, Principal, Receipt, SearchRequest, SearchResult, Vectors
+
+Whose = Literal["own", "foreign"]
+
+TENANTS = ("ours", "theirs")
+CANARIES = {"ours": "canary-of-ours-4711", "theirs": "canary-of-theirs-4712"}
+SESSION = "a-session"
+READS = frozenset({"documents:read", "sessions:read", "policies:read", "share:read"})
+WRITES = READS | {"documents:write", "sessions:write", "policies:write", "share:write"}
+# Every kind of caller: the tenant, and what they may do; None has no credential.
+ROLES: Mapping[str, tuple[str, frozenset[str]] | None] = {
+    "none": None, "reader": ("ours", READS), "writer": ("ours", WRITES), "infer-only": ("ours", frozenset({"infer"})),
+    "admin": ("ours", PERMISSIONS), "other tenant": ("theirs", PERMISSIONS),
+}  # fmt: skip
+OF_A_TENANT = ("document_id", "job_id", "session_id")  # parameters of paths that name such a thing
+TOLD = "The gripper closes with a torque of 4 N·m."
+QUESTION = "What is the torque of the gripper?"
+BODIES: Mapping[str, Any] = {
+    "/rag/search": {"query": QUESTION, "k": 100, "explain": True}, "/rag/query": {"query": QUESTION},
+    "/rag/add_document": {"filename": "new.md", "content": "New."},
+    "/rag/jobs": {"files": [{"filename": "new.md", "digest": "0" * 32, "size": 1}]},
+    "/mcp/{session_id:path}/add_context": {"content": "more"}, "/mcp/{session_id:path}/query": {"input": QUESTION},
+    "/v1/chat/completions": {"model": "nexus-rag", "messages": [{"role": "user", "content": QUESTION}]},
+    "/v1/completions": {"model": "extractive", "prompt": QUESTION},
+    "/v1/embeddings": {"model": "alike", "input": QUESTION},
+    "/v1/rerank": {"model": "alike", "query": QUESTION, "documents": ["a", "b"]},
+    "/execute": {"template_name": "analyze_only", "initial_data": {"text": QUESTION}},
+}  # fmt: skip
+
+
+# ── the routes ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Route:
+    """One method of one path; `permissions` is None where none is declared, and anybody may use it."""
+
+    method: str
+    path: str
+    permissions: frozenset[str] | None
+    has_body: bool = False
+    dependant: Dependant | None = None
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.path}"
+
+    @property
+    def names_something(self) -> bool:
+        """Whether its path leads to a thing of some tenant."""
+        return any(f"{{{name}" in self.path for name in OF_A_TENANT)
+
+    def address(self, values: Mapping[str, str]) -> str:
+        """The path with these values, and "missing" for those that are not given."""
+        return re.sub(r"{(\w+)(:path)?}", lambda part: values.get(part[1], "missing"), self.path)
+
+
+def routes_of(app: FastAPI) -> Iterator[Route]:
+    """Every route of an application. What is mounted has no permission that could be read."""
+    for context in iter_route_contexts(app.routes):
+        dependant = getattr(context, "dependant", None)
+        if dependant is None:
+            yield Route("GET", str(getattr(context, "path", context)), None)
+            continue
+        for method in sorted(context.methods or ()):
+            has_body = context.body_field is not None
+            yield Route(method, str(context.path), permissions_of(dependant), has_body, dependant)
+
+
+def permissions_of(dependant: Dependant) -> frozenset[str] | None:
+    """What `permit` declares somewhere below; an empty set where any credential will do."""
+    declared = getattr(dependant.call, "permissions", None)
+    found = [one for one in map(permissions_of, dependant.dependencies) if one is not None]
+    if declared is not None:
+        found.append(frozenset(declared))
+    return frozenset[str]().union(*found) if found else None
+
+
+# ── the matrix ──────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one kind of caller is answered by a route, for a thing of their tenant or of the other."""
+
+    route: Route
+    role: str
+    whose: Whose
+    status: int
+    leak: str = ""  # why this must not be; "" where all is well
+
+
+async def matrix(world: "World", prefix: str = "") -> list[Cell]:
+    """A cell for every route, role and, where the path names a thing, owner; `prefix` is of the paths wanted."""
+    routes = sorted(routes_of(gateway.application(world.lent)), key=lambda route: (route.path, route.method))
+    cells = []
+    for route in routes:
+        owners: Sequence[Whose] = ("own", "foreign") if route.names_something else ("own",)
+        if route.path.startswith(prefix):
+            cells += [await world.try_out(route, role, whose) for role in ROLES for whose in owners]
+    return cells
+
+
+@dataclass(frozen=True)
+class World:
+    """A gateway with two tenants behind it, and a way to ask it as anybody."""
+
+    lent: Lent
+    hades: Hades
+    client: httpx.AsyncClient
+    keys: Mapping[str, str]  # by role
+
+    async def try_out(self, route: Route, role: str, whose: Whose) -> Cell:
+        known = ROLES[role]
+        tenant = "ours" if known is None else known[0]
+        owner = tenant if whose == "own" else _other(tenant)
+        values = self._make(owner)
+        headers = {"prefer": "respond-async"} | ({} if known is None else {"x-api-key": self.keys[role]})
+        answer = await self.client.request(
+            route.method, route.address(values), headers=headers,
+            json=BODIES.get(route.path, {}) if route.method in ("POST", "PUT") else None,
+        )  # fmt: skip
+        leak = _judge(route, known, whose, answer) or ("" if owner == tenant else self._harm(owner, values))
+        return Cell(route, role, whose, answer.status_code, leak)
+
+    def _make(self, tenant: str) -> dict[str, str]:
+        """A document, a job and a session of this tenant, and the values that lead to them."""
+        owner = Principal(tenant, "owner", PERMISSIONS)
+        text = f"{TOLD} {CANARIES[tenant]}"
+        source = f"{CANARIES[tenant]}.md"
+        document = Document(
+            document_id_of(tenant, "default", source), version_of(text, "p", "c", "e"), tenant, "default", source,
+            source, "text/plain", {}, frozenset(), len(text), 1,
+        )  # fmt: skip
+        if self.hades.documents.current(document.document_id, owner) is None:
+            epoch = self.hades.begin(document)
+            chunks = chunks_of(document, [Piece(text, tokens=len(text.split()))])
+            self.hades.stage([Staged(document, epoch, chunks, [text], Alike().vectors([text]))])
+            self.hades.publish([(document, epoch)])
+        job, _ = self.lent.jobs.accept(owner, "default", [Announced(source, "0" * 32, 1)], accepted_at=0)
+        self.lent.sessions.clear(owner, SESSION)
+        self.lent.sessions.add_context(owner, SESSION, text)
+        return {
+            "document_id": document.document_id, "job_id": job.job_id, "session_id": SESSION, "number": "0",
+            "version": "1",
+        }  # fmt: skip
+
+    def _harm(self, tenant: str, values: Mapping[str, str]) -> str:
+        """What a stranger has done to the things of this tenant; "" if nothing."""
+        owner = Principal(tenant, "owner", PERMISSIONS)
+        if self.hades.documents.current(values["document_id"], owner) is None:
+            return "a stranger deleted a document"
+        if self.lent.jobs.find(values["job_id"], owner).state != "running":
+            return "a stranger ended a job"
+        is_same = self.lent.sessions.context(owner, SESSION) == f"{TOLD} {CANARIES[tenant]}"
+        return "" if is_same else "a stranger changed a session"
+
+
+def _other(tenant: str) -> str:
+    return TENANTS[1 - TENANTS.index(tenant)]
+
+
+def _judge(route: Route, known: tuple[str, frozenset[str]] | None, whose: Whose, answer: httpx.Response) -> str:
+    """Why this answer must not be; "" if it may."""
+    status = answer.status_code
+    if status >= 500 and status not in (502, 503, 507):
+        return "a fault"
+    if route.path in PUBLIC:
+        return ""
+    if known is None:
+        return "" if status == 401 else "open to who has no credential"
+    tenant, permissions = known
+    if route.permissions is None:
+        return "asks for no permission"
+    if missing := route.permissions - permissions:
+        return "" if status == 403 else f"open to who lacks {sorted(missing)[0]}"
+    if CANARIES[_other(tenant)] in answer.text:
+        return "shows what is another tenant's"
+    by_session = "{session_id" in route.path  # everybody's session of this name is another one
+    if whose == "foreign" and status < 300 and not by_session and answer.text.replace(" ", "") != '{"deletions":[]}':
+        return "another tenant's thing is there"
+    return ""
+
+
+# ── the world ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Alike:
+    """An embedder to which every text is as near as every other, and the parts of Nexus that ask it."""
+
+    fingerprint, dimension, max_tokens = "alike", 4, 254
+
+    def vectors(self, texts: Sequence[str]) -> Vectors:
+        return np.full((len(texts), self.dimension), 0.5, np.float32)
+
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
+        return self.vectors(texts)
+
+
+class Embedder(Alike):
+    """The same, as a retriever wants it."""
+
+    def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:  # type: ignore[override]
+        return self.vectors(texts)
+
+
+@dataclass(frozen=True)
+class Here:
+    """The retriever's methods in this process, and an ingestor's that never comes to its work."""
+
+    retriever: Retriever
+
+    async def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
+        return self.retriever.search(request, principal)
+
+    async def retrieve(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence:
+        result = self.retriever.search(request, principal)
+        return Evidence(result, tuple(self.retriever.expand(result.hits[:passages], tokens)))
+
+    async def finish(self, job_id: str, number: int) -> None:
+        raise TryAgain("nothing is worked on here")
+
+    async def wake(self) -> None:
+        return None
+
+    async def find_unchanged(self, sources: Sequence[Source], principal: Principal) -> list[Receipt | None]:
+        return [None] * len(sources)
+
+    async def vacuum(self, keep_closed_seconds: float, document_ids: Sequence[str] | None = None) -> list[Any]:
+        return []
+
+    async def fsck(self, repair: bool) -> list[Any]:
+        return []
+
+
+@asynccontextmanager
+async def world() -> AsyncIterator[World]:
+    """A gateway of its own in this process; what it writes goes with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        documents, keys, jobs = sqlite.open("sqlite::memory:"), KeyRing(home), Jobs(home)
+        hades = Hades(documents, memory.open("memory:"), Alike.fingerprint, Alike.dimension)
+        here = Here(Retriever(hades, Embedder(), RetrievalSettings()))
+        lent = _lend(home, keys, jobs, hades, here)
+        made = {
+            role: keys.create(f"role-{number}", *known)[0]
+            for number, (role, known) in enumerate(ROLES.items())
+            if known
+        }
+        transport = httpx.ASGITransport(cast(ASGIApp, gateway.build(lent)), raise_app_exceptions=False)
+        try:
+            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+                yield World(lent, hades, client, made)
+        finally:
+            here.retriever.close()
+            for part in (jobs, keys, documents):
+                part.close()
+
+
+def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here) -> Lent:
+    embedder = Alike()
+    balancer = Balancer([Member(extractive.open("extractive:", embed=embedder.embed), 0.5)], Weights(1, 1, 1), 5.0)
+    return Lent(
+        config=Config(home=home),
+        keys=keys,
+        documents=hades.documents,
+        jobs=jobs,
+        sessions=Sessions(hades.documents),
+        retriever=here,
+        ingestor=here,
+        balancer=balancer,
+        embedders={"alike": embedder},
+        count_tokens=lambda texts: [len(text.split()) for text in texts],
+        rag=Tools(here.retrieve, balancer.generator("extractive"), passages=8, passage_tokens=1000, abstain_below=0.0),
+        checks={},
+    )
+
+
+# ── shown ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def check(prefix: str = "") -> list[Cell]:
+    """The matrix of all paths that begin so, tried out now."""
+
+    async def all_of_it() -> list[Cell]:
+        async with world() as made:
+            return await matrix(made, prefix)
+
+    return asyncio.run(all_of_it())
+
+
+def table(cells: Sequence[Cell]) -> list[list[str]]:
+    """A line for each route: its name, what it asks for, and each role's status, own/foreign where both were tried."""
+    lines: dict[str, list[str]] = {}
+    for cell in cells:
+        wants = "-" if cell.route.permissions is None else " ".join(sorted(cell.route.permissions)) or "any credential"
+        line = lines.setdefault(str(cell.route), [str(cell.route), wants])
+        shown = f"{cell.status}{'!' if cell.leak else ''}"
+        if cell.whose == "own":
+            line.append(shown)
+        else:
+            line[-1] += f"/{shown}"
+    return list(lines.values())
+
+
+def show(cell: Cell) -> dict[str, Any]:
+    """A cell as `nexus authz-check --json` prints it."""
+    wants = None if cell.route.permissions is None else sorted(cell.route.permissions)
+    return {
+        "method": cell.route.method, "path": cell.route.path, "permissions": wants, "role": cell.role,
+        "whose": cell.whose, "status": cell.status, "leak": cell.leak or None,
+    }  # fmt: skip

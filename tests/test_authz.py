@@ -1,0 +1,138 @@
+"""The matrix of who may do what: whole, without a leak, and not blind: leaks that are planted are named."""
+
+import json
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from deployments import authz, middleware
+from deployments.cli import app
+from deployments.routes import caller
+from nexus.sessions import Sessions
+from nexus.stores.sqlite import SqliteDocuments
+from nexus.types import Principal
+from tests.routes import ROUTES
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[authz.Cell]:
+    return authz.check()
+
+
+def test_API1_API5_nothing_leaks(cells: list[authz.Cell]) -> None:
+    assert not [(str(cell.route), cell.role, cell.whose, cell.status, cell.leak) for cell in cells if cell.leak]
+
+
+def test_every_route_was_tried_as_everybody_on_everything(cells: list[authz.Cell]) -> None:
+    tried = {(str(cell.route), cell.role, cell.whose) for cell in cells}
+    assert len(tried) == len(cells)
+    for route in ROUTES:
+        owners = ("own", "foreign") if route.names_something else ("own",)
+        assert {(str(route), role, whose) for role in authz.ROLES for whose in owners} <= tried
+
+
+def test_what_may_be_done_was_done(cells: list[authz.Cell]) -> None:
+    """The matrix means something only where somebody is let in."""
+    let_in = {str(cell.route) for cell in cells if cell.status < 300}
+    assert {
+        "GET /rag/documents/{document_id}", "DELETE /rag/documents/{document_id}", "GET /rag/jobs/{job_id}",
+        "DELETE /rag/jobs/{job_id}", "POST /rag/search", "POST /rag/query", "POST /v1/chat/completions",
+        "POST /rag/add_document", "POST /rag/jobs", "POST /mcp/{session_id:path}/add_context", "POST /rag/vacuum",
+        "POST /v1/embeddings", "POST /execute", "POST /mcp/{session_id:path}/query",
+    } <= let_in  # fmt: skip
+    by = {(str(cell.route), cell.role, cell.whose): cell.status for cell in cells}
+    document = "GET /rag/documents/{document_id}"
+    assert [by[document, role, "own"] for role in authz.ROLES] == [401, 200, 200, 403, 200, 200]
+    assert [by[document, role, "foreign"] for role in authz.ROLES] == [401, 404, 404, 403, 404, 404]
+
+
+def leaks(prefix: str) -> dict[tuple[str, str, str], str]:
+    return {(str(c.route), c.role, c.whose): c.leak for c in authz.check(prefix) if c.leak}
+
+
+def test_a_permission_that_is_not_looked_at_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caller, "demand", lambda *_: None)
+    found = leaks("/rag/vacuum")
+    assert {role for _, role, _ in found} == {"reader", "writer", "infer-only"}
+    assert set(found.values()) == {"open to who lacks admin"}
+
+
+def test_a_door_that_is_open_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caller, "demand", lambda *_: None)
+
+    async def let_in(self: Any, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            scope["state"]["principal"] = Principal("ours", "anybody", frozenset())
+        await self.app(scope, receive, send)
+
+    monkeypatch.setattr(middleware.Identity, "__call__", let_in)
+    assert leaks("/rag/deletions")["GET /rag/deletions", "none", "own"] == "open to who has no credential"
+
+
+def test_another_tenants_document_that_is_shown_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = SqliteDocuments.current
+
+    def of_anybody(self: SqliteDocuments, document_id: str, principal: Principal) -> Any:
+        found = [current(self, document_id, Principal(tenant, "x", frozenset())) for tenant in authz.TENANTS]
+        return next((one for one in found if one), None)
+
+    monkeypatch.setattr(SqliteDocuments, "current", of_anybody)
+    found = leaks("/rag/documents/")
+    assert found["GET /rag/documents/{document_id}", "reader", "foreign"] == "shows what is another tenant's"
+
+
+def test_a_document_that_a_stranger_deletes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    delete = SqliteDocuments.delete
+
+    def for_anybody(self: SqliteDocuments, document_ids: Any, principal: Principal) -> Any:
+        for tenant in authz.TENANTS:
+            delete(self, document_ids, Principal(tenant, "x", frozenset()))
+        return []
+
+    monkeypatch.setattr(SqliteDocuments, "delete", for_anybody)
+    found = leaks("/rag/documents/")
+    assert found["DELETE /rag/documents/{document_id}", "writer", "foreign"] == "a stranger deleted a document"
+
+
+def test_a_session_that_tenants_share_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    context, clear = Sessions.context, Sessions.clear
+    everybody = Principal("everybody", "x", frozenset())
+    monkeypatch.setattr(Sessions, "context", lambda self, principal, id: context(self, everybody, id))
+    monkeypatch.setattr(Sessions, "clear", lambda self, principal, id: clear(self, everybody, id))
+    add = Sessions.add_context
+    monkeypatch.setattr(Sessions, "add_context", lambda self, principal, id, text: add(self, everybody, id, text))
+    found = leaks("/mcp/{session_id")
+    assert "shows what is another tenant's" in found.values()
+
+
+def test_the_command_prints_the_matrix(monkeypatch: pytest.MonkeyPatch, cells: list[authz.Cell]) -> None:
+    monkeypatch.setattr(authz, "check", lambda: cells)
+    printed = CliRunner().invoke(app, ["authz-check"])
+    assert printed.exit_code == 0, printed.output
+    lines = printed.stdout.splitlines()
+    assert lines[0].split() == [
+        "route",
+        "asks",
+        "for",
+        "none",
+        "reader",
+        "writer",
+        "infer-only",
+        "admin",
+        "other",
+        "tenant",
+    ]
+    (document,) = [line for line in lines if line.startswith("GET /rag/documents/{document_id} ")]
+    assert document.split()[2:] == ["documents:read", "401/401", "200/404", "200/404", "403/403", "200/404", "200/404"]
+    assert lines[-1] == f"{len(cells)} tried, 0 leaks"
+    shown = json.loads(CliRunner().invoke(app, ["authz-check", "--json"]).stdout)
+    assert len(shown) == len(cells) and {one["leak"] for one in shown} == {None}
+
+
+def test_the_command_fails_on_a_leak(monkeypatch: pytest.MonkeyPatch, cells: list[authz.Cell]) -> None:
+    leaking = authz.Cell(cells[0].route, "reader", "foreign", 200, "shows what is another tenant's")
+    monkeypatch.setattr(authz, "check", lambda: [*cells, leaking])
+    printed = CliRunner().invoke(app, ["authz-check"])
+    assert printed.exit_code == 1
+    assert f"leak: {cells[0].route} as reader, foreign: 200, shows what is another tenant's" in printed.stderr
