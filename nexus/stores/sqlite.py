@@ -437,13 +437,12 @@ class SqliteDocuments(Database):
         return found
 
     def chunk_ids(self, index: str, published: bool) -> set[str]:
-        wanted = "AND s.closed IS NULL AND s.opened IS NOT NULL" if published else ""
         with self._reading() as db:
             rows = db.execute(
                 "SELECT DISTINCT c.chunk_id FROM chunks c JOIN versions v USING (document_id, version)"
                 " JOIN collections k ON k.name = v.collection LEFT JOIN spans s USING (document_id, version)"
-                f" WHERE k.index_name = ? {wanted}",
-                (index,),
+                " WHERE k.index_name = ? AND (NOT ? OR (s.closed IS NULL AND s.opened IS NOT NULL))",
+                (index, published),
             )
             return {chunk_id for (chunk_id,) in rows}
 
