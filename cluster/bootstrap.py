@@ -34,6 +34,7 @@ from cluster.inventory import NODE_LABEL, Inventory, configured, look, real, usa
 from nexus.config import Config, Node
 from nexus.errors import AlreadyRunning, ConfigError, Unavailable
 from nexus.types import digest
+from nexus.versions import check_versions
 
 INSTANCE = "NEXUS_INSTANCE"
 START_SECONDS = 120.0
@@ -123,7 +124,15 @@ def ray_token(home: Path) -> str:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as writer:
             writer.write(secrets.token_hex(32))
+    require_private(file)
     return file.read_text().strip()
+
+
+def require_private(file: Path) -> None:
+    """Raises ConfigError for a file or folder that other users of this machine may read."""
+    if file.stat().st_mode & 0o077:
+        mode = "700" if file.is_dir() else "600"
+        raise ConfigError(f"other users of this machine may read {file}: chmod {mode} {file}")
 
 
 def keep_token(home: Path, token: str) -> None:
@@ -368,6 +377,7 @@ def start_head(config: Config, config_file: Path | None = None) -> tuple[Instanc
     environment that whoever talks to this head must have, from before `ray` is imported. Raises ConfigError for a port
     in use, Unavailable.
     """
+    check_versions()
     home = Path(config.home)
     stop(home)
     require_port(config.http.port, "http.port (NEXUS_HTTP__PORT)")
@@ -409,6 +419,7 @@ def join_head(config: Config, name: str) -> Instance:
 
     The caller holds the home's lock, and has seen to it that the cluster's token is there.
     """
+    check_versions()
     home = Path(config.home)
     stop(home, "node")
     instance = _new_instance(home, ray_address=head_address(config), node=name)

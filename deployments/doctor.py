@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from cluster import bootstrap
+from deployments import exposure
 from nexus.config import Config, load_config
 from nexus.errors import NexusError
 from nexus.registry import check_part, find_module
@@ -36,7 +37,12 @@ def examine() -> list[Finding]:
     except NexusError as error:
         return [*findings, Finding("settings", False, error.message)]
     findings.append(Finding("settings", True, f"read; home is {config.home}"))
-    for what, check in (("home", _home), ("ports", _ports), ("disk", _disk), ("memory", _memory), ("models", _models)):
+    checks: dict[str, Callable[[Config], str]] = {
+        "home": _home, "ports": _ports, "disk": _disk, "memory": _memory, "models": _models,
+        "versions": exposure.versions, "files": exposure.files, "access": exposure.mode, "ray": exposure.ray,
+        "listening": exposure.listening,
+    }  # fmt: skip
+    for what, check in checks.items():
         findings.append(_try(what, check, config))
     return findings
 

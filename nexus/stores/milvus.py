@@ -23,6 +23,7 @@ from pymilvus.exceptions import MilvusException
 from nexus.errors import ConfigError, Unavailable
 from nexus.ports import IndexRow, Scope
 from nexus.types import Vector
+from nexus.versions import MILVUS_FLOORS, is_safe_milvus
 
 log = logging.getLogger("nexus.milvus")
 
@@ -49,6 +50,14 @@ def literal(value: str | Sequence[str]) -> str:
     return json.dumps(value if isinstance(value, str) else list(value), ensure_ascii=False)
 
 
+def _check_version(version: str) -> None:
+    """Raises ConfigError for a server with a known hole."""
+    if not is_safe_milvus(version):
+        raise ConfigError(
+            f"the Milvus server is {version}, which has known holes: it needs {' or '.join(MILVUS_FLOORS)}"
+        )
+
+
 class MilvusVectors:
     """A VectorStore over a Milvus server or a Milvus Lite server."""
 
@@ -65,7 +74,10 @@ class MilvusVectors:
         try:
             with self._lock:
                 if self._client is None:
-                    self._client = MilvusClient(uri=self._uri, token=self._token, timeout=TIMEOUT_SECONDS)
+                    client = MilvusClient(uri=self._uri, token=self._token, timeout=TIMEOUT_SECONDS)
+                    if not self._lite:
+                        _check_version(str(client.get_server_version(timeout=TIMEOUT_SECONDS)))
+                    self._client = client
             yield self._client
         except MilvusException as error:
             log.warning("the vector store failed: %s", error)
