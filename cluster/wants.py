@@ -62,16 +62,20 @@ def _voters(config: Config) -> Want:
 
 def _models(config: Config) -> Iterator[Want]:
     threads = config.models.embedder_threads or _cores(config)
-    for task, role in ROLES.items():
+    for task in ROLES:
         for place, model in enumerate(config.models.of_task(task)):
-            is_pool = task == "embed" and place == 0
-            if is_pool or _has_process(task, model):
-                yield _want(role if is_pool else f"{role}-{place}", model, threads)
+            if has_deployment(task, place, model):
+                yield _want(name_of(task, place), model, threads)
 
 
-def _has_process(task: Task, model: Served) -> bool:
-    """Whether Nexus runs the model, and not the process that asks it."""
-    if model.address.startswith(vllm.SCHEME):
+def name_of(task: Task, place: int) -> str:
+    """Of the deployment of a model; the documents' own embedder is the first."""
+    return ROLES[task] if (task, place) == ("embed", 0) else f"{ROLES[task]}-{place}"
+
+
+def has_deployment(task: Task, place: int, model: Served) -> bool:
+    """Whether Nexus runs it in a process of its own: a generator only where it would hold up whoever asks it."""
+    if model.address.startswith(vllm.SCHEME) or (task, place) == ("embed", 0):
         return True
     return model.address.startswith(GGUF) if task == "generate" else not model.address.startswith(ELSEWHERE)
 

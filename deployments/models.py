@@ -26,6 +26,7 @@ from actors.reranker import Reranker
 from cluster.plan import Plan
 from cluster.shares import Pool
 from cluster.spots import Spot, spots
+from cluster.wants import ROLES, has_deployment, name_of
 from deployments.autoscaling import autoscaling, pools, sharing
 from deployments.gateway import ByEmbedding
 from deployments.remote import Remote, RemoteEmbedder, RemoteEngine, RemoteGenerator, Spread, Threaded
@@ -37,10 +38,6 @@ from nexus.models import by_embedder, vllm
 from nexus.ports import Generator as GeneratorPort
 from nexus.registry import Task, open_model
 
-ELSEWHERE = ("openai:", "nim:", by_embedder.ADDRESS)  # embedders and rerankers without weights of ours
-IN_PROCESS = ("gguf:",)  # generators that would hold up whoever shares their process
-
-ROLES: Mapping[Task, str] = {"generate": "generator", "embed": "embedder", "rerank": "reranker"}
 Handles = Mapping[Task, Mapping[int, Mapping[str, DeploymentHandle]]]  # by place, and machine
 ANYWHERE = Spot()
 ONE: Mapping[str, Any] = {"num_replicas": 1}
@@ -111,18 +108,6 @@ def _size(config: Config, name: str, model: Served, spot: Spot, shared: Mapping[
         size = autoscaling(spot.least, spot.most, model.replicas.target, scaling.down_seconds)
         return {"autoscaling_config": size}
     return {"num_replicas": spot.least}
-
-
-def name_of(task: Task, place: int) -> str:
-    """Of the deployment of a model; the documents' own embedder is the first."""
-    return ROLES[task] if (task, place) == ("embed", 0) else f"{ROLES[task]}-{place}"
-
-
-def has_deployment(task: Task, place: int, model: Served) -> bool:
-    """Whether Nexus runs it in a process of its own."""
-    if model.address.startswith(vllm.SCHEME) or (task, place) == ("embed", 0):
-        return True
-    return model.address.startswith(IN_PROCESS) if task == "generate" else not model.address.startswith(ELSEWHERE)
 
 
 def _deploy(

@@ -12,7 +12,7 @@ from rich.table import Table
 from cluster.bootstrap import GPUS_LABEL
 from cluster.inventory import Gpu, Inventory, Node, configured, real
 from cluster.placement import Place, Plan, Refusal, Want, left, moves, place
-from cluster.wants import ROLES, wants_of
+from cluster.wants import ROLES, name_of, wants_of
 from nexus.config import Config
 from nexus.errors import ConfigError
 
@@ -64,13 +64,9 @@ def refused(one: Refusal) -> str:
 
 def models_of(config: Config) -> dict[str, str]:
     """The names that clients ask for, by those of the deployments."""
-    named = {
-        f"{role}-{number}": model.called
-        for task, role in ROLES.items()
-        for number, model in enumerate(config.models.of_task(task))
+    return {
+        name_of(task, place): model.called for task in ROLES for place, model in enumerate(config.models.of_task(task))
     }
-    named[ROLES["embed"]] = named.pop(f"{ROLES['embed']}-0")  # the documents' own
-    return named
 
 
 # ── what the running Nexus says ─────────────────────────────────────────────────────────────────

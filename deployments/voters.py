@@ -88,7 +88,7 @@ def restore(file: Annotated[Path, typer.Argument(help="What `nexus coordinator s
     with bootstrap.lock_home(home):
         if bootstrap.is_running(home):
             raise AlreadyRunning("Nexus runs: `nexus down` first, on every machine")
-        aside = coordinator.restore(held, home / coordinator.FOLDER, config.coordinator.voters)
+        aside = coordinator.restore(held, home / coordinator.FOLDER, config.voters)
     typer.echo("The coordinator begins from that snapshot at the next `nexus up`; add its other voters then.")
     if aside is not None:
         typer.echo(f"What was there before is kept in {aside}")

@@ -371,9 +371,12 @@ class Scaling(Section):
 
 
 class Coordinator(Section):
-    """Who keeps what the machines agree on: the first voters, by number, with the labels of each one's machine."""
+    """Who keeps what the machines agree on: the first voters, by number, with the labels of each one's machine.
 
-    voters: dict[Positive, dict[str, str]] = {1: {}}
+    None named: one voter, or in a cluster one on each of the first three machines.
+    """
+
+    voters: dict[Positive, dict[str, str]] = {}
     tick_seconds: Annotated[float, Field(ge=0.01, le=1)] = 0.05  # an election begins after 10 to 20 without a leader
 
 
@@ -457,9 +460,9 @@ class Config(BaseSettings):
 
     @property
     def voters(self) -> dict[int, dict[str, str]]:
-        """The first voters with the labels of their machines: those set, else one, and with three machines three."""
-        if "voters" in self.coordinator.model_fields_set or not self.nodes:
-            return dict(self.coordinator.voters)
+        """The first voters with the labels of their machines: those named, else one, and with three machines three."""
+        if self.coordinator.voters or not self.nodes:
+            return dict(self.coordinator.voters) or {1: {}}
         machines = list(self.nodes)[: 3 if len(self.nodes) >= 3 else 1]
         return {number: {NODE_LABEL: name} for number, name in enumerate(machines, 1)}
 
