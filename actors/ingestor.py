@@ -20,7 +20,7 @@ from nexus.errors import TryAgain
 from nexus.hades import Fault, Hades, Removed
 from nexus.ingest import Ingestor as Steps
 from nexus.ingest import Source, open_steps
-from nexus.jobs import Jobs
+from nexus.jobs import Jobs, examine
 from nexus.ports import Collection
 from nexus.registry import open_part
 from nexus.types import Principal, Receipt, Vectors
@@ -152,16 +152,6 @@ class Ingestor:
 
     async def _run(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))
-
-
-def examine(hades: Hades, jobs: Jobs, repair: bool) -> list[Fault]:
-    """Both stores and the list of jobs, compared; mended first where asked for."""
-    faults = hades.fsck()
-    if repair and faults:
-        hades.repair(faults)
-        faults = hades.fsck()
-    stuck = jobs.faults()
-    return [*faults, *([Fault("jobs that nobody works on", "", tuple(stuck))] if stuck else [])]
 
 
 async def _await(coroutine: Awaitable[Vectors]) -> Vectors:

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.ingestor import examine
 from cluster import bootstrap
 from deployments.client import Client
 from nexus.config import Config, load_config
 from nexus.hades import Hades
-from nexus.jobs import Jobs
+from nexus.jobs import Jobs, examine
 from nexus.registry import open_part
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from nexus.database import Database
 from nexus.errors import Conflict, InvalidRequest, NexusError, NotFound, Unavailable, Unprocessable, named
 from nexus.failpoints import pass_through
+from nexus.hades import Fault, Hades
 from nexus.types import Principal, Receipt, Upload, content_digest, digest
 
 DATABASE = "jobs.db"
@@ -675,3 +676,13 @@ def _write_receipt(receipt: Receipt | None) -> str | None:
 
 def _read_receipt(text: str | None) -> Receipt | None:
     return None if text is None else Receipt(**json.loads(text))
+
+
+def examine(hades: Hades, jobs: Jobs, repair: bool) -> list[Fault]:
+    """Both stores and the list of jobs, compared; mended first where asked for."""
+    faults = hades.fsck()
+    if repair and faults:
+        hades.repair(faults)
+        faults = hades.fsck()
+    stuck = jobs.faults()
+    return [*faults, *([Fault("jobs that nobody works on", "", tuple(stuck))] if stuck else [])]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from actors.ingestor import examine
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.balancer import Balancer, Member, Weights
@@ -18,7 +17,7 @@ from nexus.config import Config
 from nexus.conveyor import Conveyor
 from nexus.hades import Fault, Hades, Removed, chunks_of, document_id_of, version_of
 from nexus.ingest import Ingestor, Source
-from nexus.jobs import Jobs
+from nexus.jobs import Jobs, examine
 from nexus.models import extractive
 from nexus.parsing import Limits, Parsers
 from nexus.pipelines.rag import Tools

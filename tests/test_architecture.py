@@ -119,3 +119,10 @@ def test_a_planted_fault_is_seen(tmp_path: Path) -> None:
     module = tmp_path / "hiding.py"
     module.write_text("def later():\n    import ray\n    from deployments import app\n")
     assert set(imports(module)) == {"ray", "deployments"}
+
+
+def test_the_command_line_starts_without_what_only_servers_need() -> None:
+    heavy = "{'ray', 'torch', 'fastapi', 'transformers', 'pymilvus'}"
+    asked = f"import sys, deployments.cli; print(sorted({heavy} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"

@@ -9,7 +9,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.clusters import HEAD, WORKERS, Cluster, cluster
@@ -37,24 +40,58 @@ def answers(it: Cluster) -> bool:
         return "120 newton metres" in http.post("/rag/query", json=QUESTION).json().get("response", "")
 
 
+@dataclass
+class Load:
+    """Documents, lines of a session and questions without a pause: what became of them, and what was acknowledged."""
+
+    it: Cluster
+    seen: Counter[str] = field(default_factory=Counter)
+    documents: set[str] = field(default_factory=set)
+    lines: set[str] = field(default_factory=set)
+
+    def ask_once(self) -> None:
+        """One of each; who is not answered goes on, as a client would."""
+        number = self.seen.total()
+        document = {"filename": f"{number}.md", "content": f"# Note {number}\n\nNobody asks."}
+        if added := self._post("/rag/add_document", document):
+            self.documents.add(added["document_id"])
+        if self._post("/mcp/load/add_context", {"content": f"line {number}"}):
+            self.lines.add(f"line {number}")
+        self._post("/rag/query", QUESTION)
+
+    def _post(self, path: str, body: dict[str, str]) -> Any:
+        try:
+            with self.it.http() as http:
+                answer = http.post(path, json=body)
+        except httpx.HTTPError as error:
+            self.seen[type(error).__name__] += 1
+            return None
+        self.seen[str(answer.status_code)] += 1
+        return answer.json() if answer.status_code in (200, 201) else None
+
+    def lost(self) -> set[str]:
+        """What was acknowledged and is not there."""
+        with self.it.http() as http:
+            told = http.get("/mcp/load/get_context").json()["context"].split("\n")
+            known = {path for path in self.documents if http.get(f"/rag/documents/{path}").status_code == 200}
+        return (self.documents - known) | (self.lines - set(told))
+
+
 @contextmanager
-def asked_without_pause(it: Cluster) -> Iterator[Counter[int]]:
-    """Documents and questions, one after the other for as long as the block runs: how often which status came."""
-    seen, over, begun = Counter[int](), threading.Event(), threading.Event()
+def asked_without_pause(it: Cluster) -> Iterator[Load]:
+    """For as long as the block runs."""
+    load, over, begun = Load(it), threading.Event(), threading.Event()
 
     def ask() -> None:
-        with it.http() as http:
-            while not over.is_set():
-                document = {"filename": f"{seen.total()}.md", "content": f"# Note {seen.total()}\n\nNobody asks."}
-                seen[http.post("/rag/add_document", json=document).status_code] += 1
-                seen[http.post("/rag/query", json=QUESTION).status_code] += 1
-                begun.set()
+        while not over.is_set():
+            load.ask_once()
+            begun.set()
 
     thread = threading.Thread(target=ask)
     thread.start()
     try:
         assert begun.wait(60)
-        yield seen
+        yield load
     finally:
         over.set()
         thread.join()
@@ -112,20 +149,22 @@ def test_a_state_server_that_is_killed_is_started_again_and_nothing_else(it: Clu
     assert answers(it) and rest() == before
 
 
-def test_a_head_that_is_killed_comes_back_with_its_state_and_the_others_go_on(it: Cluster) -> None:
+def test_a_head_that_is_killed_under_load_comes_back_with_all_it_said_and_the_others_go_on(it: Cluster) -> None:
     before = [pids(it, host, name) for host in WORKERS for name in ("raylet", "ray::ServeReplica", "ray::Coordinator")]
-    it.kill(HEAD, "raylet")
-    it.kill(HEAD, "gcs_server")
-    it.must(HEAD, "up")
-    assert answers(it)
+    with asked_without_pause(it) as load:
+        it.kill(HEAD, "raylet")
+        it.kill(HEAD, "gcs_server")
+        it.must(HEAD, "up")
+        until(60, lambda: answers(it))
+    assert load.documents and load.lines and not load.lost()
     after = [pids(it, host, name) for host in WORKERS for name in ("raylet", "ray::ServeReplica", "ray::Coordinator")]
     assert after == before
 
 
 def test_a_drained_machine_does_nothing_more_and_no_request_failed(it: Cluster) -> None:
-    with asked_without_pause(it) as seen:
+    with asked_without_pause(it) as load:
         it.must(HEAD, "node", "drain", "clu")
-    assert set(seen) <= {200, 201} and seen.total() > 2
+    assert set(load.seen) <= {"200", "201"} and not load.lost()
     assert it.machines()["clu"]["state"] == "drained"
     assert not it.processes("clu", "ray::ServeReplica") and answers(it)
     it.must("clu", "node", "stop")

@@ -111,3 +111,15 @@ def test_a_config_cannot_be_changed() -> None:
     config = load_config()
     with pytest.raises(ValueError, match="frozen"):
         config.http = None  # type: ignore[assignment, misc]
+
+
+def test_voters_that_are_named_are_all_there_are(clean_home: Path) -> None:
+    config = load_config(write(clean_home, "coordinator:\n  voters:\n    2: {rack: a}\n    5: {}\n"))
+    assert config.voters == {2: {"rack": "a"}, 5: {}}
+
+
+def test_without_voters_named_there_is_one_or_in_a_cluster_one_on_each_of_three_machines(clean_home: Path) -> None:
+    assert load_config().voters == {1: {}}
+    nodes = "".join(f"  {name}: {{address: {name}.example, cpus: 2, memory: 1GiB}}\n" for name in "abcd")
+    config = load_config(write(clean_home, f"ray: {{head: a}}\nnodes:\n{nodes}"))
+    assert config.voters == {number: {"nexus.io/node": name} for number, name in enumerate("abc", 1)}

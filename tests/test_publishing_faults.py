@@ -24,11 +24,10 @@ from signal import SIGKILL
 import psutil
 import pytest
 
-from actors.ingestor import examine
 from cluster.bootstrap import free_ports
 from nexus.failpoints import POINTS
 from nexus.hades import Hades, document_id_of
-from nexus.jobs import Jobs
+from nexus.jobs import Jobs, examine
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.types import SearchRequest
 from tests import ingesting
