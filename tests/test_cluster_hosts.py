@@ -20,8 +20,6 @@ from tests.running import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-needs_time = pytest.mark.skipif("DRILLS" not in os.environ, reason="minutes of faults more: DRILLS=1 has them done")
-
 GIB = 2**30
 QUESTION = {"query": "What torque do the wheel nuts need?"}
 
@@ -37,7 +35,8 @@ def it() -> Iterator[Cluster]:
 
 def answers(it: Cluster) -> bool:
     with it.http(timeout=10) as http:
-        return "120 newton metres" in http.post("/rag/query", json=QUESTION).json().get("response", "")
+        answer = http.post("/rag/query", json=QUESTION)
+        return answer.status_code == 200 and "120 newton metres" in answer.json()["response"]
 
 
 @dataclass
@@ -189,7 +188,6 @@ def test_a_wrong_token_is_refused_and_said(it: Cluster) -> None:
     assert not it.hosts.processes("clu")
 
 
-@needs_time
 def test_a_drill_finds_answers_within_half_a_minute_and_nothing_lost(it: Cluster) -> None:
     """A link cut for so long that Ray gives the machine up, and a raylet killed, under load."""
     it.begin("clu", "node", "start", "--stay", "--token-file", os.fspath(it.home(HEAD) / "ray-token"))
@@ -205,7 +203,6 @@ def test_a_drill_finds_answers_within_half_a_minute_and_nothing_lost(it: Cluster
         assert outcome["silent"] < 30, outcome  # what the cluster promises
 
 
-@needs_time
 def test_a_head_that_is_watched_heals_by_itself_and_a_signal_ends_what_it_watches_and_nothing_else(it: Cluster) -> None:
     watcher = it.begin(HEAD, "up", "--stay")
     until(60, lambda: "already runs" in it.said(HEAD))
@@ -219,7 +216,6 @@ def test_a_head_that_is_watched_heals_by_itself_and_a_signal_ends_what_it_watche
     assert it.processes("sark", "node start") and it.processes("sark", "raylet")
 
 
-@needs_time
 def test_a_signal_takes_a_machine_that_stays_out_of_the_cluster(it: Cluster) -> None:
     (member,) = it.processes("sark", "node start")
     member.terminate()
