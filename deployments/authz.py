@@ -8,17 +8,16 @@ import asyncio
 import re
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import httpx
 import numpy as np
 from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
-from starlette.types import ASGIApp
 
 from deployments import gateway
 from deployments.gateway import Lent
@@ -39,16 +38,17 @@ from nexus.stores import memory, sqlite
 from nexus.types import Document, Evidence, Piece, Principal, Receipt, SearchRequest, SearchResult, Vectors
 
 Whose = Literal["own", "foreign"]
+OWNERS: tuple[Whose, ...] = ("own", "foreign")
 
-TENANTS = ("ours", "theirs")
-CANARIES = {"ours": "canary-of-ours-4711", "theirs": "canary-of-theirs-4712"}
+TENANTS = OURS, THEIRS = "authz-check-ours", "authz-check-theirs"
+CANARIES = {OURS: "canary-of-ours-4711", THEIRS: "canary-of-theirs-4712"}
 SESSION = "a-session"
 READS = frozenset({"documents:read", "sessions:read", "policies:read", "share:read"})
 WRITES = READS | {"documents:write", "sessions:write", "policies:write", "share:write"}
 # Every kind of caller: the tenant, and what they may do; None has no credential.
 ROLES: Mapping[str, tuple[str, frozenset[str]] | None] = {
-    "none": None, "reader": ("ours", READS), "writer": ("ours", WRITES), "infer-only": ("ours", frozenset({"infer"})),
-    "admin": ("ours", PERMISSIONS), "other tenant": ("theirs", PERMISSIONS),
+    "none": None, "reader": (OURS, READS), "writer": (OURS, WRITES), "infer-only": (OURS, frozenset({"infer"})),
+    "admin": (OURS, PERMISSIONS), "other tenant": (THEIRS, PERMISSIONS),
 }  # fmt: skip
 OF_A_TENANT = ("document_id", "job_id", "session_id")  # parameters of paths that name such a thing
 TOLD = "The gripper closes with a torque of 4 N·m."
@@ -127,82 +127,73 @@ class Cell:
     leak: str = ""  # why this must not be; "" where all is well
 
 
-async def matrix(world: "World", prefix: str = "") -> list[Cell]:
-    """A cell for every route, role and, where the path names a thing, owner; `prefix` is of the paths wanted."""
-    routes = sorted(routes_of(gateway.application(world.lent)), key=lambda route: (route.path, route.method))
-    cells = []
-    for route in routes:
-        owners: Sequence[Whose] = ("own", "foreign") if route.names_something else ("own",)
-        if route.path.startswith(prefix):
-            cells += [await world.try_out(route, role, whose) for role in ROLES for whose in owners]
-    return cells
+class Things(Protocol):
+    """A document, a job and a session of each tenant, and whether they are as they were made."""
+
+    async def make(self, tenant: str) -> Mapping[str, str]:
+        """Those of this tenant, as good as new; the values for paths that lead to them."""
+        ...
+
+    async def harm(self, tenant: str, values: Mapping[str, str]) -> str:
+        """What a stranger has done to them; "" if nothing."""
+        ...
 
 
 @dataclass(frozen=True)
 class World:
     """A gateway with two tenants behind it, and a way to ask it as anybody."""
 
-    lent: Lent
-    hades: Hades
     client: httpx.AsyncClient
+    things: Things
     keys: Mapping[str, str]  # by role
+    only_harmless: bool = False  # what reads, and what has to be refused
 
-    async def try_out(self, route: Route, role: str, whose: Whose) -> Cell:
+    async def matrix(self, prefix: str = "") -> list[Cell]:
+        """A cell for every route, role and, where the path names a thing, owner; `prefix` is of the paths wanted."""
+        routes = sorted(routes_of(gateway.application(cast(Lent, None))), key=lambda route: (route.path, route.method))
+        return [
+            await self._try_out(route, role, whose)
+            for route in routes
+            if route.path.startswith(prefix)
+            for role in ROLES
+            for whose in (OWNERS if route.names_something else OWNERS[:1])
+            if not self.only_harmless or route.method == "GET" or _is_refused(route, role, whose)
+        ]
+
+    async def _try_out(self, route: Route, role: str, whose: Whose) -> Cell:
         known = ROLES[role]
-        tenant = "ours" if known is None else known[0]
+        tenant = OURS if known is None else known[0]
         owner = tenant if whose == "own" else _other(tenant)
-        values = self._make(owner)
+        values = await self.things.make(owner)
         headers = {"prefer": "respond-async"} | ({} if known is None else {"x-api-key": self.keys[role]})
         answer = await self.client.request(
             route.method, route.address(values), headers=headers,
             json=BODIES.get(route.path, {}) if route.method in ("POST", "PUT") else None,
         )  # fmt: skip
-        leak = _judge(route, known, whose, answer) or ("" if owner == tenant else self._harm(owner, values))
+        leak = _judge(route, role, whose, answer)
+        if not leak and owner != tenant:
+            leak = await self.things.harm(owner, values)
         return Cell(route, role, whose, answer.status_code, leak)
-
-    def _make(self, tenant: str) -> dict[str, str]:
-        """A document, a job and a session of this tenant, and the values that lead to them."""
-        owner = Principal(tenant, "owner", PERMISSIONS)
-        text = f"{TOLD} {CANARIES[tenant]}"
-        source = f"{CANARIES[tenant]}.md"
-        document = Document(
-            document_id_of(tenant, "default", source), version_of(text, "p", "c", "e"), tenant, "default", source,
-            source, "text/plain", {}, frozenset(), len(text), 1,
-        )  # fmt: skip
-        if self.hades.documents.current(document.document_id, owner) is None:
-            epoch = self.hades.begin(document)
-            chunks = chunks_of(document, [Piece(text, tokens=len(text.split()))])
-            self.hades.stage([Staged(document, epoch, chunks, [text], Alike().vectors([text]))])
-            self.hades.publish([(document, epoch)])
-        job, _ = self.lent.jobs.accept(owner, "default", [Announced(source, "0" * 32, 1)], accepted_at=0)
-        self.lent.sessions.clear(owner, SESSION)
-        self.lent.sessions.add_context(owner, SESSION, text)
-        return {
-            "document_id": document.document_id, "job_id": job.job_id, "session_id": SESSION, "number": "0",
-            "version": "1",
-        }  # fmt: skip
-
-    def _harm(self, tenant: str, values: Mapping[str, str]) -> str:
-        """What a stranger has done to the things of this tenant; "" if nothing."""
-        owner = Principal(tenant, "owner", PERMISSIONS)
-        if self.hades.documents.current(values["document_id"], owner) is None:
-            return "a stranger deleted a document"
-        if self.lent.jobs.find(values["job_id"], owner).state != "running":
-            return "a stranger ended a job"
-        is_same = self.lent.sessions.context(owner, SESSION) == f"{TOLD} {CANARIES[tenant]}"
-        return "" if is_same else "a stranger changed a session"
 
 
 def _other(tenant: str) -> str:
     return TENANTS[1 - TENANTS.index(tenant)]
 
 
-def _judge(route: Route, known: tuple[str, frozenset[str]] | None, whose: Whose, answer: httpx.Response) -> str:
-    """Why this answer must not be; "" if it may."""
-    status = answer.status_code
+def _is_refused(route: Route, role: str, whose: Whose) -> bool:
+    """Whether this has to end in a refusal, so that trying it does no harm where all is well."""
+    if route.path in PUBLIC:
+        return False
+    known = ROLES[role]
+    return known is None or whose == "foreign" or bool((route.permissions or frozenset()) - known[1])
+
+
+def _judge(route: Route, role: str, whose: Whose, answer: httpx.Response) -> str:
+    """Why this answer must not be; "" if it may. 429 is a refusal, too."""
+    status, known = answer.status_code, ROLES[role]
     if status >= 500 and status not in (502, 503, 507):
         return "a fault"
-    if route.path in PUBLIC:
+    if route.path in PUBLIC or status == 429:
         return ""
     if known is None:
         return "" if status == 401 else "open to who has no credential"
@@ -219,7 +210,50 @@ def _judge(route: Route, known: tuple[str, frozenset[str]] | None, whose: Whose,
     return ""
 
 
-# ── the world ───────────────────────────────────────────────────────────────────────────────────
+# ── a world in this process ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Things put into the stores of this process directly."""
+
+    lent: Lent
+    hades: Hades
+
+    async def make(self, tenant: str) -> Mapping[str, str]:
+        owner, text, source = Principal(tenant, "owner", PERMISSIONS), told(tenant), f"{CANARIES[tenant]}.md"
+        document = Document(
+            document_id_of(tenant, "default", source), version_of(text, "p", "c", "e"), tenant, "default", source,
+            source, "text/plain", {}, frozenset(), len(text), 1,
+        )  # fmt: skip
+        if self.hades.documents.current(document.document_id, owner) is None:
+            epoch = self.hades.begin(document)
+            chunks = chunks_of(document, [Piece(text, tokens=len(text.split()))])
+            self.hades.stage([Staged(document, epoch, chunks, [text], Alike().vectors([text]))])
+            self.hades.publish([(document, epoch)])
+        job, _ = self.lent.jobs.accept(owner, "default", [Announced(source, "0" * 32, 1)], accepted_at=0)
+        self.lent.sessions.clear(owner, SESSION)
+        self.lent.sessions.add_context(owner, SESSION, text)
+        return values_of(document.document_id, job.job_id)
+
+    async def harm(self, tenant: str, values: Mapping[str, str]) -> str:
+        owner = Principal(tenant, "owner", PERMISSIONS)
+        if self.hades.documents.current(values["document_id"], owner) is None:
+            return "a stranger deleted a document"
+        if self.lent.jobs.find(values["job_id"], owner).state != "running":
+            return "a stranger ended a job"
+        is_same = self.lent.sessions.context(owner, SESSION) == told(tenant)
+        return "" if is_same else "a stranger changed a session"
+
+
+def told(tenant: str) -> str:
+    """What a tenant's document and session say."""
+    return f"{TOLD} {CANARIES[tenant]}"
+
+
+def values_of(document_id: str, job_id: str) -> dict[str, str]:
+    """The values for paths that lead to a tenant's things."""
+    return {"document_id": document_id, "job_id": job_id, "session_id": SESSION, "number": "0", "version": "1"}
 
 
 class Alike:
@@ -271,7 +305,7 @@ class Here:
 
 
 @asynccontextmanager
-async def world() -> AsyncIterator[World]:
+async def in_process() -> AsyncIterator[World]:
     """A gateway of its own in this process; what it writes goes with it."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
@@ -284,10 +318,10 @@ async def world() -> AsyncIterator[World]:
             for number, (role, known) in enumerate(ROLES.items())
             if known
         }
-        transport = httpx.ASGITransport(cast(ASGIApp, gateway.build(lent)), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(gateway.build(lent), raise_app_exceptions=False)
         try:
             async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-                yield World(lent, hades, client, made)
+                yield World(client, Stored(lent, hades), made)
         finally:
             here.retriever.close()
             for part in (jobs, keys, documents):
@@ -316,12 +350,12 @@ def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here) -> Le
 # ── shown ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def check(prefix: str = "") -> list[Cell]:
-    """The matrix of all paths that begin so, tried out now."""
+def check(world: AbstractAsyncContextManager[World] | None = None, prefix: str = "") -> list[Cell]:
+    """The matrix of all paths that begin so, tried out now; in a world of this process, if no other is given."""
 
     async def all_of_it() -> list[Cell]:
-        async with world() as made:
-            return await matrix(made, prefix)
+        async with world or in_process() as made:
+            return await made.matrix(prefix)
 
     return asyncio.run(all_of_it())
 

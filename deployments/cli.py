@@ -251,14 +251,25 @@ def doctor(as_json: Json = False) -> None:
 
 
 @app.command("authz-check")
-def authz_check(as_json: Json = False) -> None:
+def authz_check(
+    live: Annotated[
+        bool, typer.Option("--live", help="Try the Nexus that runs here: what reads, and what must be refused.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Try every route as every kind of caller, on things of its own tenant and of another's (own/foreign).
 
-    It asks an application of its own in this process, with two tenants in it. Exit code 1 if something leaks.
+    It asks an application of its own in this process, with two tenants in it; with --live the one that runs here, with
+    two tenants made for it. Exit code 1 if something leaks.
     """
-    from deployments import authz  # with the whole front door
+    from deployments import authz, authz_live  # with the whole front door
 
-    cells = authz.check()
+    world = None
+    if live:
+        config = load_config()
+        with http.Client(config) as nexus:
+            world = authz_live.running(nexus.url, Path(config.home))
+    cells = authz.check(world)
     leaks = [cell for cell in cells if cell.leak]
     if as_json:
         typer.echo(json.dumps([authz.show(cell) for cell in cells]))

@@ -1,17 +1,24 @@
 """The matrix of who may do what: whole, without a leak, and not blind: leaks that are planted are named."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from socket import socket
+from threading import Thread
 from typing import Any
 
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
-from deployments import authz, middleware
+from deployments import authz, authz_live, middleware
 from deployments.cli import app
 from deployments.routes import caller
+from nexus.errors import Unavailable
 from nexus.sessions import Sessions
 from nexus.stores.sqlite import SqliteDocuments
 from nexus.types import Principal
+from tests.conftest import Door
 from tests.routes import ROUTES
 
 
@@ -48,7 +55,7 @@ def test_what_may_be_done_was_done(cells: list[authz.Cell]) -> None:
 
 
 def leaks(prefix: str) -> dict[tuple[str, str, str], str]:
-    return {(str(c.route), c.role, c.whose): c.leak for c in authz.check(prefix) if c.leak}
+    return {(str(c.route), c.role, c.whose): c.leak for c in authz.check(prefix=prefix) if c.leak}
 
 
 def test_a_permission_that_is_not_looked_at_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +70,7 @@ def test_a_door_that_is_open_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def let_in(self: Any, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            scope["state"]["principal"] = Principal("ours", "anybody", frozenset())
+            scope["state"]["principal"] = Principal(authz.OURS, "anybody", frozenset())
         await self.app(scope, receive, send)
 
     monkeypatch.setattr(middleware.Identity, "__call__", let_in)
@@ -106,8 +113,40 @@ def test_a_session_that_tenants_share_is_named(monkeypatch: pytest.MonkeyPatch) 
     assert "shows what is another tenant's" in found.values()
 
 
+@pytest.fixture
+def served(door: Door) -> Iterator[str]:
+    """The URL of a door on a port of its own."""
+    server = uvicorn.Server(uvicorn.Config(door.client.app, lifespan="off", log_config=None))
+    with socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = Thread(target=server.run, args=([listening],))
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def test_the_one_that_runs_is_tried_and_left_as_it_was(door: Door, served: str) -> None:
+    home = Path(door.lent.config.home)
+    cells = authz.check(authz_live.running(served, home), "/rag")
+    assert not [(str(cell.route), cell.role, cell.whose, cell.status, cell.leak) for cell in cells if cell.leak]
+    by = {(str(cell.route), cell.role, cell.whose): cell.status for cell in cells}
+    document = "/rag/documents/{document_id}"
+    assert [by[f"GET {document}", role, "foreign"] for role in authz.ROLES] == [401, 404, 404, 403, 404, 404]
+    assert by[f"DELETE {document}", "writer", "foreign"] == 404
+    assert (f"DELETE {document}", "writer", "own") not in by and ("POST /rag/vacuum", "admin", "own") not in by
+    for tenant in authz.TENANTS:
+        assert door.client.get("/rag/documents", headers=door.headers(tenant)).json()["documents"] == []
+    assert not [key for key in door.keys.list() if key.revoked_at is None and key.name != "tester"]
+
+
+def test_one_that_does_not_answer_is_said(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="no Nexus answers"):
+        authz.check(authz_live.running("http://127.0.0.1:9", tmp_path), "/rag")
+
+
 def test_the_command_prints_the_matrix(monkeypatch: pytest.MonkeyPatch, cells: list[authz.Cell]) -> None:
-    monkeypatch.setattr(authz, "check", lambda: cells)
+    monkeypatch.setattr(authz, "check", lambda world: cells)
     printed = CliRunner().invoke(app, ["authz-check"])
     assert printed.exit_code == 0, printed.output
     lines = printed.stdout.splitlines()
@@ -132,7 +171,7 @@ def test_the_command_prints_the_matrix(monkeypatch: pytest.MonkeyPatch, cells: l
 
 def test_the_command_fails_on_a_leak(monkeypatch: pytest.MonkeyPatch, cells: list[authz.Cell]) -> None:
     leaking = authz.Cell(cells[0].route, "reader", "foreign", 200, "shows what is another tenant's")
-    monkeypatch.setattr(authz, "check", lambda: [*cells, leaking])
+    monkeypatch.setattr(authz, "check", lambda world: [*cells, leaking])
     printed = CliRunner().invoke(app, ["authz-check"])
     assert printed.exit_code == 1
     assert f"leak: {cells[0].route} as reader, foreign: 200, shows what is another tenant's" in printed.stderr
