@@ -205,3 +205,35 @@ def test_every_status_of_the_specification_was_seen() -> None:
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/nowhere", "/v1", "/v1x/y", "/a/%F0%9F%98%80", "/" + "x" * 4000])
 def test_404_on_unknown_addresses(door: Door, headers: dict[str, str], path: str) -> None:
     check(door.client.get(path, headers=headers), 404, unquote(path), headers)
+
+
+GOOD = {
+    "type": "urn:nexus:problem:x", "title": "t", "status": 404, "detail": "d", "instance": "/x", "code": "c",
+    "request_id": "12345678",
+}  # fmt: skip
+HEADERS = {
+    **SAFE_HEADERS, "content-type": "application/problem+json", "cache-control": "no-store", "x-request-id": "12345678",
+}  # fmt: skip
+OUT_OF_SHAPE: dict[str, tuple[dict[str, object], dict[str, str | None]]] = {
+    "another media type": (GOOD, {"content-type": "application/json"}),
+    "cached": (GOOD, {"cache-control": "max-age=1"}), "no id": (GOOD, {"x-request-id": None}),
+    "another id": ({**GOOD, "request_id": "87654321"}, {}),
+    "sniffed": (GOOD, {"x-content-type-options": None}), "framed": (GOOD, {"x-frame-options": None}),
+    "more members": ({**GOOD, "trace": "x"}, {}), "another status": ({**GOOD, "status": 400}, {}),
+    "a path": ({**GOOD, "detail": "/srv/nexus failed"}, {}), "SQL": ({**GOOD, "detail": "SELECT 1"}, {}),
+    "a file": ({**GOOD, "detail": "gateway.py line 3"}, {}), "the host": ({**GOOD, "detail": socket.gethostname()}, {}),
+    "a header with the key": (GOOD, {"x-key": "nx_abc"}),
+    "a wrong pointer": ({**GOOD, "errors": [{"pointer": "a"}]}, {}),
+    "a challenge": (GOOD, {"www-authenticate": "Bearer"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUT_OF_SHAPE)
+def test_what_is_out_of_shape_is_seen(name: str) -> None:
+    def answer(body: dict[str, object], headers: dict[str, str | None]) -> Response:
+        given = {key: value for key, value in {**HEADERS, **headers}.items() if value is not None}
+        return Response(404, json=body, headers=given)
+
+    check(answer(GOOD, {}), 404, "/x", {})
+    with pytest.raises((AssertionError, KeyError)):
+        check(answer(*OUT_OF_SHAPE[name]), 404, "/x", {})

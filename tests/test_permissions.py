@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.routing import Route as BareRoute
+from starlette.websockets import WebSocketDisconnect
 
 from deployments import gateway
 from deployments.middleware import PUBLIC
@@ -96,6 +97,13 @@ def test_API5_the_declared_permissions_are_enough(door: Door, route: Route) -> N
 def test_API9_unknown_addresses_are_closed_and_then_empty(door: Door, method: str, path: str) -> None:
     assert ask(door, method, path).status == 401
     assert ask(door, method, path, door.headers()).status in (404, 405)
+
+
+def test_API9_no_socket_is_opened(door: Door) -> None:
+    """There is no route for one, and no layer that would ask it for a credential."""
+    for path in ("/rag/documents", "/livez", "/nowhere"):
+        with pytest.raises(WebSocketDisconnect), door.client.websocket_connect(path, headers=door.headers()):
+            pass
 
 
 ADMIN = [route for route in GUARDED if route.permissions == {"admin"}]
