@@ -28,6 +28,7 @@ from deployments import gateway, machines, models, planning
 from deployments.observer import RayObserver
 from deployments.remote import Remote
 from nexus.access import KeyRing
+from nexus.audit import Chain, Recorder
 from nexus.cache import ResponseCache, cached
 from nexus.config import Config, Triton, load_config
 from nexus.image_hosts import ImageHosts
@@ -71,6 +72,7 @@ class Gateway:
             gateway.Lent(
                 config=config,
                 keys=KeyRing(home, [key.get_secret_value() for key in config.access.development_keys]),
+                audit=Recorder(Chain(home, config.audit.file_bytes)),
                 documents=documents,
                 jobs=Jobs(home),
                 sessions=Sessions(documents),

@@ -23,6 +23,7 @@ from deployments import gateway
 from deployments.gateway import Lent
 from deployments.middleware import PUBLIC
 from nexus.access import PERMISSIONS, KeyRing
+from nexus.audit import Chain, Recorder
 from nexus.balancer import Balancer, Member, Weights
 from nexus.config import Config
 from nexus.errors import TryAgain
@@ -324,7 +325,7 @@ async def in_process() -> AsyncIterator[World]:
                 yield World(client, Stored(lent, hades), made)
         finally:
             here.retriever.close()
-            for part in (jobs, keys, documents):
+            for part in (lent.audit, jobs, keys, documents):
                 part.close()
 
 
@@ -334,6 +335,7 @@ def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here) -> Le
     return Lent(
         config=Config(home=home),
         keys=keys,
+        audit=Recorder(Chain(home)),
         documents=hades.documents,
         jobs=jobs,
         sessions=Sessions(hades.documents),

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import adding, nodes, overview, planning, running, upkeep, voters
+from deployments import adding, auditing, nodes, overview, planning, running, upkeep, voters
 from deployments import client as http
+from deployments.auditing import recorded
 from deployments.doctor import examine
 from deployments.driver import become_driver
 from deployments.listing import label
@@ -41,6 +42,7 @@ app.add_typer(key_app, name="key")
 app.add_typer(config_app, name="config")
 app.add_typer(voters.app, name="coordinator")
 app.add_typer(nodes.app, name="node")
+app.add_typer(auditing.app, name="audit")
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 InCollection = Annotated[str, typer.Option("--collection", "-c", help="The collection.")]
@@ -96,7 +98,7 @@ def _start(settings: Config, config: Path | None, patience: float, join: float) 
     started, home = time.monotonic(), Path(settings.home)
     with bootstrap.lock_home(home):
         instance, outcome = running.ensure_up(settings, config, patience, join, _tell)
-        new_key = _ensure_admin_key(home)
+        new_key = _ensure_admin_key(settings)
         if outcome == "ran already" and settings.nodes:
             running.apply(settings, instance, config, patience, _tell)
     if outcome == "ran already":
@@ -121,14 +123,17 @@ def _patience(settings: Config) -> float:
     return ENGINE_START_SECONDS if has_engines else START_SECONDS
 
 
-def _ensure_admin_key(home: Path) -> str | None:
+def _ensure_admin_key(settings: Config) -> str | None:
     """Make the first key of a new installation; returns it only when it is new."""
+    home = Path(settings.home)
     file = home / "admin-key"
     if file.exists():
         return None
-    ring = KeyRing(home)
-    key, _ = ring.create("admin")
-    ring.close()
+    with recorded(settings, "nexus up: the admin key") as named:
+        ring = KeyRing(home)
+        key, made = ring.create("admin")
+        ring.close()
+        named.append(made.id)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as writer:
         writer.write(key + "\n")
@@ -565,8 +570,9 @@ def create_key(
 ) -> None:
     """Make a key. It is shown once. Without --permission it may do all but administer."""
     permissions = frozenset(permission) if permission else PERMISSIONS - {"admin"}
-    with _keys() as ring:
+    with _keys() as ring, recorded(load_config(), "nexus key create") as named:
         text, key = ring.create(name, tenant, permissions, None if days is None else days * 86_400)
+        named += [key.id, f"tenant {tenant}", *sorted(permissions)]
     typer.echo(json.dumps({"key": text, "id": key.id, "tenant": key.tenant}) if as_json else text)
 
 
@@ -592,7 +598,7 @@ def _plain(value: object) -> object:
 @key_app.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(help="The id, as `nexus key list` shows it.")]) -> None:
     """End a key, everywhere within five seconds."""
-    with _keys() as ring:
+    with _keys() as ring, recorded(load_config(), "nexus key revoke", key_id):
         ring.revoke(key_id)
     typer.echo(f"revoked {key_id}")
 

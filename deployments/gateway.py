@@ -31,6 +31,7 @@ from deployments.routes import (
 from deployments.shapes import describe_errors
 from nexus import __version__
 from nexus.access import KeyRing
+from nexus.audit import Recorder
 from nexus.balancer import Balancer, Weights
 from nexus.cache import CompletingGenerator, ResponseCache, cached
 from nexus.config import Config
@@ -95,6 +96,7 @@ class Lent:
 
     config: Config
     keys: KeyRing
+    audit: Recorder
     documents: DocumentStore
     jobs: Jobs
     sessions: Sessions
@@ -126,7 +128,7 @@ class Lent:
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
-    return middleware.wrap(application(lent), lent.keys, lent.config.http, says_request_id)
+    return middleware.wrap(application(lent), lent.keys, lent.audit, lent.config, says_request_id)
 
 
 def application(lent: Lent) -> FastAPI:
@@ -160,6 +162,7 @@ def application(lent: Lent) -> FastAPI:
 
 
 def _respond(request: Request, status: int, code: str, detail: str, faults: Sequence[tuple[str, str]] = ()) -> Response:
+    request.scope["state"]["audited"].setdefault("reason", code)
     headers, body = middleware.render(request.url.path, request.state.request_id, status, code, detail, faults)
     return Response(body, status, headers)
 

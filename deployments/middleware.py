@@ -15,8 +15,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.audited import Audited
 from nexus.access import KeyRing
-from nexus.config import Http
+from nexus.audit import Recorder
+from nexus.config import Config, Http
 from nexus.errors import (
     CallerError,
     Conflict,
@@ -56,11 +58,13 @@ OPENAI_TYPES = {
 }  # fmt: skip
 
 
-def wrap(app: ASGIApp, keys: KeyRing, http: Http, says_request_id: bool) -> ASGIApp:
+def wrap(app: ASGIApp, keys: KeyRing, recorder: Recorder, config: Config, says_request_id: bool) -> ASGIApp:
     """The application inside its layers; a request passes them from the last line to the first."""
+    http = config.http
     app = BodyLimit(app, http.max_body_bytes)
     app = Identity(app, keys)
     app = Answering(app)
+    app = Audited(app, recorder, config.audit, send_nexus_error)
     if http.allowed_origins:  # outside Identity: a browser's preflight carries no key
         app = CORSMiddleware(
             app, allow_origins=list(http.allowed_origins), allow_methods=["GET", "POST", "PUT", "DELETE"],
@@ -121,6 +125,7 @@ async def send_error(
     scope: Scope, send: Send, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = ()
 ) -> None:
     """Answer a request with an error."""
+    scope["state"].get("audited", {}).setdefault("reason", code)
     headers, body = render(scope["path"], scope["state"]["request_id"], status, code, detail, faults)
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     raw.append((b"content-length", str(len(body)).encode()))

@@ -16,6 +16,7 @@ from cluster.bootstrap import RAYLET
 from cluster.inventory import configured, differences
 from cluster.plan import DRAINED, KEY, decode, encode, make_way
 from deployments import running
+from deployments.auditing import recorded
 from deployments.driver import become_driver
 from nexus.config import Config, load_config
 from nexus.errors import AlreadyRunning, ConfigError, InvalidRequest, NexusError, NotFound, Unavailable
@@ -128,12 +129,13 @@ def _keep_joined(settings: Config, name: str) -> None:
 @app.command()
 def stop() -> None:
     """Take this machine out of the cluster: end what `nexus node start` started, and nothing else."""
-    home = Path(load_config().home)
+    settings = load_config()
+    home = Path(settings.home)
     if not home.is_dir():
         typer.echo("This machine was in no cluster.")
         return
     bootstrap.prepare_home(home)
-    with bootstrap.lock_home(home):
+    with bootstrap.lock_home(home), recorded(settings, "nexus node stop"):
         was_there = bootstrap.stop(home, "node")
     typer.echo("This machine has left the cluster." if was_there else "This machine was in no cluster.")
 
@@ -202,7 +204,7 @@ def drain(
     if name == settings.ray.head:
         raise InvalidRequest(f"{name} is the head's machine, with the stores on its disk: it cannot be drained")
     deadline = time.monotonic() + wait
-    with bootstrap.lock_home(Path(settings.home)):
+    with bootstrap.lock_home(Path(settings.home)), recorded(settings, "nexus node drain", name):
         was_drained = asyncio.run(_mark(name, is_drained=True))
         try:
             _deploy(settings, instance, deadline)
@@ -223,7 +225,7 @@ def resume(
     """Let work go to a drained machine again."""
     settings, instance = _connect()
     _require_described(settings, name)
-    with bootstrap.lock_home(Path(settings.home)):
+    with bootstrap.lock_home(Path(settings.home)), recorded(settings, "nexus node resume", name):
         was_drained = asyncio.run(_mark(name, is_drained=False))
         asyncio.run(_make_way(name))
         _deploy(settings, instance, time.monotonic() + wait)

@@ -1,11 +1,12 @@
 """`nexus fsck` and `nexus vacuum`: asked of the running service, or done here when none runs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from cluster import bootstrap
+from deployments.auditing import recorded
 from deployments.client import Client
 from nexus.config import Config, load_config
 from nexus.hades import Hades
@@ -23,7 +24,8 @@ def fsck(repair: bool) -> dict[str, Any]:
     with _stores(config) as (hades, jobs):
         from deployments.shapes import show_faults  # with all of FastAPI: not at every start of the command line
 
-        return show_faults(examine(hades, jobs, repair))
+        with recorded(config, "nexus fsck --repair") if repair else nullcontext():
+            return show_faults(examine(hades, jobs, repair))
 
 
 def vacuum(keep_seconds: float) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def vacuum(keep_seconds: float) -> dict[str, Any]:
             query = {"keep_seconds": keep_seconds}
             answer: dict[str, Any] = nexus.call("POST", "/rag/vacuum", params=query, timeout=None)[1]
             return answer
-    with _stores(config) as (hades, _):
+    with _stores(config) as (hades, _), recorded(config, "nexus vacuum"):
         from deployments.shapes import show_removed  # with all of FastAPI: not at every start of the command line
 
         return show_removed(hades.vacuum(keep_seconds, keep_staged_seconds=0))

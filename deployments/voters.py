@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster import backup, bootstrap
+from deployments.auditing import recorded
 from deployments.client import Client
 from nexus.config import load_config
 from nexus.errors import AlreadyRunning, InvalidRequest
@@ -88,7 +89,8 @@ def restore(file: Annotated[Path, typer.Argument(help="What `nexus coordinator s
     with bootstrap.lock_home(home):
         if bootstrap.is_running(home):
             raise AlreadyRunning("Nexus runs: `nexus down` first, on every machine")
-        aside = coordinator.restore(held, home / coordinator.FOLDER, config.voters)
+        with recorded(config, "nexus coordinator restore", str(file)):
+            aside = coordinator.restore(held, home / coordinator.FOLDER, config.voters)
     typer.echo("The coordinator begins from that snapshot at the next `nexus up`; add its other voters then.")
     if aside is not None:
         typer.echo(f"What was there before is kept in {aside}")

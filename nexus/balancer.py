@@ -22,6 +22,7 @@ from asyncio import CancelledError
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import exp2
 from typing import Literal
@@ -32,6 +33,7 @@ from nexus.ports import Generator
 from nexus.types import Delta, Prompt, digest
 
 AUTO = "auto"
+MODELS_ASKED: ContextVar[list[str] | None] = ContextVar("models_asked", default=None)  # if a request keeps a list
 SMOOTHING = 0.2  # of a moving average: what the latest sample weighs
 HALF_LIFE_SECONDS = 300.0  # of what is known of a member that is not asked
 MOST_HALVINGS = 20.0
@@ -232,6 +234,8 @@ class Balancer:
                 self._start_probe(backend)
         attempt = _Attempt(now, asked.name, asked._weights, candidates, chosen, failed is not None, home is not None)
         self._attempts.append(attempt)
+        if (models := MODELS_ASKED.get()) is not None:
+            models.append(chosen.name)
         return attempt
 
     async def _meet(self, asked: "Balanced") -> None:

@@ -339,6 +339,17 @@ class Access(Section):
     development_keys: tuple[SecretStr, ...] = ()
 
 
+class Audit(Section):
+    """The record of denials, privileged actions and answers. `texts` keeps requests and answers, too.
+
+    With `required` no answer leaves before its record is on the disk, and there is none while that is full.
+    """
+
+    texts: bool = False
+    required: bool = False
+    file_bytes: Positive = 64 * 2**20
+
+
 class Telemetry(Section):
     otlp_endpoint: str | None = None
 
@@ -404,6 +415,7 @@ class Config(BaseSettings):
     answers: Answers = Answers()
     parsing: Parsing = Parsing()
     access: Access = Access()
+    audit: Audit = Audit()
     ingest: Ingest = Ingest()
     hades: Hades = Hades()
     scaling: Scaling = Scaling()

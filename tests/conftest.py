@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
+from nexus.audit import Chain, Recorder
 from nexus.balancer import Balancer, Member, Weights
 from nexus.chunking import ChunkSettings
 from nexus.config import Config
@@ -184,12 +185,14 @@ def shared_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
 def open_door(house: House, home: Path) -> Iterator[Door]:
     keys = KeyRing(home)
     jobs = Jobs(home)
+    recorder = Recorder(Chain(home))
     retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
     members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5)]
     balancer = Balancer(members, Weights(1, 1, 1), probe_seconds=5)
     lent = Lent(
         config=Config(home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]}),
         keys=keys,
+        audit=recorder,
         documents=house.hades.documents,
         jobs=jobs,
         sessions=Sessions(house.hades.documents),
@@ -208,3 +211,4 @@ def open_door(house: House, home: Path) -> Iterator[Door]:
     ingestor.parsers.close()
     jobs.close()
     keys.close()
+    recorder.close()

@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
+from deployments import audited
 from deployments.routes.caller import demand, lent, permit, through
 from deployments.shapes import Query, Search, reply, show_answer, show_result
 from deployments.streaming import DONE, event, events, while_listening
@@ -22,6 +23,7 @@ async def search(request: Request, body: Search, principal: Principal = permit("
     """The k best chunks, with ranks and scores per route where `explain` is true."""
     started = time.perf_counter()
     result = await lent(request).retriever.search(body.to_request(), principal)
+    audited.note(request, documents=[hit.document_id for hit in result.hits])
     note("search", result.seconds, started)
     return reply(show_result(result))
 
@@ -36,7 +38,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
         context = await asyncio.to_thread(here.sessions.context, principal, body.session_id)
     ask = rag.Ask(body.to_request(), principal, context, session=body.session_id or "", whole=not body.stream)
     trace_id = request.state.request_id
-    stream = rag.run(ask, here.rag)
+    stream = rag.run(ask, audited.noting(request, here.rag))
     if body.stream:
         return await events(request, _deltas(stream, trace_id))
     return reply(show_answer(await while_listening(request, timed(stream)), trace_id))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Depends, Request
 
+from deployments.audited import announce
 from nexus.access import PERMISSIONS
 from nexus.errors import Forbidden, InvalidRequest, NotFound
 from nexus.types import Principal
@@ -48,6 +49,7 @@ def permit(*permissions: str) -> Principal:
     def principal(request: Request) -> Principal:
         found = cast(Principal, request.state.principal)
         demand(found, *permissions)
+        announce(request, permissions, lent(request).audit)
         return found
 
     principal.permissions = permissions  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import TypeAdapter, ValidationError
 
+from deployments import audited
 from deployments.chat_shapes import ChatCompletion, Completion, PlainFormat, Sampling
 from deployments.routes.answers import note, timed
 from deployments.routes.caller import demand, lent, permit, require, through
@@ -81,6 +82,7 @@ async def chat(request: Request, body: ChatCompletion, principal: Principal = pe
     require(request, "chat")
     head = _head(request, body, "chatcmpl")
     generator = _generator(request, body)
+    audited.note(request, model=generator.name)
     prompt = await _check_pictures(request, body.to_prompt(principal.tenant), generator)
     if body.stream:
         return await events(request, _chat_chunks(generator.stream(prompt), head, _counter(request, body, prompt)))
@@ -96,6 +98,7 @@ async def complete(request: Request, body: Completion, principal: Principal = pe
     head = _head(request, body, "cmpl")
     prompt = body.to_prompt(principal.tenant)
     generator = _generator(request, body)
+    audited.note(request, model=generator.name)
     if body.stream:
         return await events(request, _text_chunks(generator.stream(prompt), head, _counter(request, body, prompt)))
     deltas = await while_listening(request, generator.complete(prompt))
@@ -273,7 +276,7 @@ async def _chat_with_documents(request: Request, body: ChatCompletion, principal
         body.session_id or "", not body.stream,
     )  # fmt: skip
     head = _head(request, body, "chatcmpl")
-    stream = rag.run(ask, here.rag)
+    stream = rag.run(ask, audited.noting(request, here.rag))
     counter = UsageCounter(request, body)
     if body.stream:
         return await events(request, _answer_chunks(stream, head, counter if _wants_usage(body) else None))

@@ -5,6 +5,7 @@ from contextlib import aclosing
 
 from fastapi import APIRouter, Request, Response
 
+from deployments import audited
 from deployments.routes.caller import lent, permit, through
 from deployments.shapes import Execute, reply, show_step
 from deployments.streaming import while_listening
@@ -35,6 +36,7 @@ async def execute(request: Request, body: Execute, principal: Principal = permit
     else:
         names = steps.steps_of_protocols(body.protocol_names or ())
     generator = here.rag.generator if body.model is None else here.generator(body.model)
+    audited.note(request, model=generator.name)
     asked = steps.Execution(names, body.initial_data, principal, body.max_tokens)
     done = await while_listening(request, _all_of(steps.run(asked, chat.Tools(generator))))
     return reply(

@@ -4,6 +4,7 @@ import asyncio
 
 from fastapi import APIRouter, Request, Response
 
+from deployments.audited import noting
 from deployments.routes.answers import timed
 from deployments.routes.caller import lent, permit, through
 from deployments.shapes import Context, SessionQuery, reply, show_hit, show_rewritten, show_sources
@@ -48,7 +49,7 @@ async def query(
     ask = rag.Ask(
         SearchRequest(body.input, collection=body.collection), principal, context, session=session_id, whole=True
     )
-    answer = await while_listening(request, timed(rag.run(ask, here.rag)))
+    answer = await while_listening(request, timed(rag.run(ask, noting(request, here.rag))))
     return reply(
         {
             "session_context": context,
