@@ -14,7 +14,7 @@ from nexus.config import Config
 from nexus.errors import ConfigError
 from nexus.versions import FLOORS, check_versions
 
-SECRETS = ("ray-token", "admin-key", "access.db*", "*secret*", "*.pem", "*.key")  # in the home
+SECRETS = ("*-token", "*-key", "access.db*", "*secret*", "*.pem", "*.key")  # in the home
 WIDE_BY_RAY = ("haproxy", "ray::ServeRepl")  # which bind every interface whatever they are told; the README says so
 ASK_SECONDS = 5.0
 

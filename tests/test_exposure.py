@@ -142,7 +142,9 @@ def test_a_new_home_and_all_secrets_in_it_are_their_owners(home: Path) -> None:
     assert "their owner's alone" in exposure.files(Config(home=home))
 
 
-@pytest.mark.parametrize("name", [".", "ray-token", "access.db", "admin-key", "token-secret", "signing.key"])
+@pytest.mark.parametrize(
+    "name", [".", "ray-token", "access.db", "admin-key", "audit-key", "token-secret", "signing.key"]
+)
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660])
 def test_K6_a_secret_that_others_may_read_is_named(home: Path, name: str, mode: int) -> None:
     file = home / name
