@@ -71,10 +71,11 @@ class Ingestor:
         conveyor = await self._conveyor()
         return await self._run(examine, conveyor.ingestor.hades, conveyor.jobs, repair)
 
-    async def open_collection(self, name: str) -> tuple[Collection, int]:
-        """The collection, made if it is new, and the dimension of its vectors. Raises Conflict."""
+    async def open_collection(self, name: str, tenant: str) -> tuple[Collection, int]:
+        """The collection of this tenant, made if it is new, and the dimension of its vectors. Raises Conflict."""
         hades = (await self._conveyor()).ingestor.hades
-        return await self._run(hades.open_collection, name), hades.dimension
+        opened = await self._run(hades.open_collection, name)
+        return await self._run(hades.documents.collection, name, tenant) or opened, hades.dimension
 
     async def flush(self, collection: str) -> None:
         """Make what was written to a collection cheap to search."""

@@ -36,8 +36,9 @@ from deployments.shapes import CollectionName
 from nexus.access import PERMISSIONS
 from nexus.config import NODE_LABEL, Config, load_config
 from nexus.errors import InvalidRequest, Unavailable
+from nexus.hades import document_id_of
 from nexus.ingest import Source, check_source
-from nexus.jobs import Announced, Jobs, Outcome
+from nexus.jobs import Announced, Jobs, Outcome, seen_by
 from nexus.ports import Coordinator
 from nexus.types import Principal, Receipt, content_digest
 
@@ -71,8 +72,10 @@ def main(
         unchanged = _find_unchanged(run, listed)
         announced = [Announced(one.source, "", one.size, unchanged=unchanged.get(one.source)) for one in listed]
         with _working(coordinator, worker):
-            accepted_at = run.accepted_at
-            job, _ = jobs.accept(principal, collection, announced, accepted_at=accepted_at, kind="bulk", holder=worker)
+            job, _ = jobs.accept(
+                principal, collection, announced, accepted_at=run.accepted_at, kind="bulk", holder=worker,
+                seen_by=_seen_by(run, listed),
+            )  # fmt: skip
             tasks = [Task(job.job_id, number, one.url, one.source, one.size) for number, one in enumerate(listed)]
             ended = [Outcome(job.job_id, t.number, "unchanged") for t in tasks if t.source in unchanged]
             changed = [task for task in tasks if task.source not in unchanged]
@@ -111,7 +114,7 @@ def _check_collection(name: str) -> None:
 
 
 def _plan(config: Config, address: str, principal: Principal, collection: str) -> Run:
-    opened, dimension = _ask("open_collection", collection)
+    opened, dimension = _ask("open_collection", collection, principal.tenant)
     return Run(config, address, opened.fingerprint, dimension, principal, collection, opened.sequence)
 
 
@@ -140,6 +143,11 @@ def _source(one: Listed, collection: str) -> Source | None:
     except (OSError, InvalidRequest):
         return None
     return Source(one.source, content_digest(content), len(content), collection)
+
+
+def _seen_by(run: Run, listed: Sequence[Listed]) -> frozenset[str]:
+    ids = [document_id_of(run.principal.tenant, run.collection, one.source) for one in listed]
+    return seen_by(None, run.open_documents().readers_of(ids))
 
 
 def _pipeline(run: Run, tasks: Sequence[Task]) -> Dataset:

@@ -213,7 +213,8 @@ async def _count(here: Lent, principal: Principal) -> Sequence[Counted]:
 def _counted(documents: DocumentStore, principal: Principal) -> list[Counted]:
     """Collections without a document for this caller are none of theirs."""
     found = documents.tally(principal)
-    return [Counted(one.name, *found[one.name], one.sequence) for one in documents.collections() if one.name in found]
+    ours = [one for name in found if (one := documents.collection(name, principal.tenant)) is not None]
+    return [Counted(one.name, *found[one.name], one.sequence) for one in ours]
 
 
 def _queues(here: Lent, deployed: Sequence[Deployed], working: Mapping[str, int]) -> dict[str, Queue]:

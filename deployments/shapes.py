@@ -30,6 +30,7 @@ from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchRes
 MAX_METADATA_BYTES = 16 * 1024
 MAX_INITIAL_BYTES = 64 * 1024
 MAX_FILTER_BYTES = 2**20
+MAX_READERS = 100
 MAX_NUMBER = 2**53  # what JSON carries exactly, and a database holds
 STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
 CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
@@ -75,13 +76,23 @@ class Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Readers = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f]+$")]], Field(max_length=MAX_READERS)
+]
+
+
 class AddDocument(Shape):
-    """`metadata` is any JSON object of at most 16 KiB; filters see its scalar values."""
+    """`metadata` is any JSON object of at most 16 KiB; filters see its scalar values.
+
+    `readers` are the subjects of the tenant that may know of the document, besides whoever adds it; an empty list
+    is all of them, and none given leaves it as it is.
+    """
 
     filename: Annotated[str, Field(min_length=1, max_length=1024)]
     content: LongText
     metadata: Metadata = {}
     collection: CollectionName = "default"
+    readers: Readers | None = None
 
 
 class AnnouncedFile(Shape):
@@ -97,6 +108,7 @@ class AnnouncedFile(Shape):
 class AnnounceFiles(Shape):
     files: Annotated[list[AnnouncedFile], Field(min_length=1, max_length=100_000)]
     collection: CollectionName = "default"
+    readers: Readers | None = None  # of each of them, as in AddDocument
 
 
 class Hybrid(Shape):
@@ -359,6 +371,7 @@ def show_document(document: Document) -> dict[str, Any]:
         "title": document.title,
         "media_type": document.media_type,
         "metadata": dict(document.metadata),
+        "readers": sorted(document.readers),
         "bytes": document.size,
         "chunks": document.chunks,
         "sequence": document.opened,

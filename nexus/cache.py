@@ -1,7 +1,7 @@
 """Whole generations kept for exactly equal prompts: bounded in number, in bytes and in time.
 
-A prompt carries its tenant, its passages and the sequence they were read at, and all of it is in the key: what was
-deleted or forbidden since makes another prompt, so the cache need not know of it.
+A prompt carries its tenant, its passages with their versions and readers, and the sequence they were read at, and all
+of it is in the key: what was deleted or forbidden since makes another prompt, so the cache need not know of it.
 """
 
 import pickle

@@ -16,6 +16,9 @@ principal at this sequence number. From that one rule follows the rest:
 - A version is visible at s when opened <= s < closed. A reader takes the sequence number first and
   asks the hint after, so it sees the whole old version or the whole new one; `as_of` is the same
   question with an older s, refused below the collection's horizon, where versions are missing.
+- Readers belong to a document. Rows of the vector store name whom they are for, so that a search finds what it
+  may show; the document store, asked about each row found, is believed about that too. Where readers are
+  narrowed, they are so for what the document was before: no `as_of` opens it again.
 - A crash leaves only invisible rows. They are named by `fsck` and removed by `vacuum`.
 
 The order of writes matters twice. Rows are staged before vectors, and both before `publish`: what
@@ -36,7 +39,7 @@ from nexus.chunking import embedded_text
 from nexus.coordination import Alone
 from nexus.errors import Conflict, NotFound
 from nexus.failpoints import pass_through
-from nexus.ports import Collection, Coordinator, DocumentStore, IndexRow, LiveIndex, Staged, VectorStore
+from nexus.ports import Collection, Coordinator, DocumentStore, IndexRow, LiveIndex, Scope, Staged, VectorStore
 from nexus.terms import shadow
 from nexus.types import Chunk, Document, Piece, Principal, chunk_id_of, digest
 
@@ -75,6 +78,11 @@ def _source_of(source: str, link: str) -> str:
 
 def _is_url(reference: str) -> bool:
     return reference.lower().startswith(("http://", "https://"))
+
+
+def audience_of(tenant: str, readers: frozenset[str]) -> str:
+    """Whom rows of the vector store are for: a tenant, or these readers of it. No tenant's name has a colon."""
+    return f"{tenant}:{digest('readers', *sorted(readers))}" if readers else tenant
 
 
 def chunks_of(document: Document, pieces: Sequence[Piece]) -> list[Chunk]:
@@ -156,9 +164,9 @@ class Hades:
         self.vectors.open_index(collection.index, self.dimension)
         return collection
 
-    def find_collection(self, name: str) -> Collection:
-        """The collection, which must exist. Raises NotFound, or Conflict as `open_collection` does."""
-        collection = self.documents.collection(name)
+    def find_collection(self, name: str, tenant: str | None = None) -> Collection:
+        """The collection, which must exist, for this tenant where given. Raises NotFound, or Conflict as above."""
+        collection = self.documents.collection(name, tenant)
         if collection is None:
             raise NotFound(f"there is no collection {name!r}; add a document to it and it will be there")
         return self._ours(collection)
@@ -177,14 +185,15 @@ class Hades:
 
     # ── the five moves ──────────────────────────────────────────────────────────────────────────
 
-    def begin(self, document: Document, accepted_at: int | None = None) -> int:
+    def begin(self, document: Document, accepted_at: int | None = None, by: Principal | None = None) -> int:
         """Announce a version; the epoch returned fences every earlier begin of this document.
 
-        Raises Fenced when the document was deleted after `accepted_at`, a sequence of its collection.
+        Raises Fenced when the document was deleted after `accepted_at`, a sequence of its collection, and
+        Conflict when it is one that `by` may not read.
         """
         pass_through("ingest.before_begin")
         self.open_collection(document.collection)
-        epoch = self.documents.begin(document.document_id, accepted_at)
+        epoch = self.documents.begin(document, accepted_at, by)
         pass_through("ingest.after_begin")
         return epoch
 
@@ -247,17 +256,27 @@ class Hades:
 
     # ── questions ───────────────────────────────────────────────────────────────────────────────
 
-    def is_unchanged(self, document: Document, principal: Principal) -> Document | None:
+    def scope(self, collection: str, principal: Principal, document_ids: tuple[str, ...] | None = None) -> Scope:
+        """What of the vector store a principal's search may return. What it returns is judged all the same."""
+        audiences = (audience_of(principal.tenant, some) for some in self.documents.audiences(collection, principal))
+        return Scope(principal.tenant, document_ids, tuple(sorted(audiences)))
+
+    def is_unchanged(self, document: Document, principal: Principal, keeps_readers: bool = False) -> Document | None:
         """The current version of this document if it is the very version given, else None.
 
-        Title, metadata and readers are not part of a version: they are brought up to date in place.
+        Title, metadata and, unless they are to be kept, readers are not part of a version: they are brought up to
+        date in place; in the vector store first, so that doing it again mends what a crash left half done.
         """
         current = self.documents.current(document.document_id, principal)
         if current is None or current.version != document.version:
             return None
-        if (current.metadata, current.readers) != (document.metadata, document.readers):
-            current = replace(current, metadata=document.metadata, readers=document.readers)
-            self.documents.annotate(current)
+        readers = current.readers if keeps_readers else document.readers
+        if (current.metadata, current.readers) != (document.metadata, readers):
+            changed = replace(current, metadata=document.metadata, readers=readers)
+            if readers != current.readers:
+                self._write_again(self.documents.chunk_ids_of(current.document_id, current.version), readers)
+            self.documents.annotate(changed)
+            current = changed
         return current
 
     def fsck(self) -> list[Fault]:
@@ -295,10 +314,14 @@ class Hades:
                 self.vectors.delete(self.find_collection(fault.collection).index, fault.ids)
         return [fault for fault in faults if fault.kind not in (MISSING, ORPHANS)]
 
-    def _write_again(self, chunk_ids: Sequence[str]) -> None:
-        """Bring rows of the vector store back from the document store; whole documents, for the terms of neighbours."""
+    def _write_again(self, chunk_ids: Sequence[str], readers: frozenset[str] | None = None) -> None:
+        """Bring rows of the vector store back from the document store; whole documents, for the terms of neighbours.
+
+        They are for these readers, where given, and else for the documents' own.
+        """
         documents = {(d.document_id, d.version): d for _, d in self.documents.load(chunk_ids).values()}
         for document in documents.values():
+            document = document if readers is None else replace(document, readers=readers)
             chunks = self.documents.neighbours(document.document_id, document.version, 0, document.chunks)
             vectors = self.documents.vectors([chunk.chunk_id for chunk in chunks])
             texts = [embedded_text(document.title, chunk.piece) for chunk in chunks]
@@ -307,8 +330,9 @@ class Hades:
 
 
 def _index_rows(staged: Staged) -> list[IndexRow]:
+    audience = audience_of(staged.document.tenant, staged.document.readers)
     return [
-        IndexRow(chunk.chunk_id, chunk.document_id, staged.document.tenant, terms, vector)
+        IndexRow(chunk.chunk_id, chunk.document_id, audience, terms, vector)
         for chunk, terms, vector in zip(
             staged.chunks, lexical(staged.chunks, staged.texts), staged.vectors, strict=True
         )

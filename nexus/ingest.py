@@ -35,7 +35,7 @@ class Source:
     size: int
     collection: str = "default"
     metadata: Mapping[str, object] = field(default_factory=dict)
-    readers: frozenset[str] = frozenset()
+    readers: frozenset[str] | None = None  # None: as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Ingestor:
     def find_unchanged(self, source: Source, principal: Principal) -> Receipt | None:
         """The receipt of the current version if it was made of these very bytes; metadata is brought up to date."""
         check_source(source.source)
-        current = self.hades.is_unchanged(self._describe(source, principal), principal)
+        current = self.hades.is_unchanged(self._describe(source, principal), principal, source.readers is None)
         return _receipt(current, "unchanged", False) if current is not None else None
 
     def prepare(self, upload: Upload, principal: Principal, accepted_at: int | None = None) -> Prepared | Receipt:
@@ -97,8 +97,10 @@ class Ingestor:
         if unchanged := self.find_unchanged(source, principal):
             return unchanged
         document = self._describe(source, principal)
-        replaced = self.hades.documents.current(document.document_id, principal) is not None
-        epoch = self.hades.begin(document, accepted_at)
+        epoch = self.hades.begin(document, accepted_at, principal)
+        current = self.hades.documents.current(document.document_id, principal)
+        if current is not None and upload.readers is None:
+            document = replace(document, readers=current.readers)
         pass_through("ingest.before_parse")
         parsed = self.parsers.parse(upload.source, upload.content, upload.media_type)
         pass_through("ingest.after_parse")
@@ -106,7 +108,7 @@ class Ingestor:
         document = replace(document, title=parsed.title, media_type=parsed.media_type, chunks=len(pieces))
         document = replace(document, links=linked(document, parsed.links))
         texts = tuple(embedded_text(parsed.title, piece) for piece in pieces)
-        return Prepared(document, principal, epoch, tuple(chunks_of(document, pieces)), texts, replaced)
+        return Prepared(document, principal, epoch, tuple(chunks_of(document, pieces)), texts, current is not None)
 
     def embed(self, batch: Sequence[Prepared]) -> list[Staged]:
         """The vectors of several documents, asked for at once. Raises UpstreamInvalid when they are not vectors."""
@@ -159,7 +161,7 @@ class Ingestor:
             title="",
             media_type="",
             metadata=dict(source.metadata),
-            readers=source.readers,
+            readers=source.readers or frozenset(),
             size=source.size,
             chunks=0,
             created_at=time.time(),

@@ -14,7 +14,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from nexus.database import Database
 from nexus.errors import Conflict, InvalidRequest, NexusError, NotFound, Unavailable, Unprocessable, named
 from nexus.failpoints import pass_through
 from nexus.hades import Fault, Hades
-from nexus.types import Principal, Receipt, Upload, content_digest, digest
+from nexus.types import NOBODY, Principal, Receipt, Upload, content_digest, digest
 
 DATABASE = "jobs.db"
 MAX_ATTEMPTS = 3
@@ -70,12 +70,28 @@ MIGRATIONS = (
     UPDATE files SET holder = 'a Nexus of before' WHERE state = 'running'
         AND job_id IN (SELECT job_id FROM jobs WHERE kind = 'upload');
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN readers TEXT;
+    ALTER TABLE jobs ADD COLUMN seen_by TEXT NOT NULL DEFAULT '[]';
+    """,
+)
+MAY_SEE = (
+    "j.tenant = :tenant AND (j.subject = :subject OR j.seen_by = '[]'"
+    " OR EXISTS (SELECT 1 FROM json_each(j.seen_by) WHERE value = :subject))"
 )
 JOB = ("job_id", "tenant", "subject", "collection", "kind", "state", "reason", "created_at", "ended_at")
 FILE = (
     "number", "source", "digest", "size", "state", "stage", "reason", "error", "code", "attempts", "beat_at", "since",
     "ended_at", "receipt",
 )  # fmt: skip
+
+
+def seen_by(readers: frozenset[str] | None, restricted: Iterable[frozenset[str]]) -> frozenset[str]:
+    """Who may see a job whose documents get these readers, or keep theirs: some have these `restricted` sets."""
+    if readers is not None:
+        return readers
+    sets = list(restricted)
+    return frozenset.intersection(*sets) or frozenset({NOBODY}) if sets else frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +211,22 @@ class Jobs(Database):
     def accept(
         self, principal: Principal, collection: str, files: Sequence[Announced], *, accepted_at: int,
         idempotency_key: str | None = None, kind: Literal["upload", "bulk"] = "upload", holder: str | None = None,
+        readers: frozenset[str] | None = None, seen_by: frozenset[str] = frozenset(),
     ) -> tuple[Job, bool]:  # fmt: skip
         """Write the job with all that is known of it; returns it and whether it is new.
 
+        `readers` are those that its documents get; None leaves them those they have. `seen_by` are the subjects
+        of the tenant that may see the job, beside whoever it is of; empty means all of them.
         A bulk job is held, with all its files, by whoever runs it; the files of an upload by those who start them.
         The same key with the same files is the same job. Raises Conflict for the same key with others.
         """
-        request = digest(collection, *(f"{file.source}\0{file.digest}\0{_json(file.metadata)}" for file in files))
+        given = [] if readers is None else [_json(sorted(readers))]
+        described = (f"{file.source}\0{file.digest}\0{_json(file.metadata)}" for file in files)
+        request = digest(collection, *given, *described)
         pass_through("ingest.before_accept")
         with self._transaction() as db:
             if known := _by_key(db, principal, idempotency_key):
-                if known[1] != request:
+                if known[1] != request or not _may_see(db, known[0], principal):
                     raise Conflict(
                         "this Idempotency-Key came before with another request; choose a new key",
                         code="idempotency_key_reused",
@@ -213,10 +234,11 @@ class Jobs(Database):
                 return _job(db, known[0]), False
             job_id, now = uuid.uuid4().hex, time.time()
             db.execute(
-                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?, ?)",
+                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)",
                 (
                     job_id, principal.tenant, principal.subject, _json(sorted(principal.permissions)), collection,
                     kind, idempotency_key, request, accepted_at, now, now, len(files), holder,
+                    None if readers is None else _json(sorted(readers)), _json(sorted(seen_by)),
                 ),
             )  # fmt: skip
             for number, file in enumerate(files):
@@ -298,12 +320,13 @@ class Jobs(Database):
             ).rowcount
             if not taken:
                 return None
-            source, media_type, metadata, content = db.execute(
-                "SELECT f.source, f.media_type, f.metadata, c.content FROM files f JOIN contents c"
-                " USING (job_id, number) WHERE job_id = ? AND number = ?",
+            source, media_type, metadata, content, readers = db.execute(
+                "SELECT f.source, f.media_type, f.metadata, c.content, j.readers FROM files f JOIN contents c"
+                " USING (job_id, number) JOIN jobs j USING (job_id) WHERE job_id = ? AND number = ?",
                 key,
             ).fetchone()
-        return Upload(source, content, ticket.collection, media_type, json.loads(metadata))
+        limited = None if readers is None else frozenset(json.loads(readers))
+        return Upload(source, content, ticket.collection, media_type, json.loads(metadata), limited)
 
     def beat(self, stages: Mapping[tuple[str, int], str]) -> None:
         """Say of files under way that they still are, and in which stage: for people to see."""
@@ -398,19 +421,19 @@ class Jobs(Database):
     # ── looking, cancelling, retrying ───────────────────────────────────────────────────────────
 
     def find(self, job_id: str, principal: Principal) -> Job:
-        """The job. Raises NotFound, for another tenant's too."""
+        """The job. Raises NotFound, for one that the principal may not see too."""
         with self._reading() as db:
             _require(db, job_id, principal)
             return _job(db, job_id)
 
     def recent(self, principal: Principal, state: str | None, after: str | None, limit: int) -> list[Job]:
-        """Jobs of the principal's tenant, the latest first, those made before the job `after`."""
+        """Jobs that the principal may see, the latest first, those made before the job `after`."""
         with self._reading() as db:
             rows = db.execute(
-                "SELECT job_id FROM jobs WHERE tenant = :tenant AND (:state IS NULL OR state = :state)"
-                " AND (:after IS NULL OR rowid < (SELECT rowid FROM jobs WHERE job_id = :after))"
-                " ORDER BY rowid DESC LIMIT :limit",
-                {"tenant": principal.tenant, "state": state, "after": after, "limit": limit},
+                f"SELECT j.job_id FROM jobs j WHERE {MAY_SEE} AND (:state IS NULL OR j.state = :state)"
+                f" AND (:after IS NULL OR j.rowid < (SELECT j.rowid FROM jobs j WHERE {MAY_SEE} AND j.job_id = :after))"
+                " ORDER BY j.rowid DESC LIMIT :limit",
+                {**_who(principal), "state": state, "after": after, "limit": limit},
             ).fetchall()
             return [_job(db, job_id) for (job_id,) in rows]
 
@@ -634,9 +657,17 @@ def _end_if_over(db: sqlite3.Connection, job_id: str, now: float) -> None:
 
 
 def _require(db: sqlite3.Connection, job_id: str, principal: Principal) -> None:
-    row = db.execute("SELECT tenant FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-    if row is None or row[0] != principal.tenant:
+    if not _may_see(db, job_id, principal):
         raise NotFound("no such job")
+
+
+def _may_see(db: sqlite3.Connection, job_id: str, principal: Principal) -> bool:
+    where = {**_who(principal), "job": job_id}
+    return db.execute(f"SELECT 1 FROM jobs j WHERE j.job_id = :job AND {MAY_SEE}", where).fetchone() is not None
+
+
+def _who(principal: Principal) -> dict[str, object]:
+    return {"tenant": principal.tenant, "subject": principal.subject}
 
 
 def _job(db: sqlite3.Connection, job_id: str) -> Job:

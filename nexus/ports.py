@@ -67,21 +67,28 @@ class Reranker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class IndexRow:
-    """What the vector store keeps of a chunk. `terms` are stemmed words (retrieval.analyse)."""
+    """What the vector store keeps of a chunk. `terms` are stemmed words (retrieval.analyse).
+
+    `audience` is the tenant, and for a document with readers a name of its own for them (hades.audience_of).
+    """
 
     chunk_id: str
     document_id: str
-    tenant: str
+    audience: str
     terms: str
     vector: Vector
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which rows of an index a search may return: one tenant's, and only of these documents if given."""
+    """Which rows of an index a search may return: of the tenant's, and of these documents only if given.
+
+    `audiences` name the sets of readers that the searcher is one of; rows of other sets are not found.
+    """
 
     tenant: str
     document_ids: tuple[str, ...] | None = None
+    audiences: tuple[str, ...] = ()
 
 
 class VectorStore(Protocol):
@@ -152,7 +159,10 @@ class Coordinator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Collection:
-    """A named set of documents. `fingerprint` says how its vectors were made; `index` where they are."""
+    """A named set of documents. `fingerprint` says how its vectors were made; `index` where they are.
+
+    Tenants share a name and an index, and nothing else: `sequence` and `horizon` are those of the tenant asked for.
+    """
 
     name: str
     fingerprint: str
@@ -203,14 +213,17 @@ class DocumentStore(Protocol):
         """The collection as recorded; recorded as given if it is new."""
         ...
 
-    def collection(self, name: str) -> Collection | None: ...
+    def collection(self, name: str, tenant: str | None = None) -> Collection | None:
+        """As this tenant sees it: None until it has begun a document there. Without one, its sequence is 0."""
+        ...
 
     def collections(self) -> list[Collection]: ...
 
-    def begin(self, document_id: str, accepted_at: int | None = None) -> int:
+    def begin(self, document: Document, accepted_at: int | None = None, by: Principal | None = None) -> int:
         """A new epoch of the document, which fences every earlier one.
 
-        Raises Fenced when the document was deleted at a later sequence than `accepted_at`.
+        Raises Fenced when the document was deleted at a later sequence than `accepted_at`, and Conflict when
+        its current version is none that `by` may read.
         """
         ...
 
@@ -224,7 +237,8 @@ class DocumentStore(Protocol):
     def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
         """Make these (document, epoch) visible in one transaction; all of them or, on Fenced, none.
 
-        Each gets its collection's next sequence number, and the version before it is closed at it.
+        Each gets the next sequence number of its tenant's collection, and the version before it is closed at it.
+        Whoever is not among its readers, may not read the versions before it any more either.
         """
         ...
 
@@ -241,6 +255,14 @@ class DocumentStore(Protocol):
         ...
 
     def current(self, document_id: str, principal: Principal) -> Document | None: ...
+
+    def readers_of(self, document_ids: Sequence[str]) -> set[frozenset[str]]:
+        """The sets of readers of these documents' current versions, of those that have any. Asks nobody."""
+        ...
+
+    def audiences(self, collection: str, principal: Principal) -> set[frozenset[str]]:
+        """The sets of readers in the tenant's collection that the principal is one of."""
+        ...
 
     def documents(self, principal: Principal, collection: str | None, after: str | None, limit: int) -> list[Document]:
         """Current documents that the principal may read, by document id, those after `after`."""
@@ -309,7 +331,7 @@ class DocumentStore(Protocol):
         ...
 
     def deletions(self, principal: Principal, document_id: str | None, limit: int) -> list[Deletion]:
-        """Receipts of the principal's tenant, the latest first; of one document where given."""
+        """Receipts of documents that the principal might read, the latest first; of one where given."""
         ...
 
     def damaged(self, index: str, dimension: int) -> list[str]:

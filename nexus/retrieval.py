@@ -105,12 +105,12 @@ class Retriever:
             raise InvalidRequest("no reranker is configured here; set models.reranker", pointer="/rerank")
         clock = Clock()
         while True:
-            collection = self.hades.find_collection(request.collection)
+            collection = self.hades.find_collection(request.collection, principal.tenant)
             sequence = collection.sequence if request.as_of is None else request.as_of
             _check_sequence(sequence, collection)
             result = self._search_at(request, principal, collection, sequence, clock)
             # What a vacuum takes away meanwhile may have been part of the answer: then it is asked again.
-            if self.hades.find_collection(request.collection).horizon <= sequence:
+            if self.hades.find_collection(request.collection, principal.tenant).horizon <= sequence:
                 return result
 
     def _search_at(
@@ -153,11 +153,11 @@ class Retriever:
     def _scope(self, request: SearchRequest, principal: Principal, sequence: int) -> tuple[Scope, set[str] | None]:
         """Where the routes look; and, for a filter too wide to hand to them, the documents allowed."""
         if request.filters is None:
-            return Scope(principal.tenant), None
+            return self.hades.scope(request.collection, principal), None
         documents = self.hades.documents.matching(request.collection, principal, request.filters, sequence, limit=10**9)
         if len(documents) > FILTERED_DOCUMENTS:
-            return Scope(principal.tenant), set(documents)
-        return Scope(principal.tenant, tuple(documents)), None
+            return self.hades.scope(request.collection, principal), set(documents)
+        return self.hades.scope(request.collection, principal, tuple(documents)), None
 
     def _candidates(
         self,
@@ -428,7 +428,7 @@ def _hit(candidate: Candidate, chunk: Chunk, document: Document) -> Hit:
     return Hit(
         chunk.chunk_id, chunk.document_id, chunk.version, chunk.ordinal, candidate.score, candidate.cosine,
         piece.text, document.title, document.source, piece.heading, piece.page, piece.first_line,
-        piece.last_line, document.metadata, candidate.routes,
+        piece.last_line, document.metadata, candidate.routes, tuple(sorted(document.readers)),
     )  # fmt: skip
 
 
@@ -451,7 +451,7 @@ def _widened(hit: Hit, chunks: Sequence[Chunk]) -> Hit:
 
 
 def _explanation(judged: Judged, graph: Expansion, reranked: Reranked) -> dict[str, object]:
-    """Every candidate, its place in each route, and what became of it; and what graph and reranker did."""
+    """Every candidate that may be known of, its places, and what became of it; and what graph and reranker did."""
     verdicts, visible = judged.verdicts, {c.chunk_id for c in judged.visible}
     return {
         "candidates": [
@@ -463,7 +463,7 @@ def _explanation(judged: Judged, graph: Expansion, reranked: Reranked) -> dict[s
                 "removed_by": None if c.chunk_id in visible else _reason(verdicts.get(c.chunk_id, "unknown")),
             }
             for c in judged.candidates
-            if verdicts.get(c.chunk_id) != "other tenant"
+            if verdicts.get(c.chunk_id) not in ("other tenant", "not a reader")
         ],
         "graph": {
             "mode": graph.mode,

@@ -13,6 +13,8 @@ from nexus.filters import Filter
 Vector = NDArray[float32]  # shape (dimension,), unit length
 Vectors = NDArray[float32]  # shape (n, dimension), each row of unit length
 
+NOBODY = ""  # among readers: no subject is called so
+
 BlockKind = Literal["heading", "text", "list", "table", "code"]
 
 
@@ -145,7 +147,10 @@ class RouteScore:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A visible chunk that matched, with its fused score and what each route said."""
+    """A visible chunk that matched, with its fused score and what each route said.
+
+    `readers` are those of its document, none if all of the tenant are: by them an answer made of it is kept apart.
+    """
 
     chunk_id: str
     document_id: str
@@ -162,6 +167,7 @@ class Hit:
     last_line: int | None
     metadata: Mapping[str, object]
     routes: Mapping[str, RouteScore] = field(default_factory=dict)
+    readers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,14 +334,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """Bytes to ingest and where they came from."""
+    """Bytes to ingest and where they came from. `readers`: None leaves them as they are, all of the tenant at first."""
 
     source: str
     content: bytes
     collection: str = "default"
     media_type: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
-    readers: frozenset[str] = frozenset()
+    readers: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,8 @@ class Theirs:
 
 @pytest.fixture(scope="module")
 def theirs(door: Door) -> Theirs:
+    body = {"filename": "ours.md", "content": "# Lamp\n\nThe lamp is green."}
+    door.client.post("/rag/add_document", json=body, headers=door.headers("ours"))
     headers = door.headers("theirs", "owner")
     receipt = door.client.post(
         "/rag/add_document", json={"filename": "theirs.md", "content": MANUAL, "collection": "theirs"}, headers=headers
@@ -108,7 +110,7 @@ def test_API1_nothing_listed_or_answered_is_another_tenants(
         assert word not in answer.text
 
 
-@pytest.mark.parametrize("field", ["tenant", "tenant_id", "owner", "readers", "document_id", "epoch", "created_at"])
+@pytest.mark.parametrize("field", ["tenant", "tenant_id", "owner", "reader", "document_id", "epoch", "created_at"])
 def test_API3_a_document_is_not_given_away_by_its_sender(door: Door, field: str) -> None:
     body = {"filename": "a.md", "content": MANUAL, field: "theirs"}
     answer = door.client.post("/rag/add_document", json=body, headers=door.headers("ours"))
@@ -124,14 +126,14 @@ def test_API3_an_answer_has_only_the_fields_that_are_written_down(door: Door) ->
     assert set(receipt) == {"message", "document_id", "version", "title", "chunks", "sequence", "job_id"}
     shown = door.client.get(f"/rag/documents/{receipt['document_id']}", headers=headers).json()
     assert set(shown) == {
-        "document_id", "version", "collection", "source", "title", "media_type", "metadata", "bytes", "chunks",
-        "sequence", "created_at",
+        "document_id", "version", "collection", "source", "title", "media_type", "metadata", "readers", "bytes",
+        "chunks", "sequence", "created_at",
     }  # fmt: skip
     (hit,) = door.client.post("/rag/search", json={"query": "gripper"}, headers=headers).json()["hits"]
     assert set(hit) == {
         "document_id", "chunk_id", "score", "text", "title", "source", "heading", "page", "lines", "metadata",
     }  # fmt: skip
-    inside = ("hash", "vector", "embedding", "tenant", "epoch", "readers", "digest")
+    inside = ("hash", "vector", "embedding", "tenant", "epoch", "audience", "digest")
     assert not [word for word in inside for one in (receipt, shown, hit) if word in one]
 
 

@@ -62,6 +62,7 @@ bulk.load_config = lambda: SimpleNamespace(home=str(home))
 bulk._connected = lambda config: nullcontext("")
 bulk._plan = lambda *_: SimpleNamespace(accepted_at=0)
 bulk._find_unchanged = lambda *_: {}
+bulk._seen_by = lambda *_: frozenset()
 try:
     bulk.main([str(home / "note.md")], collection="default", prune=False, tenant="acme", as_json=False)
 except typer.Exit:

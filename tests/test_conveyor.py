@@ -163,7 +163,7 @@ def test_sixty_files_some_of_them_corrupt(line: Line, tmp_path: Path) -> None:
         assert (file.state, file.code, file.stage) == ("failed", code, "parse"), file
         assert file.reason and outcomes[number].reason == file.reason
     assert line.published() == sorted(f"{n}.md" for n in range(60) if n not in corrupt)
-    assert line.house.hades.documents.collection("default").sequence == 55
+    assert line.house.hades.documents.collection("default", ALICE.tenant).sequence == 55
     ended = line.jobs.find(job.job_id, ALICE)
     assert (ended.state, ended.counts) == ("done", {"done": 55, "failed": 5})
     assert set(kept(tmp_path)) == {(job.job_id, number) for number in corrupt}
@@ -175,8 +175,10 @@ def test_collections_and_tenants_go_their_own_way(line: Line) -> None:
     mine, other = line.accept("a.md"), line.accept("a.md", collection="other")
     theirs = line.accept("a.md", who=MALLORY)
     assert all_are("done", line.work(mine, other, theirs))
-    sequences = {one.name: one.sequence for one in line.house.hades.documents.collections()}
-    assert sequences == {"default": 2, "other": 1}
+    documents = line.house.hades.documents
+    places = (("default", ALICE), ("other", ALICE), ("default", MALLORY))
+    assert [documents.collection(name, who.tenant).sequence for name, who in places] == [1, 1, 1]
+    assert documents.collection("other", MALLORY.tenant) is None
     assert len(line.house.hades.documents.documents(MALLORY, None, None, 10)) == 1
 
 
@@ -557,7 +559,7 @@ def test_a_file_whose_step_hangs_once_is_done_the_second_time(
     asyncio.run(run())
     line.conveyor._threads.shutdown()
     assert file_of(line.jobs, job).attempts == 2
-    assert line.house.hades.documents.collection("default").sequence == 1
+    assert line.house.hades.documents.collection("default", ALICE.tenant).sequence == 1
     line.check_at_rest()
 
 

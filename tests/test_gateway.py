@@ -416,7 +416,10 @@ def test_another_tenants_document_is_not_found(door: Door) -> None:
             == (missing["status"], missing["detail"])
             == (404, "no such document")
         )
-    assert door.client.post("/rag/search", json={"query": "gripper"}, headers=theirs).json()["hits"] == []
+    assert door.client.post("/rag/search", json={"query": "gripper"}, headers=theirs).status_code == 404
+    add(door, "theirs.md", "# Lamp\n\nThe lamp is green.\n", headers=theirs)
+    (hit,) = door.client.post("/rag/search", json={"query": "gripper"}, headers=theirs).json()["hits"]
+    assert hit["source"] == "theirs.md"
 
 
 def test_health_is_open_and_tells_the_parts(door: Door) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nexus.errors import Conflict, Fenced, InvalidRequest, NotFound, Unavailable
-from nexus.hades import Hades, chunks_of
+from nexus.hades import Hades, chunks_of, document_id_of
 from nexus.ports import IndexRow, Scope, Staged
 from nexus.stores import memory, sqlite
 from nexus.types import Piece, Principal, SearchRequest
@@ -115,7 +115,11 @@ def test_deleted_is_gone_at_once_but_not_from_the_past(house: House) -> None:
 
 def test_another_tenant_sees_nothing_and_can_delete_nothing(house: House) -> None:
     document = house.put("a.txt", "gripper secret")
-    assert found(house, "gripper", MALLORY) == []
+    with pytest.raises(NotFound):
+        found(house, "gripper", MALLORY)
+    house.put("x.txt", "wheel", who=MALLORY)
+    assert found(house, "gripper", MALLORY) == ["wheel"]
+    house.hades.delete([document_id_of("other", "default", "x.txt")], MALLORY)
     assert house.hades.documents.documents(MALLORY, None, None, 10) == []
     assert house.hades.documents.current(document.document_id, MALLORY) is None
     with pytest.raises(NotFound):
@@ -263,7 +267,7 @@ def test_a_publish_that_comes_twice_is_one_publish(house: House) -> None:
     document = house.describe("a.txt", ["gripper"])
     epoch = house.stage(document, ["gripper"])
     (first,), (second,) = house.hades.publish([(document, epoch)]), house.hades.publish([(document, epoch)])
-    assert first.opened == second.opened == 1 == house.hades.find_collection("default").sequence
+    assert first.opened == second.opened == 1 == house.hades.find_collection("default", ALICE.tenant).sequence
 
 
 def test_a_collection_is_not_mixed_with_another_embedder(house: House) -> None:

@@ -50,7 +50,7 @@ class Publishing(RuleBasedStateMachine):
         self.home = Path(tempfile.mkdtemp())
         self.vectors = memory.open("memory:")
         self._reopen()
-        self.house.hades.open_collection("default")
+        self.house.hades.begin(self.house.describe("nothing yet", ["x"]))
         self.history: list[dict[str, str]] = [{}]  # after each sequence number: name -> text
         self.epochs = dict.fromkeys(NAMES, 0)
         self.horizon = 0
@@ -138,13 +138,13 @@ class Publishing(RuleBasedStateMachine):
                 self.house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
             except FailpointReached:
                 self._after_crash()
-        self.horizon = max(self.horizon, self.house.hades.find_collection("default").horizon)
+        self.horizon = max(self.horizon, self.house.hades.find_collection("default", ALICE.tenant).horizon)
 
     @invariant()
     def every_moment_is_as_it_was(self) -> None:
         if not hasattr(self, "house"):
             return
-        assert self.house.hades.find_collection("default").sequence == len(self.history) - 1
+        assert self.house.hades.find_collection("default", ALICE.tenant).sequence == len(self.history) - 1
         for sequence, visible in enumerate(self.history):
             request = SearchRequest("gripper", k=50, as_of=sequence)
             if sequence < self.horizon:

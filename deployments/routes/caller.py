@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Depends, Request
@@ -11,6 +11,8 @@ from fastapi import Depends, Request
 from deployments.audited import announce
 from nexus.access import PERMISSIONS
 from nexus.errors import Forbidden, InvalidRequest, NotFound
+from nexus.hades import document_id_of
+from nexus.jobs import seen_by
 from nexus.types import Principal
 
 if TYPE_CHECKING:
@@ -32,10 +34,26 @@ def idempotency_key(request: Request) -> str | None:
     return key
 
 
-async def sequence_of(here: Lent, collection: str) -> int:
-    """The sequence that a collection is at; 0 for one that is not there yet."""
-    found = await asyncio.to_thread(here.documents.collection, collection)
+async def sequence_of(here: Lent, collection: str, principal: Principal) -> int:
+    """The sequence that the caller's collection is at; 0 for one that is not there yet."""
+    found = await asyncio.to_thread(here.documents.collection, collection, principal.tenant)
     return found.sequence if found else 0
+
+
+def readers_of(given: Sequence[str] | None, principal: Principal) -> frozenset[str] | None:
+    """The readers that a document gets: whoever adds one for some is one of them. None: those it has."""
+    return None if given is None else frozenset([*given, principal.subject] if given else [])
+
+
+async def seers_of(
+    here: Lent, readers: frozenset[str] | None, collection: str, sources: Sequence[str], principal: Principal
+) -> frozenset[str]:
+    """Who may see a job of these sources, beside whoever it is of; empty: all of the tenant."""
+
+    def restricted() -> set[frozenset[str]]:
+        return here.documents.readers_of([document_id_of(principal.tenant, collection, one) for one in sources])
+
+    return readers if readers is not None else seen_by(None, await asyncio.to_thread(restricted))
 
 
 def permit(*permissions: str) -> Principal:

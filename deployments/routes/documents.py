@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 
-from deployments.routes.caller import idempotency_key, lent, permit, sequence_of
+from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of
 from deployments.routes.jobs import wake
 from deployments.shapes import AddDocument, CollectionName, reply, show_deletion, show_document, show_job, show_receipt
 from nexus.errors import InvalidRequest, NotFound, TryAgain, UnsupportedMedia, named
@@ -25,29 +25,30 @@ if TYPE_CHECKING:
     from deployments.gateway import Lent
 
 RETRY_SECONDS = 0.5  # between questions to an ingestor that is restarting
-FORM_FIELDS = {"file", "filename", "metadata", "collection"}
+FORM_FIELDS = {"file", "filename", "metadata", "collection", "readers"}
 
 router = APIRouter(prefix="/rag", tags=["documents"])
 
 
 @router.post("/add_document")
 async def add_document(request: Request, principal: Principal = permit("documents:write")) -> Response:
-    """JSON, or a form with `file` and optionally `filename`, `metadata` (JSON) and `collection`.
+    """JSON, or a form with `file` and optionally `filename`, `metadata`, `readers` (both JSON) and `collection`.
 
     The bytes are on disk before anything is answered: 201 once the document is visible, 200 if it was
     unchanged, 202 with the job to ask after if that takes long, or at once with `Prefer: respond-async`.
     """
     here = lent(request)
-    upload = await _read_upload(request)
+    upload = await _read_upload(request, principal)
     check_source(upload.source)
     file = Announced(
         upload.source, content_digest(upload.content), len(upload.content), upload.media_type, upload.metadata,
         upload.content,
     )  # fmt: skip
-    accepted_at = await sequence_of(here, upload.collection)
+    accepted_at = await sequence_of(here, upload.collection, principal)
+    seers = await seers_of(here, upload.readers, upload.collection, [upload.source], principal)
     job, _ = await asyncio.to_thread(
         here.jobs.accept, principal, upload.collection, [file], accepted_at=accepted_at,
-        idempotency_key=idempotency_key(request),
+        idempotency_key=idempotency_key(request), readers=upload.readers, seen_by=seers,
     )  # fmt: skip
     seconds = 0.0 if "respond-async" in request.headers.get("prefer", "") else here.config.ingest.wait_seconds
     ended = await _await_end(here, job, principal, seconds)
@@ -74,11 +75,11 @@ async def _await_end(here: Lent, job: Job, principal: Principal, seconds: float)
     return None
 
 
-async def _read_upload(request: Request) -> Upload:
+async def _read_upload(request: Request, principal: Principal) -> Upload:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         shape = _validate(await request.body())
-        return Upload(shape.filename, shape.content.encode(), shape.collection, metadata=shape.metadata)
+        return _upload(shape, shape.content.encode(), None, principal)
     if kind != "multipart/form-data":
         raise UnsupportedMedia("send the document as application/json or as multipart/form-data")
     async with request.form(max_files=1, max_fields=8) as form:
@@ -90,10 +91,16 @@ async def _read_upload(request: Request) -> Upload:
         content = await file.read()
         described = {
             "filename": str(form.get("filename") or file.filename or ""), "content": "",
-            "metadata": _read_metadata(form.get("metadata")), "collection": str(form.get("collection") or "default"),
+            "metadata": _read_field(form, "metadata", {}), "readers": _read_field(form, "readers", None),
+            "collection": str(form.get("collection") or "default"),
         }  # fmt: skip
         shape = _validate(json.dumps(described).encode())
-        return Upload(shape.filename, content, shape.collection, file.content_type, shape.metadata)
+        return _upload(shape, content, file.content_type, principal)
+
+
+def _upload(shape: AddDocument, content: bytes, media_type: str | None, principal: Principal) -> Upload:
+    readers = readers_of(shape.readers, principal)
+    return Upload(shape.filename, content, shape.collection, media_type, shape.metadata, readers)
 
 
 def _validate(body: bytes) -> AddDocument:
@@ -104,13 +111,14 @@ def _validate(body: bytes) -> AddDocument:
         raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
 
 
-def _read_metadata(field: object) -> object:
+def _read_field(form: FormData, name: str, otherwise: object) -> object:
+    field = form.get(name)
     if field is None:
-        return {}
+        return otherwise
     try:
         return json.loads(str(field))
     except (ValueError, RecursionError):  # no JSON, or a number or a nesting that Python refuses
-        raise InvalidRequest("metadata is not JSON", pointer="/metadata") from None
+        raise InvalidRequest(f"{name} is not JSON", pointer=f"/{name}") from None
 
 
 @router.get("/documents")

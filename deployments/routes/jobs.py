@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 from starlette.datastructures import UploadFile
 
-from deployments.routes.caller import idempotency_key, lent, permit, sequence_of
+from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of
 from deployments.shapes import MAX_NUMBER, AnnounceFiles, reply, show_file, show_job
 from nexus.errors import InvalidRequest, TryAgain, UnsupportedMedia
 from nexus.ingest import Source, check_source
@@ -34,10 +34,12 @@ async def announce(request: Request, body: AnnounceFiles, principal: Principal =
     What is unchanged has ended already. The same Idempotency-Key with the same list is the same job.
     """
     here = lent(request)
-    sources = [Source(f.filename, f.digest, f.size, body.collection, f.metadata) for f in body.files]
+    readers = readers_of(body.readers, principal)
+    sources = [Source(f.filename, f.digest, f.size, body.collection, f.metadata, readers) for f in body.files]
     for number, source in enumerate(sources):
         check_source(source.source, f"/files/{number}/filename")
-    accepted_at = await sequence_of(here, body.collection)
+    accepted_at = await sequence_of(here, body.collection, principal)
+    seers = await seers_of(here, readers, body.collection, [f.filename for f in body.files], principal)
     try:
         unchanged: list[Receipt | None] = await here.ingestor.find_unchanged(sources, principal)
     except TryAgain:
@@ -48,7 +50,7 @@ async def announce(request: Request, body: AnnounceFiles, principal: Principal =
     ]
     job, _ = await asyncio.to_thread(
         here.jobs.accept, principal, body.collection, files, accepted_at=accepted_at,
-        idempotency_key=idempotency_key(request),
+        idempotency_key=idempotency_key(request), readers=readers, seen_by=seers,
     )  # fmt: skip
     expected = await asyncio.to_thread(here.jobs.files, job.job_id, principal, "expected", -1, len(files))
     return reply({**show_job(job, [], time.time()), "expected": [file.number for file in expected]}, 202)
@@ -63,7 +65,7 @@ async def supply(request: Request, job_id: str, principal: Principal = permit("d
     contents: dict[int, bytes] = {}
     async with request.form(max_files=FILES_PER_REQUEST, max_fields=1) as form:
         for name, file in form.multi_items():
-            if not (name.isdecimal() and len(name) <= DIGITS) or not isinstance(file, UploadFile):
+            if not (name.isascii() and name.isdecimal() and len(name) <= DIGITS) or not isinstance(file, UploadFile):
                 raise InvalidRequest(f"the field {name!r} is not the number of a file with its bytes")
             contents[int(name)] = await file.read()
     await asyncio.to_thread(here.jobs.supply, job_id, principal, contents)

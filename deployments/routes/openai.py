@@ -46,20 +46,20 @@ router = APIRouter(prefix="/v1", tags=["openai"], route_class=StrictRoute)
 
 @router.get("/models")
 async def list_models(request: Request, principal: Principal = permit("infer")) -> Response:
-    return reply({"object": "list", "data": [_model(name) for name in await _model_names(request)]})
+    return reply({"object": "list", "data": [_model(name) for name in await _model_names(request, principal)]})
 
 
 @router.get("/models/{name:path}")
 async def get_model(request: Request, name: str, principal: Principal = permit("infer")) -> Response:
-    if name not in await _model_names(request):
+    if name not in await _model_names(request, principal):
         raise unknown_model(name)
     return reply(_model(name))
 
 
-async def _model_names(request: Request) -> list[str]:
+async def _model_names(request: Request, principal: Principal) -> list[str]:
     here = lent(request)
-    collections = await asyncio.to_thread(here.documents.collections)
-    ours = [RAG_MODEL, *(f"{RAG_MODEL}/{c.name}" for c in collections), AUTO]
+    collections = await asyncio.to_thread(here.documents.tally, principal)
+    ours = [RAG_MODEL, *(f"{RAG_MODEL}/{name}" for name in collections), AUTO]
     return list(dict.fromkeys([*ours, *here.balancer.names(), *here.embedders, *here.rerankers]))
 
 
@@ -268,7 +268,7 @@ def _choice(delta: Delta, field: str, said: object) -> dict[str, Any]:
 async def _chat_with_documents(request: Request, body: ChatCompletion, principal: Principal) -> Response:
     demand(principal, "documents:read")
     here = lent(request)
-    collection = await _collection_of(request, body.model)
+    collection = await _collection_of(request, body.model, principal)
     _refuse_what_documents_cannot(body)
     ask = rag.Ask(
         SearchRequest(body.question(), collection=collection), principal, body.context(),
@@ -309,7 +309,7 @@ def _refuse_what_documents_cannot(body: ChatCompletion) -> None:
         )  # fmt: skip
 
 
-async def _collection_of(request: Request, model: str) -> str:
+async def _collection_of(request: Request, model: str, principal: Principal) -> str:
     name, slash, collection = model.partition("/")
     if name != RAG_MODEL or (slash and not collection):
         raise unknown_model(model)
@@ -319,7 +319,7 @@ async def _collection_of(request: Request, model: str) -> str:
         COLLECTION.validate_python(collection)
     except ValidationError:
         raise unknown_model(model) from None
-    if await asyncio.to_thread(lent(request).documents.collection, collection) is None:
+    if await asyncio.to_thread(lent(request).documents.collection, collection, principal.tenant) is None:
         raise unknown_model(model)
     return collection
 

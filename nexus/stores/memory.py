@@ -1,6 +1,6 @@
 """Vectors and terms in this process: exact cosine and BM25 over everything, for tests and small sets.
 
-BM25 is Robertson and Zaragoza's with Lucene's idf, k1 = 1.2 and b = 0.75, over the tenant's rows.
+BM25 is Robertson and Zaragoza's with Lucene's idf, k1 = 1.2 and b = 0.75, over the rows that a search may find.
 """
 
 import math
@@ -80,8 +80,9 @@ class MemoryVectors:
 
     def _rows(self, index: str, scope: Scope) -> Iterator[tuple[IndexRow, Counter[str]]]:
         wanted = None if scope.document_ids is None else set(scope.document_ids)
+        audiences = {scope.tenant, *scope.audiences}
         for row, counts in self._indexes.get(index, {}).values():
-            if row.tenant == scope.tenant and (wanted is None or row.document_id in wanted):
+            if row.audience in audiences and (wanted is None or row.document_id in wanted):
                 yield row, counts
 
 

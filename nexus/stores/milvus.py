@@ -155,17 +155,15 @@ class MilvusVectors:
         return [(hit["chunk_id"], float(hit["distance"])) for hit in hits]
 
     def _restrict(self, scope: Scope) -> dict[str, Any]:
+        """The audience's clause always; a server takes the values apart from the words, Lite as literals."""
+        values = {"audiences": [scope.tenant, *scope.audiences]}
+        expression = "tenant in {audiences}"
+        if scope.document_ids is not None:
+            values["ids"] = list(scope.document_ids)
+            expression += " and document_id in {ids}"
         if self._lite:
-            expression = f"tenant == {literal(scope.tenant)}"
-            if scope.document_ids is not None:
-                expression += f" and document_id in {literal(scope.document_ids)}"
-            return {"filter": expression}
-        if scope.document_ids is None:
-            return {"filter": "tenant == {tenant}", "filter_params": {"tenant": scope.tenant}}
-        return {
-            "filter": "tenant == {tenant} and document_id in {ids}",
-            "filter_params": {"tenant": scope.tenant, "ids": list(scope.document_ids)},
-        }
+            return {"filter": expression.format(**{name: literal(value) for name, value in values.items()})}
+        return {"filter": expression, "filter_params": values}
 
     def chunk_ids(self, index: str) -> set[str]:
         found: set[str] = set()
@@ -197,6 +195,6 @@ def _row(row: IndexRow) -> dict[str, object]:
     if len(terms.encode()) > MAX_TERMS_CHARACTERS:
         terms = terms.encode()[:MAX_TERMS_CHARACTERS].decode(errors="ignore")
     return {
-        "chunk_id": row.chunk_id, "document_id": row.document_id, "tenant": row.tenant,
+        "chunk_id": row.chunk_id, "document_id": row.document_id, "tenant": row.audience,
         "terms": terms, "dense": np.asarray(row.vector, np.float32),
     }  # fmt: skip

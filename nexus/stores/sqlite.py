@@ -27,7 +27,7 @@ from nexus.errors import ConfigError, Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Combine, Compare, Filter
 from nexus.ports import Collection, Deletion, Staged, Verdict
-from nexus.types import Chunk, Document, Piece, Principal, Vector, chunk_id_of
+from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
 FAN_OUT = 25  # documents that one step goes on to from one document, or from one value that documents share
 LOOKED_AT = 500  # edges that one step looks at to find them
@@ -87,6 +87,23 @@ MIGRATIONS = (
     ) STRICT;
     CREATE INDEX edges_by_target ON edges (tenant, collection, kind, target, document_id, version);
     """,
+    """
+    CREATE TABLE sequences (
+        tenant TEXT NOT NULL, collection TEXT NOT NULL, sequence INTEGER NOT NULL DEFAULT 0,
+        horizon INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (tenant, collection)
+    ) STRICT;
+    INSERT INTO sequences SELECT DISTINCT o.tenant, k.name, k.sequence, k.horizon FROM collections k
+        JOIN (SELECT tenant, collection FROM versions UNION SELECT tenant, collection FROM deletions) o
+        ON o.collection = k.name;
+    ALTER TABLE collections DROP COLUMN sequence;
+    ALTER TABLE collections DROP COLUMN horizon;
+    CREATE TABLE audiences (
+        tenant TEXT NOT NULL, collection TEXT NOT NULL, readers TEXT NOT NULL,
+        PRIMARY KEY (tenant, collection, readers)
+    ) STRICT;
+    INSERT INTO audiences SELECT DISTINCT tenant, collection, readers FROM versions WHERE readers != '[]';
+    ALTER TABLE deletions ADD COLUMN readers TEXT NOT NULL DEFAULT '[]';
+    """,
 )
 
 RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on their way out
@@ -97,7 +114,11 @@ DOCUMENT = (
 )
 CURRENT = f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version) WHERE s.closed IS NULL"
 MAY_READ = "(v.readers = '[]' OR EXISTS (SELECT 1 FROM json_each(v.readers) WHERE value = :subject))"
-COLLECTION = "SELECT name, fingerprint, index_name, sequence, horizon FROM collections"
+COLLECTION = "SELECT k.name, k.fingerprint, k.index_name, 0, 0 FROM collections k"
+COLLECTION_OF = (
+    "SELECT k.name, k.fingerprint, k.index_name, s.sequence, s.horizon FROM collections k"
+    " JOIN sequences s ON s.collection = k.name WHERE k.name = ? AND s.tenant = ?"
+)
 DELETION = (
     "document_id, sequence, tenant, collection, source, subject, deleted_at, purged_at, versions, chunks, vectors"
 )
@@ -185,18 +206,25 @@ class SqliteDocuments(Database):
             )
             return _collection(db, name) or Collection(name, fingerprint, index, 0, 0)
 
-    def collection(self, name: str) -> Collection | None:
+    def collection(self, name: str, tenant: str | None = None) -> Collection | None:
         with self._reading() as db:
-            return _collection(db, name)
+            return _collection(db, name, tenant)
 
     def collections(self) -> list[Collection]:
         with self._reading() as db:
-            return [Collection(*row) for row in db.execute(f"{COLLECTION} ORDER BY name")]
+            return [Collection(*row) for row in db.execute(f"{COLLECTION} ORDER BY k.name")]
 
     # ── the moves of HADES ──────────────────────────────────────────────────────────────────────
 
-    def begin(self, document_id: str, accepted_at: int | None = None) -> int:
+    def begin(self, document: Document, accepted_at: int | None = None, by: Principal | None = None) -> int:
+        document_id = document.document_id
         with self._transaction(durable=False) as db:
+            if by is not None:
+                _require_reader(db, document_id, by)
+            db.execute(
+                "INSERT INTO sequences (tenant, collection) VALUES (?, ?) ON CONFLICT DO NOTHING",
+                (document.tenant, document.collection),
+            )
             deleted = (
                 accepted_at is not None
                 and db.execute(
@@ -248,6 +276,24 @@ class SqliteDocuments(Database):
     def current(self, document_id: str, principal: Principal) -> Document | None:
         with self._reading() as db:
             return _current(db, document_id, principal)
+
+    def readers_of(self, document_ids: Sequence[str]) -> set[frozenset[str]]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT DISTINCT v.readers FROM json_each(?) AS wanted JOIN versions v ON v.document_id = wanted.value"
+                " JOIN spans s USING (document_id, version) WHERE s.closed IS NULL AND v.readers != '[]'",
+                (json.dumps(list(document_ids)),),
+            )
+            return {frozenset(json.loads(readers)) for (readers,) in rows}
+
+    def audiences(self, collection: str, principal: Principal) -> set[frozenset[str]]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT v.readers FROM audiences v WHERE v.tenant = :tenant AND v.collection = :collection"
+                f" AND {MAY_READ}",
+                {**_who(principal), "collection": collection},
+            )
+            return {frozenset(json.loads(readers)) for (readers,) in rows}
 
     def documents(self, principal: Principal, collection: str | None, after: str | None, limit: int) -> list[Document]:
         with self._reading() as db:
@@ -387,9 +433,9 @@ class SqliteDocuments(Database):
             if not claimed:
                 return None
             db.execute(
-                "UPDATE collections SET horizon = MAX(horizon, COALESCE((SELECT MAX(closed) FROM spans"
-                " WHERE document_id = ? AND version = ?), 0)) WHERE name = ?",
-                (*key, document.collection),
+                "UPDATE sequences SET horizon = MAX(horizon, COALESCE((SELECT MAX(closed) FROM spans"
+                " WHERE document_id = ? AND version = ?), 0)) WHERE tenant = ? AND collection = ?",
+                (*key, document.tenant, document.collection),
             )
             db.execute("DELETE FROM spans WHERE document_id = ? AND version = ?", key)
             return _chunk_ids(db, *key)
@@ -410,9 +456,9 @@ class SqliteDocuments(Database):
     def deletions(self, principal: Principal, document_id: str | None, limit: int) -> list[Deletion]:
         with self._reading() as db:
             rows = db.execute(
-                f"SELECT {DELETION} FROM deletions WHERE tenant = ? AND (? IS NULL OR document_id = ?)"
-                " ORDER BY deleted_at DESC, sequence DESC LIMIT ?",
-                (principal.tenant, document_id, document_id, limit),
+                f"SELECT {DELETION} FROM deletions v WHERE v.tenant = :tenant AND {MAY_READ}"
+                " AND (:id IS NULL OR v.document_id = :id) ORDER BY v.deleted_at DESC, v.sequence DESC LIMIT :limit",
+                {**_who(principal), "id": document_id, "limit": limit},
             )
             return [Deletion(*row) for row in rows]
 
@@ -475,8 +521,11 @@ class SqliteDocuments(Database):
 # ── inside a transaction ────────────────────────────────────────────────────────────────────────
 
 
-def _collection(db: sqlite3.Connection, name: str) -> Collection | None:
-    row = db.execute(f"{COLLECTION} WHERE name = ?", (name,)).fetchone()
+def _collection(db: sqlite3.Connection, name: str, tenant: str | None = None) -> Collection | None:
+    if tenant is None:
+        row = db.execute(f"{COLLECTION} WHERE k.name = ?", (name,)).fetchone()
+    else:
+        row = db.execute(COLLECTION_OF, (name, tenant)).fetchone()
     return Collection(*row) if row else None
 
 
@@ -484,6 +533,19 @@ def _require_epoch(db: sqlite3.Connection, document: Document, epoch: int) -> No
     row = db.execute("SELECT epoch FROM epochs WHERE document_id = ?", (document.document_id,)).fetchone()
     if row is None or row[0] != epoch:
         raise Fenced("a later upload or a delete of this document took over; add it again if it should stay")
+
+
+def _require_reader(db: sqlite3.Connection, document_id: str, principal: Principal) -> None:
+    """Who may not read the current version does not replace it either."""
+    hidden = db.execute(
+        f"SELECT 1 FROM versions v JOIN spans s USING (document_id, version) WHERE s.closed IS NULL"
+        f" AND v.document_id = :id AND NOT {MAY_READ}",
+        {**_who(principal), "id": document_id},
+    ).fetchone()
+    if hidden:
+        raise Conflict(
+            "a document of this name is there already, and others read it; choose a new name", code="name_taken"
+        )
 
 
 def _stage_one(db: sqlite3.Connection, staged: Staged, now: float) -> None:
@@ -498,6 +560,7 @@ def _stage_one(db: sqlite3.Connection, staged: Staged, now: float) -> None:
         " SET epoch = excluded.epoch, staged_at = excluded.staged_at, retiring_at = NULL",
         (*_version_row(document), staged.epoch, now, now),
     )
+    _note_audience(db, document, document.readers)
     db.execute("DELETE FROM chunks WHERE document_id = ? AND version = ? AND ordinal >= ?", (*key, len(staged.chunks)))
     db.executemany(
         "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -507,14 +570,14 @@ def _stage_one(db: sqlite3.Connection, staged: Staged, now: float) -> None:
 
 def _delete_one(db: sqlite3.Connection, document: Document, principal: Principal) -> Document:
     db.execute("UPDATE epochs SET epoch = epoch + 1 WHERE document_id = ?", (document.document_id,))
-    sequence = _next_sequence(db, document.collection)
+    sequence = _next_sequence(db, document)
     _close_current(db, document.document_id, sequence)
     db.execute(
-        "INSERT INTO deletions (document_id, sequence, tenant, collection, source, subject, deleted_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO deletions (document_id, sequence, tenant, collection, source, subject, deleted_at, readers)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
         (
             document.document_id, sequence, document.tenant, document.collection, document.source,
-            principal.subject, time.time(),
+            principal.subject, time.time(), _readers(document.readers),
         ),
     )  # fmt: skip
     return _with_span(document, document.opened, sequence)
@@ -555,7 +618,7 @@ def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Docu
     if staged != document.chunks:
         raise Conflict("a version is published only when all of its chunks are staged")
     _annotate(db, document)
-    sequence = _next_sequence(db, document.collection)
+    sequence = _next_sequence(db, document)
     _close_current(db, document.document_id, sequence)
     db.execute(
         "INSERT INTO spans (document_id, version, opened, epoch) VALUES (?, ?, ?, ?)",
@@ -579,12 +642,44 @@ def _annotate(db: sqlite3.Connection, document: Document) -> None:
         (
             document.title,
             json.dumps(dict(document.metadata)),
-            json.dumps(sorted(document.readers)),
+            _readers(document.readers),
             document.chunks,
             document.document_id,
             document.version,
         ),
     )
+    _note_audience(db, document, document.readers)
+    if document.readers:
+        _narrow(db, document)
+
+
+def _narrow(db: sqlite3.Connection, document: Document) -> None:
+    """Who may not read a document now may not read what it was before either, by any `as_of`, nor its receipts."""
+    known = db.execute(
+        "SELECT readers FROM versions WHERE document_id = :id AND version != :version"
+        " UNION SELECT readers FROM deletions WHERE document_id = :id",
+        {"id": document.document_id, "version": document.version},
+    ).fetchall()
+    for (readers,) in known:
+        before = frozenset(json.loads(readers))
+        left = (before & document.readers or frozenset({NOBODY})) if before else document.readers
+        if left != before:
+            change = {"id": document.document_id, "version": document.version, "old": readers, "new": _readers(left)}
+            db.execute(
+                "UPDATE versions SET readers = :new WHERE document_id = :id AND version != :version AND readers = :old",
+                change,
+            )
+            db.execute("UPDATE deletions SET readers = :new WHERE document_id = :id AND readers = :old", change)
+            _note_audience(db, document, left)
+
+
+def _note_audience(db: sqlite3.Connection, document: Document, readers: frozenset[str]) -> None:
+    """Remember each set of readers that rows of the vector store may name."""
+    if readers:
+        db.execute(
+            "INSERT INTO audiences VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            (document.tenant, document.collection, _readers(readers)),
+        )
 
 
 def _write_edges(db: sqlite3.Connection, document: Document, kind: str, targets: Sequence[str]) -> None:
@@ -601,9 +696,12 @@ def _write_edges(db: sqlite3.Connection, document: Document, kind: str, targets:
     )
 
 
-def _next_sequence(db: sqlite3.Connection, collection: str) -> int:
+def _next_sequence(db: sqlite3.Connection, document: Document) -> int:
+    """Of its tenant in its collection: how much others do there shows to nobody."""
     (sequence,) = db.execute(
-        "UPDATE collections SET sequence = sequence + 1 WHERE name = ? RETURNING sequence", (collection,)
+        "INSERT INTO sequences VALUES (?, ?, 1, 0) ON CONFLICT DO UPDATE SET sequence = sequence + 1"
+        " RETURNING sequence",
+        (document.tenant, document.collection),
     ).fetchone()
     return int(sequence)
 
@@ -630,11 +728,13 @@ def _who(principal: Principal) -> dict[str, object]:
 def _verdict(ours: int, may_read: int, is_open: int | None, first_opened: int | None, as_of: int) -> Verdict:
     if not ours:
         return "other tenant"
+    if not may_read:
+        return "not a reader"
     if first_opened is None:
         return "unpublished"
     if not is_open:
         return "not yet" if first_opened > as_of else "superseded"
-    return "visible" if may_read else "not a reader"
+    return "visible"
 
 
 def _condition(condition: Filter, parameters: dict[str, object]) -> str:
@@ -677,8 +777,12 @@ def _version_row(document: Document) -> tuple[object, ...]:
     return (
         document.document_id, document.version, document.tenant, document.collection, document.source,
         document.title, document.media_type, json.dumps(dict(document.metadata)),
-        json.dumps(sorted(document.readers)), document.size, document.chunks,
+        _readers(document.readers), document.size, document.chunks,
     )  # fmt: skip
+
+
+def _readers(readers: frozenset[str]) -> str:
+    return json.dumps(sorted(readers))
 
 
 def _document(row: Sequence[Any]) -> Document:
