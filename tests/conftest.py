@@ -13,6 +13,7 @@ from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.audit import Chain, Recorder
 from nexus.balancer import Balancer, Member, Weights
+from nexus.cache import ResponseCache, cached
 from nexus.chunking import ChunkSettings
 from nexus.config import Config
 from nexus.conveyor import Conveyor
@@ -78,8 +79,8 @@ class House:
         return published
 
 
-def build_house(documents: DocumentStore, vectors: VectorStore) -> House:
-    embedder = WordEmbedder()
+def build_house(documents: DocumentStore, vectors: VectorStore, embedder: WordEmbedder | None = None) -> House:
+    embedder = embedder or WordEmbedder()
     hades = Hades(documents, vectors, embedder.fingerprint, embedder.dimension)
     return House(hades, Retriever(hades, embedder, RetrievalSettings()), embedder)
 
@@ -182,14 +183,15 @@ def shared_door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
 
 
 @contextmanager
-def open_door(house: House, home: Path) -> Iterator[Door]:
+def open_front(house: House, home: Path, cache: ResponseCache | None = None, *others: Member) -> Iterator[Lent]:
+    """What the front door of one process is lent over a House; its answers are kept in `cache`."""
     keys = KeyRing(home)
     jobs = Jobs(home)
     recorder = Recorder(Chain(home))
     retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
-    members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5)]
+    members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5), *others]
     balancer = Balancer(members, Weights(1, 1, 1), probe_seconds=5)
-    lent = Lent(
+    yield Lent(
         config=Config(home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]}),
         keys=keys,
         audit=recorder,
@@ -202,13 +204,19 @@ def open_door(house: House, home: Path) -> Iterator[Door]:
         embedders={"word-embedder": retriever},
         count_tokens=lambda texts: [len(text.split()) for text in texts],
         rag=Tools(
-            retriever.retrieve, balancer.generator("extractive"), passages=5, passage_tokens=500, abstain_below=0.3
+            retriever.retrieve, cached(balancer.generator("extractive"), cache), passages=5, passage_tokens=500,
+            abstain_below=0.3,
         ),
         checks={"documents": lambda: asyncio.to_thread(house.hades.documents.check)},
-    )
-    with TestClient(build(lent), raise_server_exceptions=False) as client:
-        yield Door(client, lent, keys, house)
+        cache=cache,
+    )  # fmt: skip
     ingestor.parsers.close()
     jobs.close()
     keys.close()
     recorder.close()
+
+
+@contextmanager
+def open_door(house: House, home: Path) -> Iterator[Door]:
+    with open_front(house, home) as lent, TestClient(build(lent), raise_server_exceptions=False) as client:
+        yield Door(client, lent, lent.keys, house)
