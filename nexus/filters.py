@@ -22,6 +22,7 @@ Operator = Literal["eq", "ne", "gt", "gte", "lt", "lte", "in", "nin"]
 
 OPERATORS = ("eq", "ne", "gt", "gte", "lt", "lte", "in", "nin")
 MAX_CONDITIONS = 64
+MAX_DEPTH = 16
 MAX_VALUES = 256
 MAX_VALUE_CHARACTERS = 1024
 KEY = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
@@ -50,10 +51,12 @@ Filter = Compare | Combine
 def parse_filter(tree: Mapping[str, object], pointer: str = "/filters") -> Filter:
     """Check the JSON of a filter and return it as a tree. Raises InvalidRequest with a pointer."""
     conditions = [0]
-    return _parse(tree, pointer, conditions)
+    return _parse(tree, pointer, conditions, MAX_DEPTH)
 
 
-def _parse(tree: object, pointer: str, conditions: list[int]) -> Filter:
+def _parse(tree: object, pointer: str, conditions: list[int], depth: int) -> Filter:
+    if not depth:
+        raise InvalidRequest(f"a filter nests at most {MAX_DEPTH} deep", pointer=pointer)
     if not isinstance(tree, Mapping) or not tree:
         raise InvalidRequest("a filter is a non-empty object", pointer=pointer)
     kind = tree.get("type")
@@ -62,7 +65,8 @@ def _parse(tree: object, pointer: str, conditions: list[int]) -> Filter:
         if not isinstance(parts, Sequence) or isinstance(parts, str) or not parts:
             raise InvalidRequest(f"{kind!r} takes a non-empty list of filters", pointer=f"{pointer}/filters")
         return Combine(
-            kind == "and", tuple(_parse(part, f"{pointer}/filters/{i}", conditions) for i, part in enumerate(parts))
+            kind == "and",
+            tuple(_parse(part, f"{pointer}/filters/{i}", conditions, depth - 1) for i, part in enumerate(parts)),
         )
     if "key" in tree and "type" in tree:
         if set(tree) != {"type", "key", "value"}:
@@ -92,6 +96,8 @@ def _compare(key: object, operator: Operator, value: object, pointer: str, condi
     for one in values:
         if not isinstance(one, str | int | float | bool):
             raise InvalidRequest("a filter value is a string, a number or a boolean", pointer=pointer)
+        if isinstance(one, str) and any(0xD800 <= ord(character) < 0xE000 for character in one):
+            raise InvalidRequest("a filter value is text; half a surrogate pair is none", pointer=pointer)
         if isinstance(one, str) and len(one) > MAX_VALUE_CHARACTERS:
             raise InvalidRequest(f"a filter value has at most {MAX_VALUE_CHARACTERS} characters", pointer=pointer)
         if isinstance(one, int) and not isinstance(one, bool) and not -(2**63) <= one < 2**63:
