@@ -6,6 +6,7 @@ working as aliases (`ALIASES`). All state lives under `home`.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import iter_modules
@@ -14,10 +15,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from platformdirs import user_data_path
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ByteSize,
     ConfigDict,
     Field,
+    PlainSerializer,
     SecretStr,
     ValidationError,
     field_validator,
@@ -48,6 +51,18 @@ Positive = Annotated[int, Field(gt=0)]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}(:[1-9][0-9]{0,4})?$")]  # for port 443, or its own
 NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,62}$")]
 FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
+
+
+class PartAddress(str):
+    """Where a part is. A user and a password in it are shown to nobody, and still sent."""
+
+    def __repr__(self) -> str:
+        return repr(re.sub(r"//[^/]*@", "//…@", self))
+
+
+Address = Annotated[
+    str, AfterValidator(PartAddress), PlainSerializer(lambda address: repr(address)[1:-1], str, when_used="json")
+]
 
 
 class Section(BaseModel):
@@ -122,8 +137,8 @@ class Node(Section):
 
 
 class Stores(Section):
-    vectors: str = "milvus-lite:"
-    documents: str = "sqlite:"
+    vectors: Address = "milvus-lite:"
+    documents: Address = "sqlite:"
 
 
 class Engine(Section):
@@ -522,8 +537,12 @@ def load_config(file: Path | None = None, environment: Mapping[str, str] | None 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:  # which would quote the line, and that may hold a secret
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{file} is not valid YAML: {error.problem}{place}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file} is not valid YAML: {type(error).__name__}") from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     if values is None:

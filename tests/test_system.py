@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from cluster import bootstrap
+from tests.canaries import CREDENTIALS, TEXTS, find, planted, scan
 from tests.running import ROOT, Running, free_port, running_nexus, until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -259,3 +260,20 @@ def test_a_port_in_use_is_said_before_anything_starts(nexus: Running, tmp_path: 
 def test_a_wrong_setting_is_said_before_anything_starts(tmp_path: Path, name: str, value: str, words: str) -> None:
     done = Running(tmp_path / "home", free_port(), {name: value}).nexus("up")
     assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_planted_secret_is_in_a_log_a_file_of_ray_or_a_command_line(nexus: Running, http: httpx.Client) -> None:
+    """Row Q7 of the whole: sent in good and failing requests, the secrets stand in the stores alone."""
+    secrets = planted()
+    for what in CREDENTIALS:
+        headers = {"authorization": f"Bearer {secrets[what]}", "cookie": f"key={secrets[what]}"}
+        assert httpx.get(f"{nexus.url}/rag/documents", headers=headers, trust_env=False).status_code in (401, 429)
+        http.get("/rag/documents", params={"api_key": secrets[what]})
+    for number, what in enumerate(TEXTS):
+        http.post("/rag/add_document", json={"filename": f"{number}.md", "content": f"# Words\n\n{secrets[what]}"})
+        http.post("/rag/add_document", files={"file": (f"{number}.pdf", b"%PDF-1.7 " + secrets[what].encode())})
+        http.post("/rag/search", json={"query": secrets[what]})
+        http.post("/rag/query", json={"query": secrets[what], "collection": "nowhere"})
+    assert find(b"".join(file.read_bytes() for file in nexus.home.glob("documents.db*"))) != []
+    assert find(http.get("/metrics").text) == []
+    assert scan(nexus) == []
