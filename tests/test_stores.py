@@ -80,6 +80,19 @@ def test_a_search_stays_within_its_scope(store: VectorStore) -> None:
         assert {i for i, _ in store.search_dense("test", unit(0), 10, scope)} == expected
 
 
+def test_rows_for_some_readers_are_found_by_a_scope_that_names_them(store: VectorStore) -> None:
+    """Here what HADES calls an audience is any text; a tenant's rows are those for all of it."""
+    rows = [row(1, "gripper"), row(2, "gripper", tenant="acme:ab"), row(3, "gripper", tenant="acme:cd")]
+    store.upsert("test", [*rows, row(4, "gripper", tenant="acm"), row(5, "gripper", tenant="acme:ab", document="d2")])
+    for scope, expected in (
+        (ACME, {"c1"}), (Scope("acme", None, ("acme:ab",)), {"c1", "c2", "c5"}),
+        (Scope("acme", None, ("acme:ab", "acme:cd")), {"c1", "c2", "c3", "c5"}),
+        (Scope("acme", ("d2",), ("acme:ab",)), {"c5"}), (Scope("acme", ("d2",)), set()),
+    ):  # fmt: skip
+        assert {i for i, _ in store.search_text("test", "gripper", 10, scope)} == expected
+        assert {i for i, _ in store.search_dense("test", unit(0), 10, scope)} == expected
+
+
 @pytest.mark.parametrize(
     "tenant", ['x" or tenant != "', "'] or 1==1 or id in ['", '"\\" or "" == "', "{tenant}", "%", "\\"]
 )
