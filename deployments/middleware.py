@@ -22,6 +22,7 @@ from nexus.config import Config, Http
 from nexus.errors import (
     CallerError,
     Conflict,
+    ContentRefused,
     Forbidden,
     InvalidRequest,
     NexusError,
@@ -43,7 +44,7 @@ RETRY_AFTER_SECONDS = 2
 FAULT = "something went wrong here; the request id finds it in the log"
 
 STATUS: dict[type[NexusError], int] = {
-    InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, NotFound: 404, Conflict: 409, TooLarge: 413,
+    InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, ContentRefused: 403, NotFound: 404, Conflict: 409, TooLarge: 413,
     UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503, TryAgain: 503,
     UpstreamInvalid: 502,
 }  # fmt: skip

@@ -392,6 +392,8 @@ def show_hit(hit: Hit, explain: bool = False) -> dict[str, Any]:
         "lines": [hit.first_line, hit.last_line] if hit.first_line is not None else None,
         "metadata": dict(hit.metadata),
     }
+    if hit.flags:
+        shown["flags"] = list(hit.flags)
     if explain:
         shown["cosine"] = hit.cosine
         shown["routes"] = {name: {"rank": r.rank, "score": r.score} for name, r in hit.routes.items()}

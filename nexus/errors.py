@@ -5,6 +5,7 @@
     │   ├── InvalidRequest      a value is malformed or out of range
     │   ├── Unauthenticated     no credential, or one that is not valid
     │   ├── Forbidden           a valid credential that may not do this
+    │   ├── ContentRefused      a rule on content, or the guard, refuses what is asked or answered
     │   ├── NotFound            no such thing, or not for this caller
     │   ├── Conflict            the thing changed meanwhile, or is of another kind
     │   │   └── Fenced          a later `begin` of the same document took over
@@ -65,6 +66,10 @@ class Unauthenticated(CallerError):
 
 class Forbidden(CallerError):
     code = "forbidden"
+
+
+class ContentRefused(CallerError):
+    code = "content_refused"
 
 
 class NotFound(CallerError):

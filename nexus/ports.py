@@ -66,6 +66,27 @@ class Reranker(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """What a guard says of a text; `categories` are its own words for what is wrong with it."""
+
+    allowed: bool
+    categories: tuple[str, ...] = ()
+
+
+class Guard(Protocol):
+    """A judge of texts outside of the content rules."""
+
+    name: str
+
+    async def judge(self, text: str, where: Literal["input", "output", "document"], asked: str = "") -> Judged:
+        """Whether a text may pass; of an answer, `asked` is what it answers.
+
+        Raises Overloaded and Unavailable when it cannot say, UpstreamInvalid when it says nonsense.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class IndexRow:
     """What the vector store keeps of a chunk. `terms` are stemmed words (retrieval.analyse).
 

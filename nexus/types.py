@@ -150,6 +150,7 @@ class Hit:
     """A visible chunk that matched, with its fused score and what each route said.
 
     `readers` are those of its document, none if all of the tenant are: by them an answer made of it is kept apart.
+    `flags` are the content rules that found something in it.
     """
 
     chunk_id: str
@@ -168,6 +169,7 @@ class Hit:
     metadata: Mapping[str, object]
     routes: Mapping[str, RouteScore] = field(default_factory=dict)
     readers: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
