@@ -1,7 +1,8 @@
 """The front door: a FastAPI application over whatever it is lent."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 from fastapi import FastAPI, Request, Response
@@ -45,6 +46,7 @@ from nexus.models.by_embedder import nearness
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore, InputType
+from nexus.screening import Screen, ScreenedGenerator, ScreenedRetriever, open_screen
 from nexus.sessions import Sessions
 from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector, Vectors
 
@@ -114,16 +116,31 @@ class Lent:
     operator: Operating | None = None  # of the coordinator
     observer: Observing | None = None  # of the machines, and of what runs on them
     fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
+    screen: Screen = field(default_factory=Screen)  # put around what retrieves and generates by `screened`
 
     def generator(self, model: str, weights: Weights | None = None) -> CompletingGenerator:
         """The generator of this name, or for `auto` the one that is chosen by these weights. Raises NotFound."""
-        return cached(self.balancer.generator(model, weights), self.cache, repr(weights))
+        generator = cached(self.balancer.generator(model, weights), self.cache, repr(weights))
+        return ScreenedGenerator(generator, self.screen)
 
     def reranker_called(self, name: str) -> Reranking | None:
         """The one configured under this name, else the embedder of this name as a reranker."""
         if name in self.rerankers or name not in self.embedders:
             return self.rerankers.get(name)
         return ByEmbedding(self.embedders[name])
+
+
+def screened(lent: Lent) -> Lent:
+    """The same with the content rules and the guard of its configuration around all that retrieves and generates."""
+    screen = open_screen(lent.config.content)
+    retriever = ScreenedRetriever(lent.retriever, lent.rag.retrieve, screen)
+    rag = replace(
+        lent.rag,
+        retrieve=retriever.retrieve,
+        generator=ScreenedGenerator(lent.rag.generator, screen),
+        admit=partial(screen.text, "input"),
+    )
+    return replace(lent, screen=screen, retriever=retriever, rag=rag)
 
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
@@ -136,7 +153,7 @@ def application(lent: Lent) -> FastAPI:
     app = FastAPI(
         title="Nexus", version=__version__, redirect_slashes=False, openapi_url=None
     )  # without its pages, which load scripts from elsewhere
-    app.state.lent = lent
+    app.state.lent = screened(lent)
     app.add_exception_handler(NexusError, _answer_nexus_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)

@@ -19,6 +19,7 @@ from deployments.audited import Audited
 from nexus.access import KeyRing
 from nexus.audit import Recorder
 from nexus.config import Config, Http
+from nexus.content import SEVERITY, Finding
 from nexus.errors import (
     CallerError,
     Conflict,
@@ -35,16 +36,19 @@ from nexus.errors import (
     UnsupportedMedia,
     UpstreamInvalid,
 )  # fmt: skip
+from nexus.screening import noted
 
 log = logging.getLogger("nexus.gateway")
 
 PUBLIC = frozenset({"/livez", "/readyz", "/healthz"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 RETRY_AFTER_SECONDS = 2
+DONE = {"allow": "allowed", "flag": "flagged", "redact": "redacted", "refuse": "refused"}
 FAULT = "something went wrong here; the request id finds it in the log"
 
 STATUS: dict[type[NexusError], int] = {
-    InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, ContentRefused: 403, NotFound: 404, Conflict: 409, TooLarge: 413,
+    InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, ContentRefused: 403, NotFound: 404, Conflict: 409,
+    TooLarge: 413,
     UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503, TryAgain: 503,
     UpstreamInvalid: 502,
 }  # fmt: skip
@@ -62,6 +66,7 @@ OPENAI_TYPES = {
 def wrap(app: ASGIApp, keys: KeyRing, recorder: Recorder, config: Config, says_request_id: bool) -> ASGIApp:
     """The application inside its layers; a request passes them from the last line to the first."""
     http = config.http
+    app = Verdicts(app)
     app = BodyLimit(app, http.max_body_bytes)
     app = Identity(app, keys)
     app = Answering(app)
@@ -310,3 +315,26 @@ class Hosts:
 def _without_port(host: str) -> str:
     name, colon, port = host.lower().rpartition(":")
     return name if colon and port.isascii() and port.isdecimal() else host.lower()
+
+
+class Verdicts:
+    """Notes for the record what the content rules and the guard found: the gravest thing done, and all of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        found: list[Finding] = []
+        token = noted.set(found)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            noted.reset(token)
+            if found:
+                facts = scope["state"].setdefault("audited", {})
+                facts["verdict"] = DONE[max((one.action for one in found), key=SEVERITY.index)]
+                told = "; ".join(f"{one.where}, {one.rule}: {DONE[one.action]}, {one.found}" for one in found)
+                facts.setdefault("reason", told)

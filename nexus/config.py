@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nexus import pipelines
+from nexus.content import Action, Rule, Where, looks_of
 from nexus.errors import CallerError, ConfigError
 from nexus.failpoints import parse_failpoints
 from nexus.filters import KEY
@@ -365,6 +366,67 @@ class Audit(Section):
     file_bytes: Positive = 64 * 2**20
 
 
+class ContentRule(Section):
+    """One thing to look for, and what is done about it: a `pattern` in RE2's syntax, or a class known by `kind`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_:.\-]{0,63}$")]
+    where: Annotated[tuple[Where, ...], Field(min_length=1)]
+    action: Action
+    pattern: Annotated[str, Field(min_length=1)] | None = None
+    kind: str | None = None
+
+    def to_rule(self) -> Rule:
+        return Rule(self.name, frozenset(self.where), self.action, self.pattern, self.kind)
+
+    @model_validator(mode="after")
+    def _can_look(self) -> "ContentRule":
+        if (self.pattern is None) == (self.kind is None):
+            raise ValueError("a rule has either a pattern or a kind")
+        try:
+            looks_of([self.to_rule()])
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return self
+
+
+class ContentGuard(Section):
+    """A model that judges texts: it answers `safe`, or `unsafe` and its categories, as Llama Guard does.
+
+    With a guard on `output` an answer is shown when it is whole: half of one cannot be judged.
+    """
+
+    address: Annotated[str, Field(pattern=r"^(openai|nim):")]
+    where: Annotated[tuple[Literal["input", "output"], ...], Field(min_length=1)] = ("input", "output")
+    seconds: Annotated[float, Field(gt=0)] = 5.0  # for one verdict
+    on_unsafe: Literal["refuse", "flag"] = "refuse"
+    on_failure: Literal["refuse", "flag"] = "refuse"
+    api_key: SecretStr | None = None
+
+
+class Content(Section):
+    """What may be asked, retrieved and answered. Rules that are set replace the one that is there by default.
+
+    Pictures, and links where they are `remove`, that lead to no host of `hosts` are taken out of answers.
+    """
+
+    rules: tuple[ContentRule, ...] = (
+        ContentRule(name="prompt-injection", where=("document",), action="flag", kind="prompt-injection"),
+    )
+    pictures: Literal["remove", "keep"] = "remove"
+    links: Literal["remove", "keep"] = "keep"
+    hosts: tuple[HostName, ...] = ()
+    on_failure: Literal["refuse", "flag"] = "refuse"  # of the filter itself
+    guard: ContentGuard | None = None
+
+    @field_validator("rules")
+    @classmethod
+    def _have_names(cls, rules: tuple[ContentRule, ...]) -> tuple[ContentRule, ...]:
+        names = [rule.name for rule in rules]
+        if doubled := sorted(name for name in names if names.count(name) > 1):
+            raise ValueError(f"two rules are called {doubled[0]!r}")
+        return rules
+
+
 class Telemetry(Section):
     otlp_endpoint: str | None = None
 
@@ -431,6 +493,7 @@ class Config(BaseSettings):
     parsing: Parsing = Parsing()
     access: Access = Access()
     audit: Audit = Audit()
+    content: Content = Content()
     ingest: Ingest = Ingest()
     hades: Hades = Hades()
     scaling: Scaling = Scaling()

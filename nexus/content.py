@@ -56,7 +56,7 @@ class Finding(NamedTuple):
     where: Where
     rule: str
     action: Action
-    count: int
+    found: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,35 +14,42 @@ from nexus.scanners import Scanner, Span, Windowed, of_expression, run_of
 
 KIND = "prompt-injection"
 
-_INSTRUCTIONS = r"(?:instruction|prompt|rule|direction|command|message|context|guideline|order|constraint|text)s?"
-_EARLIER = r"(?:previous|prior|above|earlier|preceding|foregoing|existing|original|initial|system)"
-_VERBS = r"(?:ignore|disregard|forget|override|bypass|neglect|dismiss|do not follow|don't follow|stop following)"
-_ROLES = r"(?:system|assistant|user|human|developer|tool|model|ai)"
+_VERBS = "(?:ignore|disregard|forget|override|bypass|neglect|dismiss|do not follow|don't follow|stop following)"
+_EARLIER = "(?:previous|prior|above|earlier|preceding|foregoing|existing|original|initial|system)"
+_ORDERS = "(?:instruction|prompt|rule|direction|command|message|context|guideline|order|constraint)s?"
+_ROLES = "(?:system|assistant|user|human|developer|tool|model|ai)"
 
-_PHRASES = (
-    rf"\b{_VERBS}\s{{1,4}}(?:(?:all|any|every|the|your|of|these|those|my|and)\s{{1,4}}){{0,4}}(?:{_EARLIER}\s{{1,4}}(?:and\s{{1,4}}\w{{1,20}}\s{{1,4}})?){{1,2}}{_INSTRUCTIONS}\b",
-    rf"\b{_VERBS}\s{{1,4}}(?:everything|anything|all|what)\s{{1,4}}(?:you (?:were|have been) told|(?:that )?(?:is |was |came )?(?:above|before))\b",
-    r"\byou are (?:now|no longer)\s{1,4}(?:an?|the|in|bound)\b",
-    r"\b(?:new|updated|real|actual|secret) (?:system )?(?:instructions?|prompt)\s{0,4}:",
-    r"\b(?:reveal|print|repeat|show|output|leak)\s{1,4}(?:me\s{1,4})?(?:your|the)\s{1,4}(?:(?:hidden|full|entire|initial|secret)\s{1,4})?(?:system prompt|instructions|initial prompt)\b",
-    r"\b(?:do not|don't|never)\s{1,4}(?:tell|inform|mention (?:this|it) to|alert)\s{1,4}the user\b",
-    r"\bignoriere(?:n sie)?\s{1,4}(?:(?:alle|die|deine|ihre)\s{1,4}){0,3}(?:vorherigen|bisherigen|obigen|vorigen|früheren)\s{1,4}(?:anweisungen|instruktionen|befehle|regeln)",
-    r"\b(?:ignorez?|oubliez?)\s{1,4}(?:(?:toutes|les|tes|vos)\s{1,4}){0,3}(?:instructions|consignes|règles)\s{1,4}(?:précédentes|antérieures|ci-dessus)",
-    r"\b(?:ignora|ignore|olvida|olvide|esquece|dimentica)\s{1,4}(?:(?:todas|tutte|las|as|le|tus|suas)\s{1,4}){0,3}(?:instrucciones|instruções|istruzioni|reglas)\s{1,4}(?:anteriores|previas|precedenti|prévias)",
-    r"(?:игнорируй(?:те)?|забудь(?:те)?)\s{1,4}(?:(?:все|свои|эти)\s{1,4}){0,3}(?:предыдущие|прежние|предшествующие)\s{1,4}(?:инструкции|указания|правила)",
-    r"(?:忽略|无视|忽視|無視)(?:掉)?(?:所有|一切|全部)?(?:之前|以上|先前|上述|前面)的?(?:所有|一切|全部)?(?:指令|指示|说明|命令|規則|规则|提示)",
-    r"(?:以前|これまで|上記|前述|先)の(?:すべての|全ての)?(?:指示|命令|ルール|プロンプト)を(?:すべて)?(?:無視|忘れ)",
+_PHRASES = (  # a blank stands for one to four
+    rf"\b{_VERBS} (?:(?:all|any|every|the|your|of|these|those|my|and) ){{0,4}}"
+    rf"(?:{_EARLIER} (?:and \w{{1,20}} )?){{1,2}}{_ORDERS}\b",
+    rf"\b{_VERBS} (?:everything|anything|all|what) (?:you (?:were|have been) told|(?:(?:is|was) )?(?:above|before))",
+    r"\byou are (?:now|no longer) (?:an?|the|in|bound)\b",
+    r"\b(?:new|updated|real|actual|secret) (?:system )?(?:instructions?|prompt) ?:",
+    r"\b(?:reveal|print|repeat|show|output|leak) (?:me )?(?:your|the) (?:(?:hidden|full|entire|initial|secret) )?"
+    r"(?:system prompt|instructions|initial prompt)\b",
+    r"\b(?:do not|don't|never) (?:tell|inform|alert) the user\b",
+    r"\bignoriere(?:n sie)? (?:(?:alle|die|deine|ihre) ){0,3}(?:vorherigen|bisherigen|obigen|vorigen|früheren) "
+    r"(?:anweisungen|instruktionen|befehle|regeln)",
+    r"\b(?:ignorez?|oubliez?) (?:(?:toutes|les|tes|vos) ){0,3}(?:instructions|consignes|règles) "
+    r"(?:précédentes|antérieures|ci-dessus)",
+    r"\b(?:ignora|ignore|olvida|olvide|esquece|dimentica) (?:(?:todas|tutte|las|as|le|tus|suas) ){0,3}"
+    r"(?:instrucciones|instruções|istruzioni|reglas) (?:anteriores|previas|precedenti|prévias)",
+    r"(?:игнорируй(?:те)?|забудь(?:те)?) (?:(?:все|свои|эти) ){0,3}(?:предыдущие|прежние|предшествующие) "
+    r"(?:инструкции|указания|правила)",
+    r"(?:忽略|无视|忽視|無視)(?:掉)?(?:所有|一切|全部)?(?:之前|以上|先前|上述|前面)的?(?:所有|一切|全部)?"
+    r"(?:指令|指示|说明|命令|規則|规则|提示)",
+    r"(?:以前|これまで|上記|前述|先)の(?:すべての|全ての)?(?:指示|命令|ルール)を(?:すべて)?(?:無視|忘れ)",
 )
 _MARKERS = (
-    rf"<[|｜│][^<>|｜│\n]{{1,40}}[|｜│]>",
+    r"<\|[^<>|\n]{1,40}\|>",
     r"\[/?INST\]|<</?SYS>>|\[/?(?:SYSTEM_PROMPT|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS)\]",
     r"</?(?:start|end)_of_turn>",
-    rf"</?\s{{0,4}}(?:passage|context|conversation|documents?|sources?|data|result|{_ROLES}|instructions?|prompt)\s{{0,4}}/?>",
+    rf"</?\s{{0,4}}(?:passage|context|conversation|documents?|sources?|{_ROLES}|instructions?|prompt)\s{{0,4}}/?>",
     rf"(?:^|\n)[#*>\s]{{0,8}}{_ROLES}(?:\s{{1,4}}(?:prompt|message|instructions?|override))?[*]{{0,2}}\s{{0,4}}:\s",
     r"(?:^|\n)#{2,4} {1,4}(?:instruction|response|system)s?\s{0,2}:",
     r"!\[[^\]\n]{0,200}\]\(\s{0,4}<?https?://[^)\s]{1,300}[?&][^)\s=]{0,60}=",
+    rf"<!--[^>]{{0,300}}\b(?:{_VERBS}|instructions?|assistant|system|prompt|you must|language model)\b[^>]{{0,300}}",
 )
-_COMMENT = rf"<!--[^>]{{0,300}}\b(?:{_VERBS}|instructions?|assistant|system|prompt|you must|language model)\b[^>]{{0,300}}"
 
 _HIDDEN = re.compile(
     "(?<![\U0001f3f4\U000e0020-\U000e007f])[\U000e0020-\U000e007f]{1,64}"  # tags, but of a flag's emoji
@@ -53,7 +60,8 @@ _HIDDEN = re.compile(
 _ENCODED = re.compile(r"[A-Za-z0-9+/_\-]{24,1024}={0,2}")
 _MOST_ENCODED = 1024 + 2
 
-_WORDS = of_expression("(?i)" + "|".join(f"(?:{pattern})" for pattern in (*_PHRASES, *_MARKERS, _COMMENT)))
+_PARTS = (*(phrase.replace(" ", r"\s{1,4}") for phrase in _PHRASES), *_MARKERS)
+_WORDS = of_expression("(?i)" + "|".join(f"(?:{part})" for part in _PARTS))
 
 
 def _find_hidden(text: str, at: int) -> Iterator[Span]:

@@ -84,7 +84,8 @@ def of_expression(pattern: str) -> Windowed:
         raise ConfigError(f"the pattern {pattern[:50]!r} matches the empty text")
     if most > MOST_WIDTH:
         raise ConfigError(
-            f"the pattern {pattern[:50]!r} has no bound, or one over {MOST_WIDTH} characters; write {{1,100}} for + or *"
+            f"a match of the pattern {pattern[:50]!r} has no bound, or one over {MOST_WIDTH} characters;"
+            " write {1,100} in place of + and *"
         )
 
     def find(text: str, at: int) -> Iterator[Span]:

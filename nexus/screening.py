@@ -13,12 +13,16 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from nexus.cache import CompletingGenerator
-from nexus.content import Filter, Finding, Look, Where, screen
+from nexus.config import Content
+from nexus.content import Filter, Finding, Look, Where, look_for_targets, looks_of, screen
 from nexus.errors import ContentRefused, NexusError
-from nexus.ports import Generator, Guard, Judged
+from nexus.guard import ModelGuard
+from nexus.ports import Generator, Guard
+from nexus.registry import open_model
+from nexus.targets import Targets, hosts_of
 from nexus.types import Delta, Evidence, Hit, Message, Principal, Prompt, SearchRequest, SearchResult
 
 log = logging.getLogger("nexus.content")
@@ -184,6 +188,23 @@ def _screen_hit(looks: Sequence[Look], hit: Hit, fails_open: bool) -> tuple[Hit 
     return replace(hit, text=text, title=title, flags=flags), findings
 
 
+def open_screen(content: Content) -> Screen:
+    """What the configuration asks for; a guard is opened, and not asked yet. Raises ConfigError."""
+    looks: dict[Where, tuple[Look, ...]] = {}
+    rules = [rule.to_rule() for rule in content.rules]
+    for where in get_args(Where):
+        looks[where] = looks_of([rule for rule in rules if where in rule.where])
+    targets = Targets(hosts_of(content.hosts), content.pictures == "remove", content.links == "remove")
+    if targets.pictures or targets.links:
+        looks["output"] += (look_for_targets(targets, "output"),)
+    asked = content.guard
+    guarding = None
+    if asked is not None:
+        guard = ModelGuard(open_model("generate", asked.address, api_key=asked.api_key, timeout_seconds=asked.seconds))
+        guarding = Guarding(guard, frozenset(asked.where), asked.seconds, asked.on_unsafe, asked.on_failure)
+    return Screen(looks, content.on_failure == "flag", guarding)
+
+
 class _Output:
     """The filters of one generation: one for each text of each of its choices."""
 
@@ -213,7 +234,7 @@ class _Output:
         for filter in self._filters.values():
             for finding in filter.findings:
                 before = counted.get(finding[:3])
-                counted[finding[:3]] = finding._replace(count=finding.count + (before.count if before else 0))
+                counted[finding[:3]] = finding._replace(found=finding.found + (before.found if before else 0))
         return list(counted.values())
 
     def _take(self, choice: int, name: str, piece: str) -> str:
@@ -306,9 +327,7 @@ async def _whole(generator: CompletingGenerator | Generator, prompt: Prompt) -> 
 
 
 class Retrieving(Protocol):
-    async def __call__(
-        self, request: SearchRequest, principal: Principal, passages: int, tokens: int
-    ) -> Evidence: ...
+    async def __call__(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence: ...
 
 
 class Searching(Protocol):

@@ -161,3 +161,8 @@ def _target(parenthesis: str) -> str:
     inside = parenthesis[1:-1].strip()
     bracketed = re.match(r"<([^>\n]*)>", inside)
     return bracketed[1] if bracketed else (inside.split(maxsplit=1) or [""])[0]
+
+
+def hosts_of(names: Iterable[str]) -> frozenset[str]:
+    """Names of hosts as they are compared."""
+    return frozenset(name.lower() for name in names)

@@ -226,8 +226,8 @@ def test_data_and_results_cannot_leave_their_fence(name: str, value: str, result
 
 
 @given(HOSTILE)
-def test_a_fence_changes_nothing_that_can_be_seen(text: str) -> None:
-    assert prompts.fence(text, "data", "passage").replace("\u200b", "") == text
+def test_a_fence_changes_nothing_but_what_opens_a_tag(text: str) -> None:
+    assert prompts.fence(text, "data", "passage").replace("&lt;", "<") == text
 
 
 def test_every_prompt_is_a_file_that_ships() -> None:

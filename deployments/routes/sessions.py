@@ -20,7 +20,9 @@ router = APIRouter(prefix="/mcp/{session_id:path}", tags=["sessions"])
 async def add_context(
     request: Request, session_id: str, body: Context, principal: Principal = permit("sessions:write")
 ) -> Response:
-    await asyncio.to_thread(lent(request).sessions.add_context, principal, session_id, body.content)
+    here = lent(request)
+    content = await here.screen.text("input", body.content)
+    await asyncio.to_thread(here.sessions.add_context, principal, session_id, content)
     return reply({"message": f"Context added for session {session_id}."})
 
 

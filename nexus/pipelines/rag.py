@@ -1,7 +1,7 @@
 """An answer from the documents: retrieve, judge the evidence, generate, check the citations."""
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,6 +18,7 @@ NO_EVIDENCE = "The documents do not answer this question."  # as answer.md asks 
 REWRITING_TOKENS = 96
 MOST_QUESTION_CHARACTERS = 400  # of a question worth rewriting, and of what comes of it
 REMEMBERED_CHARACTERS = 8_000  # of the conversation, its end
+_FENCES = ("passage", "conversation")
 ANSWER_TEMPERATURE = 0.0  # what the passages say needs no invention
 
 
@@ -44,7 +45,10 @@ class Retrieve(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What the pipeline is lent, and its settings. `rewrite` is for generators that write words of their own."""
+    """What the pipeline is lent, and its settings. `rewrite` is for generators that write words of their own.
+
+    `admit` says how a text that is asked may go on, or raises ContentRefused (screening.py).
+    """
 
     retrieve: Retrieve
     generator: Generator
@@ -52,12 +56,16 @@ class Tools:
     passage_tokens: int
     abstain_below: float
     rewrite: bool = False
+    admit: Callable[[str], Awaitable[str]] | None = None
 
 
 async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
     """Pieces of the answer as they come, then the Answer itself, last and always."""
     started = time.perf_counter()
     seconds: dict[str, float] = {}
+    if tools.admit is not None:
+        asked, told = await tools.admit(request.search.query), await tools.admit(request.context)
+        request = replace(request, search=replace(request.search, query=asked), context=told)
     searched_for, usage = request.search.query, None
     if tools.rewrite and _can_be_rewritten(request):
         searched_for, usage = await _rewrite(request, tools)
@@ -151,12 +159,12 @@ def _prompt(request: Ask, evidence: Evidence) -> Prompt:
 def render(request: Ask, passages: Sequence[Hit]) -> tuple[Message, ...]:
     """The prompt, its fixed part first so that an engine's prefix cache keeps it, the question last."""
     fenced = "\n".join(
-        f'<passage n="{number}" title="{prompts.fence_attribute(hit.title, "passage")}">\n'
-        f"{prompts.fence(hit.text, 'passage')}\n</passage>"
+        f'<passage n="{number}" title="{prompts.fence_attribute(hit.title, *_FENCES)}">\n'
+        f"{prompts.fence(hit.text, *_FENCES)}\n</passage>"
         for number, hit in enumerate(passages, 1)
     )
-    told = prompts.fence(request.context[-REMEMBERED_CHARACTERS:], "passage")
-    context = f"The conversation so far:\n{told}\n\n" if told else ""
+    told = prompts.fence(request.context[-REMEMBERED_CHARACTERS:], *_FENCES)
+    context = f"The conversation so far:\n<conversation>\n{told}\n</conversation>\n\n" if told else ""
     return (Message("system", INSTRUCTIONS), Message("user", f"{fenced}\n\n{context}Question: {request.search.query}"))
 
 
@@ -187,6 +195,6 @@ async def _rewrite(request: Ask, tools: Tools) -> tuple[str, Usage | None]:
 
 def render_rewriting(request: Ask) -> tuple[Message, ...]:
     """The prompt that asks for the question in other words."""
-    told = prompts.fence(request.context[-REMEMBERED_CHARACTERS:], "conversation")
+    told = prompts.fence(request.context[-REMEMBERED_CHARACTERS:], *_FENCES)
     asked = f"<conversation>\n{told}\n</conversation>\n\nQuestion: {request.search.query}"
     return (Message("system", REWRITE), Message("user", asked))
