@@ -73,10 +73,11 @@ def _find_encoded(text: str, at: int) -> Iterator[Span]:
 
 
 def _decoded(encoded: str) -> str:
-    """What base64 says, in either alphabet; of a piece cut off, what is whole."""
+    """What base64 says, in either alphabet, padded or not."""
     digits = encoded.rstrip("=").translate(str.maketrans("-_", "+/"))
+    whole = digits[:-1] if len(digits) % 4 == 1 else digits
     try:
-        return base64.b64decode(digits[: len(digits) // 4 * 4]).decode(errors="replace")
+        return base64.b64decode(whole + "=" * (-len(whole) % 4)).decode(errors="replace")
     except binascii.Error:
         return ""
 

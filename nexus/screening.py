@@ -109,7 +109,15 @@ class Screen:
         else:
             parts = message.content
             content = tuple([await self._by_rules("input", one) if isinstance(one, str) else one for one in parts])
-        return message if content == message.content else replace(message, content=content)  # type: ignore[arg-type]
+        calls = tuple([await self._call(call) for call in message.tool_calls])
+        return replace(message, content=content, tool_calls=calls)  # type: ignore[arg-type]
+
+    async def _call(self, call: Mapping[str, object]) -> Mapping[str, object]:
+        function = call.get("function")
+        if not isinstance(function, Mapping):
+            return call
+        arguments = await self._by_rules("input", str(function.get("arguments", "")))
+        return {**call, "function": {**function, "arguments": arguments}}
 
     async def prompt(self, prompt: Prompt) -> Prompt:
         """A prompt whose every text is a caller's."""

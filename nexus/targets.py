@@ -39,7 +39,8 @@ _PLAIN_ELEMENT = re.compile(
 _BRACKET = re.compile(r"[\[\]]")
 _PARENTHESIS = re.compile(r"[()]")
 _VALUE = re.compile(r"=\s*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))")
-_URL_END = re.compile(r"[\s<>\"`]")
+_URL_END = re.compile(r"[\s<>\"`)\]]")
+_BRACKETED_END = re.compile(r"[\s<>]")
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]*:")
 _HOST = re.compile(r"(?i:https?)://([A-Za-z0-9.\-]{1,253}(?::[0-9]{1,5})?)(?=[/?#]|\Z)")
 _UNREAD = re.compile("[\x00-\x20\x7f-\xa0\xad\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff]")  # by who reads a URL
@@ -47,8 +48,15 @@ _ESCAPED = re.compile(r"\\(?=[!-/:-@\[-`{-~])")
 
 
 def leads_elsewhere(target: str, hosts: frozenset[str]) -> bool:
-    """Whether a target is neither beside what is shown nor, by http or https, on one of these hosts."""
-    read = _UNREAD.sub("", _ESCAPED.sub("", unescape(unescape(target))))
+    """Whether a target is neither beside what is shown nor, by http or https, on one of these hosts.
+
+    Markdown takes a backslash for an escape, and browsers one for a slash: it must hold for both.
+    """
+    plain = unescape(unescape(target))
+    return any(_leads_elsewhere(_UNREAD.sub("", read), hosts) for read in (plain, _ESCAPED.sub("", plain)))
+
+
+def _leads_elsewhere(read: str, hosts: frozenset[str]) -> bool:
     if not _is_address(read):
         return ":" in re.split(r"[/?#]", read, maxsplit=1)[0]
     host = _HOST.match(read)
@@ -141,7 +149,7 @@ class Targets:
         """An address as it stands, in angle brackets, or as the definition of a reference."""
         lead = re.match(r"\]:\s*<?|<?", window)
         start = lead.end() if lead else 0
-        found = _URL_END.search(window, start)
+        found = (_BRACKETED_END if window[start - 1 : start] == "<" else _URL_END).search(window, start)
         if found is None and not is_all:
             return None
         end = len(window) if found is None else found.start()

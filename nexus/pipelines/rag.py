@@ -77,7 +77,9 @@ async def run(request: Ask, tools: Tools) -> AsyncGenerator[str | Answer]:
     judgement = assess(searched_for, evidence.result.by_score)
     generation = chat.Generation()
     reason: str | None
-    if judgement.confidence < tools.abstain_below:
+    if not evidence.passages:
+        reason = judgement.reason or "nothing was found that may be shown"
+    elif judgement.confidence < tools.abstain_below:
         reason = judgement.reason or "the evidence is weaker than this installation asks for"
     else:
         async with aclosing(_generate(request, evidence, tools)) as deltas:

@@ -28,6 +28,7 @@ _UNSEEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
+_QUOTES = str.maketrans({sign: "'" for sign in '"＂“”„‟″〃'})
 _ESCAPES = {"<": "&lt;", "[": "&#91;"}
 
 
@@ -53,4 +54,4 @@ def fence(text: str, *tags: str) -> str:
 
 def fence_attribute(text: str, *tags: str) -> str:
     """The same for an attribute of a tag: it stays within its quotation marks and on one line."""
-    return " ".join(fence(text, *tags).replace('"', "'").split())
+    return " ".join(fence(text, *tags).translate(_QUOTES).split())
