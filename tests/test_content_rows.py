@@ -211,13 +211,20 @@ def test_Q13_a_finding_is_in_the_record(door: Door) -> None:
     rules = content(("mail", ("input", "output"), "flag", "pii:email"))
     with asking(door, rules, "bob@example.com") as asker:
         asker.chat("of a@b.org and c@d.org", stream=True)
-        verdict = asker.records[-1]["verdict"]
-        assert [(one["where"], one["rule"], one["action"], one["found"]) for one in verdict] == [
-            ("input", "mail", "flag", 2),
-            ("output", "mail", "flag", 1),
-        ]
+        record = asker.records[-1]
+        assert record["verdict"] == "flagged"
+        assert record["reason"] == "input, mail: flagged, 2; output, mail: flagged, 1"
         asker.chat("of nobody")
-        assert [one["where"] for one in asker.records[-1]["verdict"]] == ["output"]
+        assert asker.records[-1]["reason"] == "output, mail: flagged, 1"
+
+
+def test_Q13_the_record_says_what_became_of_a_refused_stream(door: Door) -> None:
+    with asking(door, NO_PHOENIX, "Well. " * 30 + "It is project phoenix.", 4) as asker:
+        assert asker.chat(stream=True).status_code == 200
+        assert (asker.records[-1]["verdict"], asker.records[-1]["reason"]) == (
+            "refused",
+            "output, code-name: refused, 1",
+        )
 
 
 # ── every door ──────────────────────────────────────────────────────────────────────────────────
@@ -446,9 +453,7 @@ def test_LLM01_marks_in_a_document_are_flagged_by_default(door: Door, name: str)
         answer = asker.post("/rag/query", query=QUESTION).json()
         assert [source.get("flags") for source in answer["sources"]] == [["prompt-injection"]]
         assert answer["response"] == "120 Nm [1]."
-        assert ("document", "prompt-injection", "flag") in [
-            (one["where"], one["rule"], one["action"]) for one in asker.records[-1]["verdict"]
-        ]
+        assert asker.records[-1]["reason"].startswith("document, prompt-injection: flagged")
 
 
 def test_LLM01_what_speaks_to_no_model_is_not_flagged(door: Door) -> None:
