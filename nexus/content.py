@@ -222,9 +222,15 @@ def screen(
     looks: Sequence[Look], where: Where, text: str, fails_open: bool = False
 ) -> tuple[str | ContentRefused, tuple[Finding, ...]]:
     """A whole text as it may go on, or the refusal of it, and what was found."""
-    filter = Filter(looks, where, fails_open)
+    filter = Filter(_without_doubles(looks) if text.isascii() else looks, where, fails_open)
     try:
         pieces = [filter.add(text[start : start + BLOCK]) for start in range(0, len(text), BLOCK)]
         return "".join([*pieces, filter.finish()]), filter.findings
     except ContentRefused as refusal:
         return refusal, filter.findings
+
+
+def _without_doubles(looks: Sequence[Look]) -> Sequence[Look]:
+    """The looks at a text of ASCII, which has one view: no scanner need look at it twice."""
+    seen = {(id(look.scanner), look.rule.name) for look in looks if look.view == "plain"}
+    return [look for look in looks if look.view != "skeleton" or (id(look.scanner), look.rule.name) not in seen]

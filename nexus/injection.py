@@ -65,7 +65,7 @@ _WORDS = of_expression("(?i)" + "|".join(f"(?:{part})" for part in _PARTS))
 
 
 def _find_hidden(text: str, at: int) -> Iterator[Span]:
-    return (match.span() for match in _HIDDEN.finditer(text, at))
+    return iter(()) if text.isascii() else (match.span() for match in _HIDDEN.finditer(text, at))
 
 
 def _find_encoded(text: str, at: int) -> Iterator[Span]:

@@ -21,6 +21,7 @@ from nexus.content import Filter, Finding, Look, Where, look_for_targets, looks_
 from nexus.errors import ContentRefused, NexusError
 from nexus.guard import ModelGuard
 from nexus.ports import Generator, Guard
+from nexus.reading import read
 from nexus.registry import open_model
 from nexus.targets import Targets, hosts_of
 from nexus.types import Delta, Evidence, Hit, Message, Principal, Prompt, SearchRequest, SearchResult
@@ -198,6 +199,7 @@ def _screen_hit(looks: Sequence[Look], hit: Hit, fails_open: bool) -> tuple[Hit 
 
 def open_screen(content: Content) -> Screen:
     """What the configuration asks for; a guard is opened, and not asked yet. Raises ConfigError."""
+    read("ä\u0301", "skeleton")  # has the tables in memory before the first request
     looks: dict[Where, tuple[Look, ...]] = {}
     rules = [rule.to_rule() for rule in content.rules]
     for where in get_args(Where):
@@ -356,6 +358,8 @@ class ScreenedRetriever:
     async def retrieve(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence:
         evidence = await self.retrieving(request, principal, passages, tokens)
         shown = await self.screen.hits(evidence.passages)
+        if all(look.rule.action in ("allow", "flag") for look in self.screen.looks.get("document", ())):
+            return replace(evidence, passages=shown)  # its hits are judged, but shown to nobody
         return Evidence(await self._screened(evidence.result, quietly=True), shown)
 
     async def _screened(self, result: SearchResult, quietly: bool = False) -> SearchResult:
