@@ -145,7 +145,7 @@ def screened(lent: Lent) -> Lent:
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
-    return middleware.wrap(application(lent), lent.keys, lent.audit, lent.config, says_request_id)
+    return middleware.wrap(application(screened(lent)), lent.keys, lent.audit, lent.config, says_request_id)
 
 
 def application(lent: Lent) -> FastAPI:
@@ -153,7 +153,7 @@ def application(lent: Lent) -> FastAPI:
     app = FastAPI(
         title="Nexus", version=__version__, redirect_slashes=False, openapi_url=None
     )  # without its pages, which load scripts from elsewhere
-    app.state.lent = screened(lent)
+    app.state.lent = lent
     app.add_exception_handler(NexusError, _answer_nexus_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)

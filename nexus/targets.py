@@ -83,7 +83,8 @@ class Targets:
 
     def scan(self, text: str, at: int, final: bool) -> tuple[list[Span], int]:
         spans: list[Span] = []
-        while (start := _first(self._patterns(_PICTURE, _LINK), text, at)) is not None:
+        coming = _Coming(self._patterns(_PICTURE, _LINK), text)
+        while (start := coming.first(at)) is not None:
             window = text[start : start + WINDOW]
             judged = self._judge(window, final or len(text) - start >= WINDOW)
             if judged is None:
@@ -94,8 +95,8 @@ class Targets:
         if final:
             return spans, len(text)
         end = max(at, len(text) - _LONGEST_COMING)
-        coming = _first(self._patterns(_PICTURE_MAY_COME, _LINK_MAY_COME), text, end)
-        return spans, max(at, len(text)) if coming is None else coming
+        begun = _Coming(self._patterns(_PICTURE_MAY_COME, _LINK_MAY_COME), text).first(end)
+        return spans, max(at, len(text)) if begun is None else begun
 
     def _patterns(self, of_pictures: re.Pattern[str], of_links: re.Pattern[str]) -> list[re.Pattern[str]]:
         return [*([of_pictures] if self.pictures else []), *([of_links] if self.links else [])]
@@ -159,9 +160,20 @@ class Targets:
         return ([(start, end)] if is_elsewhere and end > start else []), max(end, 2)
 
 
-def _first(patterns: Iterable[re.Pattern[str]], text: str, at: int) -> int | None:
-    found = (pattern.search(text, at) for pattern in patterns)
-    return min((match.start() for match in found if match), default=None)
+class _Coming:
+    """Where the next match of each pattern is; none is looked for twice."""
+
+    def __init__(self, patterns: Iterable[re.Pattern[str]], text: str) -> None:
+        self._text = text
+        self._next: dict[re.Pattern[str], int | None] = dict.fromkeys(patterns, -1)
+
+    def first(self, at: int) -> int | None:
+        """Where the first match begins at or after this index, which never goes back."""
+        for pattern, start in self._next.items():
+            if start is not None and start < at:
+                found = pattern.search(self._text, at)
+                self._next[pattern] = None if found is None else found.start()
+        return min((start for start in self._next.values() if start is not None), default=None)
 
 
 def _target(parenthesis: str) -> str:

@@ -258,7 +258,7 @@ FIELDS: dict[type, dict[str, some.SearchStrategy[Any]]] = {
         **dict.fromkeys(("chunk_id", "document_id", "version", "text", "title", "source"), words),
         **dict.fromkeys(("page", "first_line", "last_line"), numbers),
         "ordinal": some.integers(0, 3), "heading": some.lists(words, max_size=2).map(tuple), "metadata": objects,
-        "flags": some.lists(words, max_size=2).map(tuple),
+        **dict.fromkeys(("readers", "flags"), some.lists(words, max_size=2).map(tuple)),
     },
 }  # fmt: skip
 FOUND: dict[str, some.SearchStrategy[Any]] = {
