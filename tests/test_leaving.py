@@ -90,14 +90,19 @@ class Served:
 
     def request(self, path: str, body: dict[str, object]) -> bytes:
         content = json.dumps(body).encode()
-        headers = {**self.headers, "host": "nexus", "content-type": "application/json", "content-length": len(content)}
+        headers = {
+            **self.headers,
+            "host": "testserver",
+            "content-type": "application/json",
+            "content-length": len(content),
+        }
         lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
     async def is_idle(self) -> None:
         """Return once the server has no connection and no task of any request."""
         reader, writer = await asyncio.open_connection(*self.address)  # after it, none is waiting to be accepted
-        writer.write(b"GET /livez HTTP/1.1\r\nhost: nexus\r\nconnection: close\r\n\r\n")
+        writer.write(b"GET /livez HTTP/1.1\r\nhost: testserver\r\nconnection: close\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 200")
         await leave(writer)
         while rest := asyncio.all_tasks() - self.before - {asyncio.current_task()}:
