@@ -124,12 +124,12 @@ class _Exchange:
         if kind is None:
             return None
         verdict = facts.get("verdict") or _verdict(kind, self._status, failed or not self._ended)
-        is_left = not self._ended and not failed
+        is_left = not self._ended and not failed and not facts.get("verdict")
         has_texts = self._texts and kind == "answer"
         return _event(
             scope, kind,
-            status=self._status, verdict="left" if is_left and not facts.get("verdict") else verdict,
-            reason=facts.get("reason") or ("the caller left" if is_left else ""),
+            status=self._status, verdict="left" if is_left else verdict,
+            reason="the caller left" if is_left else facts.get("reason", ""),
             documents=tuple(dict.fromkeys(facts.get("documents", ()))),
             model=", ".join(dict.fromkeys(self._asked)) or facts.get("model", ""),
             question=self._question.decode(errors="replace") if has_texts else "",

@@ -274,7 +274,8 @@ def authz_check(
         config = load_config()
         with http.Client(config) as nexus:
             world = authz_live.running(nexus.url, Path(config.home))
-    cells = authz.check(world)
+    with recorded(load_config(), "nexus authz-check --live") if live else nullcontext():
+        cells = authz.check(world)
     leaks = [cell for cell in cells if cell.leak]
     if as_json:
         typer.echo(json.dumps([authz.show(cell) for cell in cells]))

@@ -12,6 +12,8 @@ import psutil
 
 from cluster import bootstrap
 from deployments import exposure
+from nexus.audit import files_of
+from nexus.audit_reading import verify
 from nexus.config import Config, load_config
 from nexus.errors import NexusError
 from nexus.registry import check_part, find_module
@@ -40,7 +42,7 @@ def examine() -> list[Finding]:
     checks: dict[str, Callable[[Config], str]] = {
         "home": _home, "ports": _ports, "disk": _disk, "memory": _memory, "models": _models,
         "versions": exposure.versions, "files": exposure.files, "access": exposure.mode, "ray": exposure.ray,
-        "listening": exposure.listening,
+        "listening": exposure.listening, "audit": _audit,
     }  # fmt: skip
     for what, check in checks.items():
         findings.append(_try(what, check, config))
@@ -88,6 +90,15 @@ def _ports(config: Config) -> str:
         return f"in use by the Nexus of this home, at {instance.url}"
     bootstrap.require_port(config.http.port, "http.port (NEXUS_HTTP__PORT)")
     return f"{config.http.port} is free"
+
+
+def _audit(config: Config) -> str:
+    if not files_of(Path(config.home)):
+        return "nothing is recorded yet"
+    report = verify(Path(config.home))
+    if report.faults:
+        raise _Wrong(f"the record is not whole; `nexus audit verify` names its {len(report.faults)} faults")
+    return f"{report.lines} lines, whole"
 
 
 def _disk(config: Config) -> str:

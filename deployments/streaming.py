@@ -38,6 +38,7 @@ class EventStream(StreamingResponse):
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes]) -> None:
         self._rest = rest
+        self._facts: dict[str, object] = {}  # for the record
         self._events = self._all(first)
         super().__init__(self._events, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
@@ -48,12 +49,14 @@ class EventStream(StreamingResponse):
                 yield item
         except NexusError as error:
             log.warning("a stream was ended by an error: %s", error.code)
+            self._facts |= {"reason": error.code, "verdict": "failed"}
             yield error_event(error)
         except Exception:  # a bug: the middleware logs it, and the reader is told that this is no end
             yield error_event(NexusError(middleware.FAULT))
             raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._facts = scope["state"].setdefault("audited", {})
         async with aclosing(self._rest), aclosing(self._events):
             await _unless_left(self.stream_response(send), receive)
 

@@ -7,8 +7,8 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import fields
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ from nexus import audit
 from nexus.access import KeyRing
 from nexus.audit import Chain, Recorder, files_of
 from nexus.audit_reading import read, verify
+from nexus.balancer import Balancer, Member, Weights
 from nexus.config import Audit, load_config
-from nexus.errors import NotFound
-from nexus.types import Principal
+from nexus.errors import NotFound, UpstreamInvalid
+from nexus.types import Delta, Principal, Prompt
 from tests.conftest import Door
+from tests.test_leaving import leave as leave_socket
+from tests.test_leaving import run as run_within
+from tests.test_leaving import serving
 
 QUESTION = "What torque does the gripper close with?"
 TEXT = "The gripper closes with a torque of 12 newton metres."
@@ -348,6 +352,52 @@ def test_an_answer_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytes
     written, sent = asyncio.run(run_layer(tmp_path, answering(b"one", model="m")))
     assert [message["recorded"] for message in sent] == [0, 0, 0]
     assert [line["verdict"] for line in written] == ["answered"]
+
+
+@pytest.mark.parametrize("path", ["/rag/query", "/v1/chat/completions"])
+def test_who_leaves_in_the_middle_of_a_stream_is_recorded_with_the_documents_it_was_made_of(
+    door: Door, path: str
+) -> None:
+    document = add(door, door.headers())
+
+    async def test() -> None:
+        async with serving(door) as served:
+            said = f"{QUESTION} mark-1"
+            asked = {"query": said, "model": "nexus-rag", "messages": [{"role": "user", "content": said}]}
+            wanted = ("query",) if path == "/rag/query" else ("model", "messages")
+            _, writer = await asyncio.open_connection(*served.address)
+            writer.write(served.request(path, {"stream": True, **{name: asked[name] for name in wanted}}))
+            await served.endless.when_opened("1").wait()
+            await leave_socket(writer)
+            await served.is_idle()
+
+    run_within(test())
+    (line,) = lines(door)
+    assert (line["kind"], line["verdict"], line["model"]) == ("answer", "left", "endless")
+    assert (line["documents"], line["reason"]) == ([document], "the caller left")
+
+
+def test_a_stream_that_an_error_ends_is_recorded_as_failed(door: Door) -> None:
+    class Breaking:
+        name, sees_images = "breaking", False
+
+        async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta]:
+            yield Delta("one ")
+            raise UpstreamInvalid("nonsense")
+
+        async def check(self) -> None: ...
+
+    balancer = Balancer([Member(Breaking(), 1.0)], Weights(1, 1, 1), probe_seconds=5)
+    client = TestClient(build(replace(door.lent, balancer=balancer)), raise_server_exceptions=False)
+    body = {"model": "breaking", "messages": CHAT, "stream": True}
+    assert "event: error" in client.post("/v1/chat/completions", json=body, headers=door.headers()).text
+    (line,) = lines(door)
+    assert (line["kind"], line["status"], line["verdict"], line["reason"]) == (
+        "answer",
+        200,
+        "failed",
+        "upstream_invalid",
+    )
 
 
 # ── commands ────────────────────────────────────────────────────────────────────────────────────
