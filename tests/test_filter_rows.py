@@ -209,7 +209,7 @@ def test_Q1_a_milvus_server_is_sent_no_value_within_its_expression(value: str) -
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_Q1_milvus_lite_is_sent_literals_that_mean_the_value_and_nothing_else(value: str) -> None:
-    """Its expression is one of Python too: read as such, it is two memberships, of exactly these values."""
+    """Its expression is one of Python too: read as such, it is two memberships, in lists of strings as in JSON."""
     expression = MilvusVectors("http://nowhere", lite=True)._restrict(Scope(value, (value, "d2")))["filter"]
     tree = ast.parse(expression, mode="eval").body
     assert isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And)
@@ -217,7 +217,7 @@ def test_Q1_milvus_lite_is_sent_literals_that_mean_the_value_and_nothing_else(va
     for part in tree.values:
         assert isinstance(part, ast.Compare) and isinstance(part.left, ast.Name)
         assert [type(op) for op in part.ops] == [ast.In]
-        read[part.left.id] = ast.literal_eval(part.comparators[0])
+        read[part.left.id] = json.loads(ast.get_source_segment(expression, part.comparators[0]) or "")
     assert read == {"tenant": [value], "document_id": [value, "d2"]}
 
 
