@@ -1,6 +1,7 @@
 """From a configuration to one Serve application: the only place where everything meets."""
 
 import asyncio
+import logging
 import sys
 import time
 from collections.abc import Collection, Mapping
@@ -38,6 +39,9 @@ from nexus.pipelines.rag import Tools
 from nexus.pressure import FirstTokens
 from nexus.registry import find_module, open_part
 from nexus.sessions import Sessions
+from nexus.tokens import Tokens
+
+log = logging.getLogger("nexus.gateway")
 
 APPLICATION = "nexus"
 FAILED = ("UNHEALTHY", "DEPLOY_FAILED")
@@ -67,11 +71,13 @@ class Gateway:
         pressure = None if limit is None else Pressure(FirstTokens(limit, config.scaling.near))
         balancer = opened.balance(config, ignore if pressure is None else pressure.note)
         kept = config.cache
+        keys = open_keys(config)
         cache = ResponseCache(kept.entries, kept.seconds, kept.max_bytes) if kept.entries else None
         return gateway.build(
             gateway.Lent(
                 config=config,
-                keys=KeyRing(home, [key.get_secret_value() for key in config.access.development_keys]),
+                keys=keys,
+                tokens=Tokens(keys, home, config.access),
                 audit=Recorder(Chain(home, config.audit.file_bytes)),
                 documents=documents,
                 jobs=Jobs(home),
@@ -103,6 +109,18 @@ class Gateway:
             ),
             says_request_id=False,
         )
+
+
+def open_keys(config: Config) -> KeyRing:
+    """The keys of this home. Those for development are said, each time, in the log of whoever takes them."""
+    given = config.access.development_keys
+    if given:
+        log.warning(
+            "%d development key(s) are accepted, which may do everything: set access.mode to production, and unset"
+            " access.development_keys (VALID_API_KEYS), before anybody else can reach this",
+            len(given),
+        )
+    return KeyRing(Path(config.home), [key.get_secret_value() for key in given], config.access.environment)
 
 
 def ignore(seconds: float) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -24,7 +25,7 @@ from deployments.driver import become_driver
 from deployments.listing import label
 from deployments.running import JOIN_SECONDS
 from nexus import __version__
-from nexus.access import PERMISSIONS, KeyRing
+from nexus.access import MOST_PER_MINUTE, PERMISSIONS, KeyRing
 from nexus.config import Config, default_home, load_config
 from nexus.errors import InvalidRequest, NexusError, NotFound, Unavailable
 from nexus.registry import check_part
@@ -96,6 +97,11 @@ def up(
 
 def _start(settings: Config, config: Path | None, patience: float, join: float) -> None:
     started, home = time.monotonic(), Path(settings.home)
+    if settings.access.development_keys:
+        _tell(
+            f"WARNING: {len(settings.access.development_keys)} development key(s) (VALID_API_KEYS) may do everything"
+            " here; they are for development alone, and access.mode production refuses them"
+        )
     with bootstrap.lock_home(home):
         instance, outcome = running.ensure_up(settings, config, patience, join, _tell)
         new_key = _ensure_admin_key(settings)
@@ -130,7 +136,7 @@ def _ensure_admin_key(settings: Config) -> str | None:
     if file.exists():
         return None
     with recorded(settings, "nexus up: the admin key") as named:
-        ring = KeyRing(home)
+        ring = KeyRing(home, environment=settings.access.environment)
         key, made = ring.create("admin")
         ring.close()
         named.append(made.id)
@@ -550,9 +556,10 @@ def _graph_line(graph: dict[str, Any]) -> str:
 @contextmanager
 def _keys() -> Iterator[KeyRing]:
     """The keys of this home, whether or not Nexus runs."""
-    home = Path(load_config().home)
+    settings = load_config()
+    home = Path(settings.home)
     bootstrap.prepare_home(home)
-    ring = KeyRing(home)
+    ring = KeyRing(home, environment=settings.access.environment)
     try:
         yield ring
     finally:
@@ -567,14 +574,37 @@ def create_key(
         list[str] | None, typer.Option(help=f"Of {', '.join(sorted(PERMISSIONS))}; repeatable.")
     ] = None,
     days: Annotated[float | None, typer.Option(min=0, help="It ends after so many days.")] = None,
+    expires: Annotated[
+        datetime | None,
+        typer.Option(formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="It ends then, in UTC; instead of --days."),
+    ] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, max=MOST_PER_MINUTE, help="Its own limit; by default the installation's.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, max=MOST_PER_MINUTE, help="As above, of generated tokens.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a key. It is shown once. Without --permission it may do all but administer."""
     permissions = frozenset(permission) if permission else PERMISSIONS - {"admin"}
+    lifetime = _lifetime(days, expires)
     with _keys() as ring, recorded(load_config(), "nexus key create") as named:
-        text, key = ring.create(name, tenant, permissions, None if days is None else days * 86_400)
+        text, key = ring.create(name, tenant, permissions, lifetime, requests_per_minute, tokens_per_minute)
         named += [key.id, f"tenant {tenant}", *sorted(permissions)]
     typer.echo(json.dumps({"key": text, "id": key.id, "tenant": key.tenant}) if as_json else text)
+
+
+def _lifetime(days: float | None, expires: datetime | None) -> float | None:
+    """Seconds from now."""
+    if expires is None:
+        return None if days is None else days * 86_400
+    if days is not None:
+        raise InvalidRequest("a key ends after some --days or at the time that it --expires, not both")
+    seconds = expires.replace(tzinfo=UTC).timestamp() - time.time()
+    if seconds <= 0:
+        raise InvalidRequest("this key would have expired already")
+    return seconds
 
 
 @key_app.command("list")
@@ -586,9 +616,7 @@ def list_keys(as_json: Json = False) -> None:
         typer.echo(json.dumps([{f: _plain(getattr(key, f)) for f in key.__slots__} for key in keys]))
         return
     for key in keys:
-        state = (
-            "revoked" if key.revoked_at else "expired" if (key.expires_at or time.time() + 1) < time.time() else "valid"
-        )
+        state = "revoked" if key.revoked_at else "valid" if key.is_valid(time.time()) else "expired"
         typer.echo(f"{key.id}  {state:<8} {key.tenant:<16} {key.name:<24} {' '.join(sorted(key.permissions))}")
 
 

@@ -16,6 +16,7 @@ from deployments import middleware
 from deployments.cluster_state import Observing
 from deployments.routes import (
     answers,
+    auth,
     coordinator,
     documents,
     health,
@@ -48,7 +49,9 @@ from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore, InputType
 from nexus.screening import Screen, ScreenedGenerator, ScreenedRetriever, open_screen
 from nexus.sessions import Sessions
+from nexus.tokens import Tokens
 from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector, Vectors
+from nexus.verifier import Verifier
 
 
 class Searching(Protocol):
@@ -98,6 +101,7 @@ class Lent:
 
     config: Config
     keys: KeyRing
+    tokens: Tokens
     audit: Recorder
     documents: DocumentStore
     jobs: Jobs
@@ -145,7 +149,8 @@ def screened(lent: Lent) -> Lent:
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
-    return middleware.wrap(application(screened(lent)), lent.keys, lent.audit, lent.config, says_request_id)
+    verifier = Verifier(lent.keys, lent.tokens, lent.config.access.failures_per_minute)
+    return middleware.wrap(application(screened(lent)), verifier, lent.audit, lent.config, says_request_id)
 
 
 def application(lent: Lent) -> FastAPI:
@@ -172,6 +177,7 @@ def application(lent: Lent) -> FastAPI:
         report,
         coordinator,
         status,
+        auth,
     )
     for routes in everything:
         app.include_router(routes.router, responses=describe_errors(routes.router.prefix))

@@ -10,13 +10,12 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.audited import Audited
-from nexus.access import KeyRing
 from nexus.audit import Recorder
 from nexus.config import Config, Http
 from nexus.content import SEVERITY, Finding
@@ -29,6 +28,7 @@ from nexus.errors import (
     NexusError,
     NotFound,
     Overloaded,
+    RateLimited,
     TooLarge,
     TryAgain,
     Unauthenticated,
@@ -37,6 +37,7 @@ from nexus.errors import (
     UpstreamInvalid,
 )  # fmt: skip
 from nexus.screening import noted
+from nexus.verifier import Verifier, credential_in
 
 log = logging.getLogger("nexus.gateway")
 
@@ -48,14 +49,15 @@ FAULT = "something went wrong here; the request id finds it in the log"
 
 STATUS: dict[type[NexusError], int] = {
     InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, ContentRefused: 403, NotFound: 404, Conflict: 409,
-    TooLarge: 413,
+    TooLarge: 413, RateLimited: 429,
     UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503, TryAgain: 503,
     UpstreamInvalid: 502,
 }  # fmt: skip
 TITLES = {
     400: "Bad request", 401: "Not authenticated", 403: "Not allowed", 404: "Not found", 405: "Method not allowed",
     409: "Conflict", 413: "Too large", 415: "Unsupported media type", 422: "Cannot be processed",
-    500: "Internal error", 502: "A part answered nonsense", 503: "Not available now", 507: "Storage full",
+    429: "Too many requests", 500: "Internal error", 502: "A part answered nonsense", 503: "Not available now",
+    507: "Storage full",
 }  # fmt: skip
 OPENAI_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
@@ -63,12 +65,12 @@ OPENAI_TYPES = {
 }  # fmt: skip
 
 
-def wrap(app: ASGIApp, keys: KeyRing, recorder: Recorder, config: Config, says_request_id: bool) -> ASGIApp:
+def wrap(app: ASGIApp, verifier: Verifier, recorder: Recorder, config: Config, says_request_id: bool) -> ASGIApp:
     """The application inside its layers; a request passes them from the last line to the first."""
     http = config.http
     app = Verdicts(app)
     app = BodyLimit(app, http.max_body_bytes)
-    app = Identity(app, keys)
+    app = Identity(app, verifier)
     app = Answering(app)
     app = Audited(app, recorder, config.audit, send_nexus_error)
     if http.allowed_origins:  # outside Identity: a browser's preflight carries no key
@@ -205,24 +207,47 @@ class Answering:
 
 
 class Identity:
-    """Names the principal behind a credential; without one only the public paths are open."""
+    """Names the principal behind a credential; without one only the public paths are open.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
-        self.app, self.keys = app, keys
+    It leaves `principal` and `token` (None for a key) in the state, and for the record why it refused.
+    """
+
+    def __init__(self, app: ASGIApp, verifier: Verifier) -> None:
+        self.app, self.verifier = app, verifier
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in PUBLIC:
-            scope["state"]["principal"] = self.keys.verify(_credential(Headers(scope=scope)))
+            try:
+                text = _credential(Headers(scope=scope), QueryParams(scope["query_string"]))
+                shown = self.verifier.verify(text, scope["client"][0] if scope.get("client") else "")
+            except (Unauthenticated, RateLimited) as error:
+                scope["state"].setdefault("audited", {}).update(
+                    action="auth.failed", reason=str(error.__cause__ or error.code)
+                )
+                raise
+            scope["state"] |= {"principal": shown.principal, "token": shown.token}
         await self.app(scope, receive, send)
 
 
-def _credential(headers: Headers) -> str:
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token.strip():
-        return token.strip()
-    if key := headers.get("x-api-key", "").strip():
-        return key
+def _credential(headers: Headers, query: QueryParams) -> str:
+    """What a request shows. Raises Unauthenticated for none, for two that differ, and for one in the URL."""
+    if credential_in(query.multi_items()):
+        raise Unauthenticated(
+            "a credential in a URL is never taken, for URLs are written into logs: end it and send another in a header",
+            code="credential_in_url",
+        )
+    shown = {token.strip() for token in map(_bearer, headers.getlist("authorization")) if token.strip()}
+    shown |= {key.strip() for key in headers.getlist("x-api-key") if key.strip()}
+    if len(shown) > 1:
+        raise Unauthenticated("a request has one credential; this one has several", code="several_credentials")
+    if shown:
+        return shown.pop()
     raise Unauthenticated("a key is needed: send it as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'")
+
+
+def _bearer(value: str) -> str:
+    scheme, _, token = value.partition(" ")
+    return token if scheme.lower() == "bearer" else ""
 
 
 class BodyLimit:

@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 from cluster.client import Absent, summary
 from cluster.raft import Status
 from deployments.cluster_state import Deployed, Machine, SeenGpu, State
+from nexus.access import MOST_PER_MINUTE, PERMISSIONS, Key
 from nexus.filters import parse_filter
 from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
@@ -33,6 +34,8 @@ MAX_FILTER_BYTES = 2**20
 MAX_READERS = 100
 MAX_NUMBER = 2**53  # what JSON carries exactly, and a database holds
 STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
+MAX_LIFETIME_SECONDS = 100 * 365 * 86_400
+PermissionName = Annotated[str, Field(max_length=64)]
 CollectionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 Weight = Annotated[float, Field(ge=0, le=1)]
 LongText = Annotated[str, Field(max_length=2**26)]  # of a whole document; http.max_body_bytes is the tighter bound
@@ -109,6 +112,24 @@ class AnnounceFiles(Shape):
     files: Annotated[list[AnnouncedFile], Field(min_length=1, max_length=100_000)]
     collection: CollectionName = "default"
     readers: Readers | None = None  # of each of them, as in AddDocument
+
+
+class NewToken(Shape):
+    """`permissions` of the key's own; left out: all of them."""
+
+    permissions: Annotated[list[PermissionName], Field(max_length=32)] | None = None
+    lifetime_seconds: Annotated[int, Field(ge=1, le=86_400)] | None = None
+
+
+class NewKey(Shape):
+    """Without `permissions` it may do all but administer. Without a limit of its own it has the installation's."""
+
+    name: Annotated[str, Field(max_length=64)]
+    tenant: Annotated[str, Field(max_length=64)] = "default"
+    permissions: Annotated[list[PermissionName], Field(max_length=32)] = sorted(PERMISSIONS - {"admin"})
+    lifetime_seconds: Annotated[float, Field(gt=0, le=MAX_LIFETIME_SECONDS)] | None = None
+    requests_per_minute: Annotated[int, Field(ge=1, le=MOST_PER_MINUTE)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1, le=MOST_PER_MINUTE)] | None = None
 
 
 class Hybrid(Shape):
@@ -230,9 +251,10 @@ class Rerank(BaseModel):
         return [one if isinstance(one, str) else one.text for one in self.documents]
 
 
-def reply(value: object, status: int = 200) -> Response:
+def reply(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON response, written by orjson: the handler's value is already what the client reads."""
-    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
+    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(content, status, headers, media_type="application/json")
 
 
 # ── errors, as /openapi.json describes them ─────────────────────────────────────────────────────
@@ -437,6 +459,11 @@ def show_rewritten(answer: Answer) -> str | None:
 
 def show_step(step: StepResult) -> dict[str, Any]:
     return {"step": step.step, "result": step.result, "finish_reason": step.finish_reason, "seconds": step.seconds}
+
+
+def show_key(key: Key) -> dict[str, Any]:
+    """A key without its secret. Times are Unix seconds; `last_used_at` is right to the minute."""
+    return {**asdict(key), "permissions": sorted(key.permissions)}
 
 
 def show_voters(voters: Sequence[Status | Absent]) -> dict[str, Any]:

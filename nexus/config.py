@@ -29,12 +29,14 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from nexus import pipelines
+from nexus.access import NAME, PERMISSIONS
 from nexus.content import Action, Rule, Where, looks_of
 from nexus.errors import CallerError, ConfigError
 from nexus.failpoints import parse_failpoints
 from nexus.filters import KEY
 from nexus.pipelines import execute
 from nexus.registry import Task
+from nexus.signing import fault_of_secret
 
 PREFIX = "NEXUS_"
 NODE_LABEL = "nexus.io/node"  # of a machine in Ray, with its name
@@ -51,6 +53,8 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}(:[1-9][0-9]{0,4})?$")]  # for port 443, or its own
 NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,62}$")]
+PublicKeyAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+TenantName = Annotated[str, Field(pattern=rf"^(?:{NAME.pattern})$")]
 FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
 
 
@@ -349,10 +353,77 @@ class Parsing(Section):
     workers: Positive = 2
 
 
-class Access(Section):
-    """`development_keys` are accepted as they are, for development; real keys come from `nexus key create`."""
+class Issuer(Section):
+    """Somebody else whose tokens are taken: exactly this `iss` and `aud`, for these tenants, signed with these keys.
 
+    `permissions` are the most that such a token gives, whatever it says. A URL is read in the background.
+    """
+
+    issuer: Annotated[str, Field(min_length=1, max_length=512)]
+    audience: Annotated[str, Field(min_length=1, max_length=512)]
+    tenants: Annotated[tuple[TenantName, ...], Field(min_length=1)]
+    jwks_file: Path | None = None
+    jwks_url: (
+        Annotated[str, Field(pattern=r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])[^@#\s]+$")] | None
+    ) = None
+    algorithms: Annotated[tuple[PublicKeyAlgorithm, ...], Field(min_length=1)] = ("RS256", "ES256", "EdDSA")
+    permissions: tuple[str, ...] = tuple(sorted(PERMISSIONS - {"admin"}))
+    lifetime_seconds: Annotated[float, Field(gt=0, le=86_400)] = 3600.0  # of a token, at most
+    refresh_seconds: Annotated[float, Field(ge=5, le=3600)] = 300.0
+
+    @model_validator(mode="after")
+    def _has_keys(self) -> "Issuer":
+        if (self.jwks_file is None) == (self.jwks_url is None):
+            raise ValueError("an issuer's keys come from jwks_file or from jwks_url: set one of them")
+        if unknown := set(self.permissions) - PERMISSIONS:
+            raise ValueError(
+                f"there is no permission {sorted(unknown)[0]!r}; there are {', '.join(sorted(PERMISSIONS))}"
+            )
+        return self
+
+
+class Access(Section):
+    """Who may come in. `production` refuses `development_keys`, which `development` accepts as they are.
+
+    Real keys come from `nexus key create`. Tokens made of them say `issuer`, and the audience `<issuer>/dev` or
+    `<issuer>/live`; they are signed with `token_secret`, or with one that Nexus makes and keeps, and live for
+    `token_seconds` at most.
+    """
+
+    mode: Literal["development", "production"] = "development"
     development_keys: tuple[SecretStr, ...] = ()
+    issuer: Annotated[str, Field(min_length=1, max_length=512)] = "nexus"
+    token_secret: SecretStr | None = None
+    token_seconds: Annotated[float, Field(ge=1, le=86_400)] = 3600.0
+    issuers: tuple[Issuer, ...] = ()
+    failures_per_minute: Positive = 20  # of one address, with one key; of all that it tries, five times as many
+
+    @field_validator("token_secret")
+    @classmethod
+    def _is_strong(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and (fault := fault_of_secret(secret.get_secret_value())):
+            raise ValueError(f"{fault}; `openssl rand -base64 48` makes a good one, and without it Nexus makes its own")
+        return secret
+
+    @model_validator(mode="after")
+    def _fits_its_mode(self) -> "Access":
+        if self.mode == "production" and self.development_keys:
+            raise ValueError(
+                "development_keys (VALID_API_KEYS) are no keys for production: unset them, and use `nexus key create`"
+            )
+        names = [self.issuer, *(each.issuer for each in self.issuers)]
+        if len(set(names)) < len(names):
+            raise ValueError("two issuers have one name; each needs its own `issuer`")
+        return self
+
+    @property
+    def environment(self) -> Literal["dev", "live"]:
+        """What a key made here says in its text, and a token in its audience."""
+        return "live" if self.mode == "production" else "dev"
+
+    @property
+    def audience(self) -> str:
+        return f"{self.issuer}/{self.environment}"
 
 
 class Audit(Section):

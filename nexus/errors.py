@@ -10,6 +10,7 @@
     │   ├── Conflict            the thing changed meanwhile, or is of another kind
     │   │   └── Fenced          a later `begin` of the same document took over
     │   ├── TooLarge            over a limit that the message names
+    │   ├── RateLimited         more than this caller may ask for in so short a time
     │   ├── UnsupportedMedia    a file format that nothing here reads
     │   └── Unprocessable       a file that its parser cannot read
     ├── TryAgain                nothing is wrong with the request; later it will work
@@ -86,6 +87,17 @@ class Fenced(Conflict):
 
 class TooLarge(CallerError):
     code = "too_large"
+
+
+class RateLimited(CallerError):
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, retry_after: float = 1.0, pointer: str | None = None, code: str | None = None
+    ) -> None:
+        """After `retry_after` seconds there is room for one more."""
+        super().__init__(message, pointer=pointer, code=code)
+        self.retry_after = retry_after
 
 
 class UnsupportedMedia(CallerError):

@@ -27,6 +27,7 @@ from nexus.ports import DocumentStore, InputType, Staged, VectorStore
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
+from nexus.tokens import Tokens
 from nexus.types import (
     Document,
     Evidence,
@@ -191,9 +192,11 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
     retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
     members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5), *others]
     balancer = Balancer(members, Weights(1, 1, 1), probe_seconds=5)
+    config = Config(home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]})
     yield Lent(
-        config=Config(home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]}),
+        config=config,
         keys=keys,
+        tokens=Tokens(keys, home, config.access),
         audit=recorder,
         documents=house.hades.documents,
         jobs=jobs,

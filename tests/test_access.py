@@ -28,7 +28,7 @@ def test_a_key_names_its_principal(keys: KeyRing) -> None:
 
 def test_nothing_that_could_be_used_is_stored(keys: KeyRing, tmp_path: Path) -> None:
     text, _ = keys.create("ci")
-    secret = text.split("_")[2]
+    secret = text.split("_")[3]
     assert all(secret.encode() not in file.read_bytes() for file in tmp_path.iterdir())
     assert (tmp_path / "access.db").stat().st_mode & 0o077 == 0
     assert secret not in repr(keys.list())
@@ -46,8 +46,8 @@ def test_a_right_checksum_does_not_make_a_wrong_secret_right(keys: KeyRing) -> N
     from nexus import access
 
     text, _ = keys.create("ci")
-    _, key_id, secret, _ = text.split("_")
-    for body in (f"nx_{key_id}_{'A' * len(secret)}", f"nx_{'B' * len(key_id)}_{secret}"):
+    _, _, key_id, secret, _ = text.split("_")
+    for body in (f"nx_dev_{key_id}_{'A' * len(secret)}", f"nx_dev_{'B' * len(key_id)}_{secret}"):
         with pytest.raises(Unauthenticated):
             keys.verify(f"{body}_{access._checksum(body)}")
 

@@ -14,7 +14,13 @@ FLOORS = ("nexus", "cluster", "actors", "deployments")  # each may import those 
 MAY_IMPORT_RAY = ("actors/", "deployments/", "cluster/bootstrap.py")
 HTTP_SERVERS = {"fastapi", "starlette", "uvicorn"}
 HTTP_CLIENTS = {"httpx", "httpcore", "requests", "aiohttp"}
-MAY_CALL_HTTP = ("deployments/", "nexus/upstream.py", "nexus/image_hosts.py", "nexus/models/triton.py")
+MAY_CALL_HTTP = (
+    "deployments/",
+    "nexus/upstream.py",
+    "nexus/image_hosts.py",
+    "nexus/key_sets.py",
+    "nexus/models/triton.py",
+)
 HIDING_NAMES = {"utils", "common", "helpers", "base", "manager"}
 MAY_CATCH_ALL = {"deployments/middleware.py", "nexus/parsing.py"}
 LONGEST_FUNCTION = 70
