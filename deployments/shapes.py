@@ -251,10 +251,9 @@ class Rerank(BaseModel):
         return [one if isinstance(one, str) else one.text for one in self.documents]
 
 
-def reply(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def reply(value: object, status: int = 200) -> Response:
     """A JSON response, written by orjson: the handler's value is already what the client reads."""
-    content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Response(content, status, headers, media_type="application/json")
+    return Response(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
 
 
 # ── errors, as /openapi.json describes them ─────────────────────────────────────────────────────

@@ -1,5 +1,8 @@
 """API keys: shown once, kept hashed, ended for good."""
 
+import hashlib
+import sqlite3
+import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus.access import KeyRing
-from nexus.errors import InvalidRequest, NotFound, Unauthenticated
+from nexus.errors import ConfigError, InvalidRequest, NotFound, Unauthenticated
 
 
 @pytest.fixture
@@ -61,15 +64,91 @@ def test_any_text_is_a_key_or_refused_with_the_same_words(tmp_path_factory: pyte
     assert text.strip() == "" or len(text) < 4 or text not in caught.value.message
 
 
-def test_a_revoked_key_is_refused_when_the_memory_of_it_ends(keys: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_revoked_by_another_process_is_refused_when_the_memory_of_it_ends(tmp_path: Path) -> None:
+    passed = [1000.0]
+    with closing(KeyRing(tmp_path, elapsed=lambda: passed[0])) as keys, closing(KeyRing(tmp_path)) as another:
+        text, key = another.create("ci")
+        keys.verify(text)
+        another.revoke(key.id)
+        passed[0] += 5
+        with pytest.raises(Unauthenticated):
+            keys.verify(text)
+        with pytest.raises(NotFound):
+            another.revoke(key.id)
+
+
+def test_a_key_revoked_here_is_refused_at_once(keys: KeyRing) -> None:
     text, key = keys.create("ci")
     keys.verify(text)
     keys.revoke(key.id)
-    monkeypatch.setattr("nexus.access.CACHE_SECONDS", 0)
     with pytest.raises(Unauthenticated):
         keys.verify(text)
-    with pytest.raises(NotFound):
-        keys.revoke(key.id)
+
+
+def test_of_two_keys_of_one_name_either_may_be_ended_so_that_a_key_can_be_rotated(keys: KeyRing) -> None:
+    (old, first), (new, second) = keys.create("ci", "acme"), keys.create("ci", "acme")
+    assert [keys.verify(text).subject for text in (old, new)] == ["ci", "ci"]
+    assert [keys.verify(text).credential for text in (old, new)] == [first.id, second.id]
+    keys.revoke(first.id)
+    assert keys.verify(new).subject == "ci"
+    with pytest.raises(Unauthenticated):
+        keys.verify(old)
+
+
+def test_the_last_use_is_noted_at_most_once_a_minute(tmp_path: Path) -> None:
+    passed, now = [1000.0], [1_700_000_000.0]
+    with closing(KeyRing(tmp_path, now=lambda: now[0], elapsed=lambda: passed[0])) as keys:
+        text, _ = keys.create("ci")
+        for seconds in (0, 59, 1, 59):  # 0, 59, 60 and 119 seconds after the first
+            now[0], passed[0] = now[0] + seconds, passed[0] + seconds
+            keys.verify(text)
+    with closing(KeyRing(tmp_path)) as keys:
+        assert keys.list()[0].last_used_at == 1_700_000_060.0
+
+
+def test_a_key_may_have_limits_of_its_own(keys: KeyRing) -> None:
+    limited, _ = keys.create("ci", requests_per_minute=3, tokens_per_minute=40)
+    free, _ = keys.create("ci")
+    assert [(who.requests_per_minute, who.tokens_per_minute) for who in (keys.verify(limited), keys.verify(free))] == [
+        (3, 40),
+        (None, None),
+    ]
+    for wrong in (0, -1, 10**12):
+        with pytest.raises(InvalidRequest):
+            keys.create("ci", requests_per_minute=wrong)
+
+
+BEFORE = """CREATE TABLE keys (
+    id TEXT PRIMARY KEY, hash BLOB NOT NULL, name TEXT NOT NULL, tenant TEXT NOT NULL,
+    permissions TEXT NOT NULL, created_at REAL NOT NULL, expires_at REAL, revoked_at REAL
+) STRICT"""
+
+
+def test_keys_of_the_old_form_in_an_old_home_stay_valid(tmp_path: Path) -> None:
+    body = f"nx_{'i' * 12}_{'s' * 43}"
+    text = f"{body}_{zlib.crc32(body.encode()):08x}"
+    with closing(sqlite3.connect(tmp_path / "access.db")) as db:
+        db.execute(BEFORE)
+        hashed = hashlib.sha256(b"s" * 43).digest()
+        db.execute("INSERT INTO keys VALUES (?, ?, 'ci', 'acme', 'infer', 1.0, NULL, NULL)", ("i" * 12, hashed))
+        db.commit()
+    for _ in range(2):  # as it is found, and as it was brought up to date
+        with closing(KeyRing(tmp_path)) as keys:
+            principal = keys.verify(text)
+            assert (principal.tenant, principal.subject, principal.permissions) == ("acme", "ci", {"infer"})
+            assert keys.list()[0].requests_per_minute is None
+    with closing(KeyRing(tmp_path)) as keys:
+        keys.revoke("i" * 12)
+        with pytest.raises(Unauthenticated):
+            keys.verify(text)
+
+
+def test_a_home_of_a_newer_nexus_is_not_opened(tmp_path: Path) -> None:
+    KeyRing(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "access.db")) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="newer"):
+        KeyRing(tmp_path)
 
 
 def test_an_expired_key_is_refused(keys: KeyRing) -> None:

@@ -13,8 +13,6 @@ from nexus.types import Principal
 
 router = APIRouter(prefix="/auth", tags=["access"])
 
-KEPT_NOWHERE = {"cache-control": "no-store"}
-
 
 @router.post("/token")
 async def make_token(request: Request, body: NewToken | None = None, principal: Principal = permit()) -> Response:
@@ -29,7 +27,7 @@ async def make_token(request: Request, body: NewToken | None = None, principal: 
         "access_token": text, "token_type": "Bearer", "expires_in": lifetime, "jti": token.id,
         "tenant": token.principal.tenant, "permissions": sorted(token.principal.permissions),
     }  # fmt: skip
-    return reply(made, headers=KEPT_NOWHERE)
+    return reply(made)
 
 
 @router.delete("/token")
@@ -60,14 +58,14 @@ async def create_key(request: Request, body: NewKey, principal: Principal = perm
         lent(request).keys.create, body.name, body.tenant, permissions, body.lifetime_seconds,
         body.requests_per_minute, body.tokens_per_minute,
     )  # fmt: skip
-    return reply({"key": text, **show_key(key)}, 201, headers=KEPT_NOWHERE)
+    return reply({"key": text, **show_key(key)}, 201)
 
 
 @router.get("/keys")
 async def list_keys(request: Request, principal: Principal = permit("admin")) -> Response:
     """All keys, without their secrets."""
     keys = await asyncio.to_thread(lent(request).keys.list)
-    return reply({"keys": [show_key(key) for key in keys]}, headers=KEPT_NOWHERE)
+    return reply({"keys": [show_key(key) for key in keys]})
 
 
 @router.delete("/keys")
