@@ -36,6 +36,7 @@ from nexus.ports import InputType, Staged
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
+from nexus.tokens import Tokens
 from nexus.types import Document, Evidence, Piece, Principal, Receipt, SearchRequest, SearchResult, Vectors
 
 Whose = Literal["own", "foreign"]
@@ -63,6 +64,7 @@ BODIES: Mapping[str, Any] = {
     "/v1/completions": {"model": "extractive", "prompt": QUESTION},
     "/v1/embeddings": {"model": "alike", "input": QUESTION},
     "/v1/rerank": {"model": "alike", "query": QUESTION, "documents": ["a", "b"]},
+    "/auth/keys": {"name": "new"},
     "/execute": {"template_name": "analyze_only", "initial_data": {"text": QUESTION}},
 }  # fmt: skip
 
@@ -332,9 +334,11 @@ async def in_process() -> AsyncIterator[World]:
 def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here) -> Lent:
     embedder = Alike()
     balancer = Balancer([Member(extractive.open("extractive:", embed=embedder.embed), 0.5)], Weights(1, 1, 1), 5.0)
+    config = Config(home=home)
     return Lent(
-        config=Config(home=home),
+        config=config,
         keys=keys,
+        tokens=Tokens(keys, home, config.access),
         audit=Recorder(Chain(home)),
         documents=hades.documents,
         jobs=jobs,

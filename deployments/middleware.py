@@ -106,7 +106,7 @@ def render(
     headers = {"cache-control": "no-store", "content-type": "application/problem+json"}
     if status == 401:
         headers["www-authenticate"] = 'Bearer error="invalid_token"'
-    if status == 503:
+    if status in (429, 503):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     body: dict[str, Any]
     if path.startswith("/v1/"):

@@ -147,6 +147,9 @@ MALFORMED = {
 @pytest.mark.parametrize("body", MALFORMED)
 @pytest.mark.parametrize("route", WITH_BODY, ids=str)
 def test_400_or_422_for_a_body_that_is_no_object(door: Door, headers: dict[str, str], route: Route, body: str) -> None:
+    assert route.dependant
+    if body in ("nothing", "null") and not any(one.field_info.is_required() for one in route.dependant.body_params):
+        pytest.skip("this route has a body where one is sent")
     said = {**headers, "content-type": "application/json"}
     answer = door.client.request(route.method, route.nowhere, headers=said, content=MALFORMED[body])
     assert answer.status_code in ((400,) if route.path.startswith("/v1/") else (400, 422))

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Body, Query, Request, Response
 
 from deployments.routes.caller import demand, lent, permit
 from deployments.shapes import NewKey, NewToken, reply, show_key
@@ -13,15 +13,18 @@ from nexus.types import Principal
 
 router = APIRouter(prefix="/auth", tags=["access"])
 
+EVERYTHING = NewToken()  # that a key has, for the usual time
+
 
 @router.post("/token")
-async def make_token(request: Request, body: NewToken | None = None, principal: Principal = permit()) -> Response:
+async def make_token(
+    request: Request, body: Annotated[NewToken, Body()] = EVERYTHING, principal: Principal = permit()
+) -> Response:
     """A token for the key of this request, with no more permissions than it has. It ends with its key, or before."""
-    wanted = body or NewToken()
-    permissions = None if wanted.permissions is None else frozenset(wanted.permissions)
+    permissions = None if body.permissions is None else frozenset(body.permissions)
     if request.state.token is not None:
         raise InvalidRequest("a token is made with a key, not with another token", code="key_needed")
-    text, token = await asyncio.to_thread(lent(request).tokens.issue, principal, permissions, wanted.lifetime_seconds)
+    text, token = await asyncio.to_thread(lent(request).tokens.issue, principal, permissions, body.lifetime_seconds)
     lifetime = round(token.expires_at - token.issued_at)
     made = {
         "access_token": text, "token_type": "Bearer", "expires_in": lifetime, "jti": token.id,
