@@ -64,7 +64,9 @@ _SCRIPTS = (
     ALTER TABLE keys ADD COLUMN last_used_at REAL;
     CREATE TABLE revoked_tokens (
         issuer TEXT NOT NULL, token TEXT NOT NULL, until REAL NOT NULL, PRIMARY KEY (issuer, token)
-    ) STRICT""",
+    ) STRICT;
+    UPDATE keys SET permissions = permissions || ' policies:read policies:write share:read share:write'
+    WHERE permissions = 'admin documents:read documents:write infer sessions:read sessions:write'""",
 )
 
 

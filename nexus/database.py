@@ -1,5 +1,6 @@
 """A SQLite file that threads and processes of one machine share: a connection a thread, a transaction a block."""
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -7,6 +8,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from nexus.errors import ConfigError, Unavailable
+
+log = logging.getLogger("nexus.database")
 
 BUSY_SECONDS = 10.0
 
@@ -97,8 +100,9 @@ class Database:
                 connection.execute("COMMIT")
         except sqlite3.OperationalError as error:
             full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+            log.warning("%s cannot be used: %s", self._called, error)  # what callers are told is no business of SQL
             raise Unavailable(
-                f"the disk of {self._called} is full" if full else f"{self._called} is away: {error}",
+                f"the disk of {self._called} is full" if full else f"{self._called} is away",
                 code="storage_full" if full else "unavailable",
             ) from error
         finally:

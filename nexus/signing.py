@@ -46,7 +46,7 @@ class SecretFile:
             raise ConfigError(
                 f"{FILE} in the home may be read by others: give it mode 0600, or remove it for a new one"
             )
-        if fault := fault_of_secret(self.read().decode(errors="replace")):
+        if fault := fault_of_secret(self._file.read_bytes().strip().decode(errors="replace")):
             raise ConfigError(f"{FILE} in the home: {fault}; remove it for a new one")
 
     def read(self) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nexus.access import KeyRing
+from nexus.access import PERMISSIONS, KeyRing
 from nexus.errors import ConfigError, InvalidRequest, NotFound, Unauthenticated
 
 
@@ -131,12 +131,15 @@ def test_keys_of_the_old_form_in_an_old_home_stay_valid(tmp_path: Path) -> None:
         db.execute(BEFORE)
         hashed = hashlib.sha256(b"s" * 43).digest()
         db.execute("INSERT INTO keys VALUES (?, ?, 'ci', 'acme', 'infer', 1.0, NULL, NULL)", ("i" * 12, hashed))
+        everything = "admin documents:read documents:write infer sessions:read sessions:write"  # as it was then
+        db.execute("INSERT INTO keys VALUES ('a', ?, 'admin', 'default', ?, 0.0, NULL, NULL)", (hashed, everything))
         db.commit()
     for _ in range(2):  # as it is found, and as it was brought up to date
         with closing(KeyRing(tmp_path)) as keys:
             principal = keys.verify(text)
             assert (principal.tenant, principal.subject, principal.permissions) == ("acme", "ci", {"infer"})
-            assert keys.list()[0].requests_per_minute is None
+            assert [key.permissions for key in keys.list()] == [PERMISSIONS, {"infer"}]
+            assert keys.list()[1].requests_per_minute is None
     with closing(KeyRing(tmp_path)) as keys:
         keys.revoke("i" * 12)
         with pytest.raises(Unauthenticated):
