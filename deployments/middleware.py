@@ -221,9 +221,8 @@ class Identity:
                 text = _credential(Headers(scope=scope), QueryParams(scope["query_string"]))
                 shown = self.verifier.verify(text, scope["client"][0] if scope.get("client") else "")
             except (Unauthenticated, RateLimited) as error:
-                scope["state"].setdefault("audited", {}).update(
-                    action="auth.failed", reason=str(error.__cause__ or error.code)
-                )
+                reason = f"{error.code}: {error.__cause__}" if error.__cause__ else error.code
+                scope["state"].setdefault("audited", {}).update(action="auth.failed", reason=reason)
                 raise
             scope["state"] |= {"principal": shown.principal, "token": shown.token}
         await self.app(scope, receive, send)

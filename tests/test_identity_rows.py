@@ -33,7 +33,8 @@ from typer.testing import CliRunner
 
 from deployments import middleware
 from nexus.access import CACHE_SECONDS, PERMISSIONS, KeyRing
-from nexus.config import Access, Http, Issuer
+from nexus.audit import Chain, Recorder
+from nexus.config import Access, Config, Issuer
 from nexus.errors import ConfigError, InvalidRequest, RateLimited, Unauthenticated, Unavailable, UpstreamInvalid
 from nexus.key_sets import KEPT_SECONDS, FileKeys, UrlKeys, parse_key_set
 from nexus.signing import FILE, SecretFile
@@ -186,12 +187,13 @@ def open_realm(home: Path, failures: int) -> Iterator[Realm]:
     settings = Access(issuers=(outside(jwks),))
     tokens = Tokens(keys, home, settings)
     verifier = Verifier(keys, tokens, failures, clock)
-    client = TestClient(
-        middleware.wrap(show_principal, verifier, Http(allowed_hosts=("testserver",)), True),
-        raise_server_exceptions=False,
-    )
+    recorder = Recorder(Chain(home))
+    config = Config(home=home, http={"allowed_hosts": ["testserver"]})
+    wrapped = middleware.wrap(show_principal, verifier, recorder, config, True)
+    client = TestClient(wrapped, raise_server_exceptions=False)
     text, _ = keys.create("ci", "acme", frozenset({"documents:read", "infer"}))
     yield Realm(home, keys, tokens, verifier, client, jwks, clock, text)
+    recorder.close()
     keys.close()
 
 
@@ -556,7 +558,8 @@ def test_what_was_wrong_with_a_token_is_for_the_record_and_the_token_is_in_no_lo
     token = realm.ours(tenant="beta")
     answer = TestClient(auditing).get("/rag/documents", headers={"authorization": f"Bearer {token}"})
     assert answer.status_code == 401 and "tenant" not in answer.json()["detail"]
-    assert noted == {"action": "auth.failed", "reason": "it is of another tenant or subject than its key"}
+    told = "invalid_token: it is of another tenant or subject than its key"
+    assert noted == {"action": "auth.failed", "reason": told}
     assert token not in caplog.text and realm.key not in caplog.text
 
 

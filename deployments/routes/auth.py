@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Query, Request, Response
 
+from deployments.audited import note
 from deployments.routes.caller import demand, lent, permit
 from deployments.shapes import NewKey, NewToken, reply, show_key
 from nexus.errors import InvalidRequest
@@ -26,6 +27,7 @@ async def make_token(
         raise InvalidRequest("a token is made with a key, not with another token", code="key_needed")
     text, token = await asyncio.to_thread(lent(request).tokens.issue, principal, permissions, body.lifetime_seconds)
     lifetime = round(token.expires_at - token.issued_at)
+    note(request, objects=[token.id])
     made = {
         "access_token": text, "token_type": "Bearer", "expires_in": lifetime, "jti": token.id,
         "tenant": token.principal.tenant, "permissions": sorted(token.principal.permissions),
@@ -40,6 +42,7 @@ async def revoke_token(
 ) -> Response:  # fmt: skip
     """End the token of this request; or, for who administers, the one with this `jti`, whoever made it."""
     shown: Token | None = request.state.token
+    note(request, objects=[jti or (shown.id if shown else "")])
     tokens = lent(request).tokens
     if jti is not None and (shown is None or jti != shown.id):
         demand(principal, "admin")
@@ -61,6 +64,7 @@ async def create_key(request: Request, body: NewKey, principal: Principal = perm
         lent(request).keys.create, body.name, body.tenant, permissions, body.lifetime_seconds,
         body.requests_per_minute, body.tokens_per_minute,
     )  # fmt: skip
+    note(request, objects=[key.id, f"tenant {key.tenant}", *sorted(key.permissions)])
     return reply({"key": text, **show_key(key)}, 201)
 
 
@@ -76,6 +80,7 @@ async def revoke_named_key(
     request: Request, id: Annotated[str, Query(min_length=1, max_length=64)], principal: Principal = permit("admin")
 ) -> Response:
     """End a key, and with it all tokens made of it."""
+    note(request, objects=[id])
     return await revoke_key(request, id, principal)
 
 
