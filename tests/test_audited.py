@@ -177,7 +177,7 @@ def test_API2_a_refused_credential_is_recorded_with_the_reason(door: Door) -> No
     assert door.client.post("/rag/query", json={}, headers={"x-api-key": "x"}).status_code == 401
     (line,) = lines(door)
     assert (line["kind"], line["status"], line["reason"].partition(":")[0]) == ("denied", 401, "invalid_api_key")
-    assert "tenant" not in line and line["action"] == "POST /rag/query"
+    assert "tenant" not in line and line["action"] == "auth.failed: POST /rag/query"
 
 
 @pytest.mark.parametrize(
