@@ -157,7 +157,7 @@ def test_Q7_no_credential_is_in_the_record(door: Door) -> None:
     door.client.post(f"/rag/query?api_key={CANARY}", headers={"authorization": f"Bearer {wrong}"})
     assert len(lines(door)) == 3
     text = files_of(door.lent.config.home)[0].read_text()
-    assert key.split("_")[2] not in text and CANARY not in text
+    assert key.split("_")[3] not in text and CANARY not in text
     assert audit.read_key(door.lent.config.home).hex() not in text  # type: ignore[union-attr]
 
 
@@ -429,7 +429,7 @@ def test_commands_that_change_keys_are_recorded_before_and_after(home: Path) -> 
         ("command", "nexus key revoke", "failed", ["nobody"]),
     ]
     assert all(line["subject"] for line in read(home))
-    assert key["key"].split("_")[2] not in files_of(home)[0].read_text()
+    assert key["key"].split("_")[3] not in files_of(home)[0].read_text()
 
 
 def test_Q12_a_full_disk_refuses_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def test_API5_a_header_cannot_change_the_method(door: Door, route: Route, header
     reader = {**door.headers("default", "reader", "documents:read", "infer"), header: route.method}
     path = "/rag/documents"
     assert ask(door, "GET", path, reader).status == 200
-    assert ask(door, "GET", route.nowhere, reader).status in (404, 405)
+    assert ask(door, "GET", route.nowhere, reader).status in (403, 404, 405)
     assert ask(door, "POST", route.nowhere, reader).status in (403, 404, 405)
 
 
