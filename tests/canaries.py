@@ -68,7 +68,7 @@ def find(text: str | bytes, among: Iterable[str] = (*CREDENTIALS, *TEXTS), seed:
 def _telling(secret: str) -> str:
     """Of a token of several parts the last, which alone would tell; the middle of a key, its secret."""
     if secret.startswith("nx_"):
-        return secret.split("_")[2]
+        return secret.split("_")[-2]
     return secret.rpartition(".")[2]
 
 
