@@ -46,6 +46,7 @@ log = logging.getLogger("nexus.gateway")
 APPLICATION = "nexus"
 FAILED = ("UNHEALTHY", "DEPLOY_FAILED")
 LOOK_SECONDS = 0.2
+SHED_AT_ONCE = 256  # requests that are refused, or public, beside those that have a place or wait for one
 GRACE_SECONDS = 3.0  # after a plan is in force; a copy of the last one is a second old at most
 
 
@@ -171,7 +172,8 @@ def build(config: Config, vectors_port: int, bound: models.Handles | None) -> se
     parts["retriever"] = models.lasting(retriever.bind(config, address, bound), settings, address)
     ingestor = models.deployment("ingestor", RemotePoolIngestor, 1024, 1024, here)
     parts["ingestor"] = models.lasting(ingestor.bind(config, address, bound), settings, address)
-    ingress = models.deployment("gateway", serve.ingress()(Gateway), 256, 1024, here)
+    at_once = config.places + config.limits.waiting + SHED_AT_ONCE
+    ingress = models.deployment("gateway", serve.ingress()(Gateway), at_once, 1024, here)
     return models.lasting(ingress.bind(config, parts, bound), settings)
 
 

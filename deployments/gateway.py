@@ -1,5 +1,6 @@
 """The front door: a FastAPI application over whatever it is lent."""
 
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -121,6 +122,7 @@ class Lent:
     observer: Observing | None = None  # of the machines, and of what runs on them
     fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
     screen: Screen = field(default_factory=Screen)  # put around what retrieves and generates by `screened`
+    clock: Callable[[], float] = time.monotonic  # of the limits, in seconds
 
     def generator(self, model: str, weights: Weights | None = None) -> CompletingGenerator:
         """The generator of this name, or for `auto` the one that is chosen by these weights. Raises NotFound."""
@@ -150,7 +152,8 @@ def screened(lent: Lent) -> Lent:
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
     verifier = Verifier(lent.keys, lent.tokens, lent.config.access.failures_per_minute)
-    return middleware.wrap(application(screened(lent)), verifier, lent.audit, lent.config, says_request_id)
+    app = application(screened(lent))
+    return middleware.wrap(app, verifier, lent.audit, lent.config, lent.clock, says_request_id)
 
 
 def application(lent: Lent) -> FastAPI:
@@ -184,16 +187,21 @@ def application(lent: Lent) -> FastAPI:
     return app
 
 
-def _respond(request: Request, status: int, code: str, detail: str, faults: Sequence[tuple[str, str]] = ()) -> Response:
+def _respond(
+    request: Request, status: int, code: str, detail: str, faults: Sequence[tuple[str, str]] = (),
+    retry_after: float | None = None,
+) -> Response:  # fmt: skip
     request.scope["state"]["audited"].setdefault("reason", code)
-    headers, body = middleware.render(request.url.path, request.state.request_id, status, code, detail, faults)
+    path, request_id = request.url.path, request.state.request_id
+    headers, body = middleware.render(path, request_id, status, code, detail, faults, retry_after)
     return Response(body, status, headers)
 
 
 async def _answer_nexus_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, NexusError)
     status = middleware.status_of(error, request.url.path)
-    return _respond(request, status, error.code, error.message, middleware.faults_of(error))
+    faults, retry_after = middleware.faults_of(error), middleware.retry_after_of(error)
+    return _respond(request, status, error.code, error.message, faults, retry_after)
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:

@@ -7,7 +7,8 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from math import ceil
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
@@ -16,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.audited import Audited
+from deployments.limiting import Admitted, Rated, admission, level_headers
 from nexus.audit import Recorder
 from nexus.config import Config, Http
 from nexus.content import SEVERITY, Finding
@@ -36,6 +38,7 @@ from nexus.errors import (
     UnsupportedMedia,
     UpstreamInvalid,
 )  # fmt: skip
+from nexus.limits import Limiter
 from nexus.screening import noted
 from nexus.verifier import Verifier, credential_in
 
@@ -49,8 +52,8 @@ FAULT = "something went wrong here; the request id finds it in the log"
 
 STATUS: dict[type[NexusError], int] = {
     InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, ContentRefused: 403, NotFound: 404, Conflict: 409,
-    TooLarge: 413, RateLimited: 429,
-    UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503, TryAgain: 503,
+    TooLarge: 413, RateLimited: 429, UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503,
+    TryAgain: 503,
     UpstreamInvalid: 502,
 }  # fmt: skip
 TITLES = {
@@ -65,11 +68,16 @@ OPENAI_TYPES = {
 }  # fmt: skip
 
 
-def wrap(app: ASGIApp, verifier: Verifier, recorder: Recorder, config: Config, says_request_id: bool) -> ASGIApp:
+def wrap(
+    app: ASGIApp, verifier: Verifier, recorder: Recorder, config: Config, clock: Callable[[], float],
+    says_request_id: bool,
+) -> ASGIApp:  # fmt: skip
     """The application inside its layers; a request passes them from the last line to the first."""
     http = config.http
     app = Verdicts(app)
     app = BodyLimit(app, http.max_body_bytes)
+    app = Admitted(app, admission(config))
+    app = Rated(app, Limiter(config, clock))
     app = Identity(app, verifier)
     app = Answering(app)
     app = Audited(app, recorder, config.audit, send_nexus_error)
@@ -95,19 +103,25 @@ def faults_of(error: NexusError) -> list[tuple[str, str]]:
     return [(error.pointer, error.message)] if error.pointer else []
 
 
+def retry_after_of(error: NexusError) -> float | None:
+    """In how many seconds, where the error says so."""
+    return error.retry_after if isinstance(error, RateLimited) else None
+
+
 def render(
-    path: str, request_id: str, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = ()
-) -> tuple[dict[str, str], bytes]:
+    path: str, request_id: str, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = (),
+    retry_after: float | None = None,
+) -> tuple[dict[str, str], bytes]:  # fmt: skip
     """Headers and body of an error, in the shape that this path's clients read.
 
-    `faults` are (JSON pointer, what is wrong there).
+    `faults` are (JSON pointer, what is wrong there); `retry_after` is in seconds.
     """
     faults = list(faults)
     headers = {"cache-control": "no-store", "content-type": "application/problem+json"}
     if status == 401:
         headers["www-authenticate"] = 'Bearer error="invalid_token"'
-    if status in (429, 503):
-        headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+    if status in (429, 503) or retry_after is not None:
+        headers["retry-after"] = str(max(1, ceil(RETRY_AFTER_SECONDS if retry_after is None else retry_after)))
     body: dict[str, Any]
     if path.startswith("/v1/"):
         headers["content-type"] = "application/json"
@@ -130,11 +144,13 @@ def render(
 
 
 async def send_error(
-    scope: Scope, send: Send, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = ()
-) -> None:
+    scope: Scope, send: Send, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = (),
+    retry_after: float | None = None,
+) -> None:  # fmt: skip
     """Answer a request with an error."""
     scope["state"].get("audited", {}).setdefault("reason", code)
-    headers, body = render(scope["path"], scope["state"]["request_id"], status, code, detail, faults)
+    headers, body = render(scope["path"], scope["state"]["request_id"], status, code, detail, faults, retry_after)
+    headers |= level_headers(scope)
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     raw.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": raw})
@@ -142,7 +158,8 @@ async def send_error(
 
 
 async def send_nexus_error(scope: Scope, send: Send, error: NexusError) -> None:
-    await send_error(scope, send, status_of(error, scope["path"]), error.code, error.message, faults_of(error))
+    status, faults = status_of(error, scope["path"]), faults_of(error)
+    await send_error(scope, send, status, error.code, error.message, faults, retry_after_of(error))
 
 
 class RequestId:

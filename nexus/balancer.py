@@ -29,6 +29,7 @@ from typing import Literal
 
 from nexus.background import begin_in_background
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable, UpstreamInvalid
+from nexus.limits import spender
 from nexus.ports import Generator
 from nexus.types import Delta, Prompt, digest
 
@@ -254,6 +255,7 @@ class Balancer:
         """The chosen member's deltas, measured. Its failures are counted and passed on, a timeout as Unavailable."""
         backend = attempt.backend
         meter = _Meter(self._clock())
+        spend = spender()
         async with aclosing(backend.generator.stream(prompt)) as deltas:
             backend.begin()
             try:
@@ -288,6 +290,7 @@ class Balancer:
                 raise
             finally:
                 backend.in_flight -= 1
+                spend(meter.tokens)
                 if meter.first is None and attempt.outcome in ("left", "failed"):
                     self._note(self._clock() - meter.started)
 
@@ -493,12 +496,16 @@ class _Meter:
         self.finished = self.finished or delta.finish_reason is not None
         return is_first
 
+    @property
+    def tokens(self) -> int:
+        """A backend that does not count them gives one with each delta."""
+        return self.pieces if self.counted is None else self.counted
+
     def tokens_per_second(self) -> float | None:
-        """After the first one; a backend that does not count tokens gives one with each delta."""
-        tokens = self.pieces if self.counted is None else self.counted
-        if self.first is None or tokens < 2 or self.last <= self.first:
+        """After the first one."""
+        if self.first is None or self.tokens < 2 or self.last <= self.first:
             return None
-        return (tokens - 1) / (self.last - self.first)
+        return (self.tokens - 1) / (self.last - self.first)
 
 
 def _smooth(average: float | None, sample: float) -> float:

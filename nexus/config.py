@@ -39,6 +39,8 @@ from nexus.registry import Task
 from nexus.signing import fault_of_secret
 
 PREFIX = "NEXUS_"
+PRODUCTION_REQUESTS = 20  # a minute
+PLACES = 64
 NODE_LABEL = "nexus.io/node"  # of a machine in Ray, with its name
 NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
 ALIASES = {
@@ -51,6 +53,7 @@ NEURAL_ENGINES = {"extractive": "extractive:", "openai": "openai:https://api.ope
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(gt=0)]
+PerMinute = Annotated[int, Field(gt=0, le=10_000_000)]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}(:[1-9][0-9]{0,4})?$")]  # for port 443, or its own
 NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,62}$")]
 PublicKeyAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
@@ -498,6 +501,34 @@ class Content(Section):
         return rules
 
 
+class Ceiling(Section):
+    """How much may be asked for per minute; none named: any amount."""
+
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None  # generated ones
+
+
+class Limits(Section):
+    """What each key may ask for that says nothing else itself, all keys of a tenant together, and what fits in here.
+
+    In production a key has 20 requests a minute unless something else is set; null: any number. `places` are requests
+    worked on at once (none named: 64, and as many as the models take at once), `waiting` those in the queue, for
+    `wait_seconds` at most; past that, 503. One key has no more than `share` of the places.
+    """
+
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
+    burst_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0  # so many seconds' worth may come at once
+    tenant: Ceiling = Ceiling()
+    tenants: dict[str, Ceiling] = {}  # in place of the one for every tenant
+    places: Positive | None = None
+    waiting: Annotated[int, Field(ge=0)] = 128
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    wait_seconds: Annotated[float, Field(gt=0)] = 1.0
+    bulk_share: Annotated[float, Field(gt=0, le=1)] = 0.25  # of the places, for uploads and long lists of texts
+    bulk_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
+
+
 class Telemetry(Section):
     otlp_endpoint: str | None = None
 
@@ -565,6 +596,7 @@ class Config(BaseSettings):
     access: Access = Access()
     audit: Audit = Audit()
     content: Content = Content()
+    limits: Limits = Limits()
     ingest: Ingest = Ingest()
     hades: Hades = Hades()
     scaling: Scaling = Scaling()
@@ -626,6 +658,21 @@ class Config(BaseSettings):
             return dict(self.coordinator.voters) or {1: {}}
         machines = list(self.nodes)[: 3 if len(self.nodes) >= 3 else 1]
         return {number: {NODE_LABEL: name} for number, name in enumerate(machines, 1)}
+
+    @property
+    def requests_per_minute(self) -> int | None:
+        """Of a key that says nothing itself."""
+        is_open = getattr(self.access, "mode", "development") == "development"
+        said = "requests_per_minute" in self.limits.model_fields_set
+        return self.limits.requests_per_minute if is_open or said else PRODUCTION_REQUESTS
+
+    @property
+    def places(self) -> int:
+        """How many requests are worked on at once."""
+        if self.limits.places is not None:
+            return self.limits.places
+        models = [model for model in self.models.of_task("generate") if not model.address.startswith("extractive:")]
+        return PLACES + sum(model.replicas.most * model.replicas.at_once for model in models)
 
     @property
     def url(self) -> str:

@@ -41,6 +41,9 @@ ingest_chunks = _counter("ingest_chunks_total", "Chunks published.")
 ingest_yielded = _counter("ingest_yielded_seconds_total", "Seconds that batches waited so that answers came sooner.")
 nims_inferences = _counter("nims_inferences_total", "Inferences that Triton servers answered.", ["model_name"])
 nims_inference = _histogram("nims_inference_duration_seconds", "From tensors in to tensors out.", ["model_name"])
+requests_refused = _counter(
+    "requests_refused_total", "Requests that were more than their caller's quota, or than fits in.", ["reason"]
+)
 gpu_memory = _gauge(
     "gpu_memory_bytes", "Of each GPU: total, planned, or taken by others, as of the last look.", ["node", "gpu", "kind"]
 )

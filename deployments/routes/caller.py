@@ -17,6 +17,7 @@ from nexus.types import Principal
 
 if TYPE_CHECKING:
     from deployments.gateway import Lent
+    from nexus.admission import Place
 
 
 def lent(request: Request) -> Lent:
@@ -54,6 +55,11 @@ async def seers_of(
         return here.documents.readers_of([document_id_of(principal.tenant, collection, one) for one in sources])
 
     return readers if readers is not None else seen_by(None, await asyncio.to_thread(restricted))
+
+
+def stand_aside(request: Request) -> None:
+    """What is left of this request is waiting: its place at work goes to another one."""
+    cast("Place", request.state.place).leave()
 
 
 def permit(*permissions: str) -> Principal:

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of
+from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of, stand_aside
 from deployments.routes.jobs import wake
 from deployments.shapes import AddDocument, CollectionName, reply, show_deletion, show_document, show_job, show_receipt
 from nexus.errors import InvalidRequest, NotFound, TryAgain, UnsupportedMedia, named
@@ -51,6 +51,7 @@ async def add_document(request: Request, principal: Principal = permit("document
         idempotency_key=idempotency_key(request), readers=upload.readers, seen_by=seers,
     )  # fmt: skip
     seconds = 0.0 if "respond-async" in request.headers.get("prefer", "") else here.config.ingest.wait_seconds
+    stand_aside(request)
     ended = await _await_end(here, job, principal, seconds)
     if ended is None:
         return reply({"message": "Document accepted; it will be added", **show_job(job, [], time.time())}, 202)

@@ -1,0 +1,105 @@
+"""Two layers around every request: what its caller may ask for per minute, and whether there is a place for it."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import ceil
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nexus import telemetry
+from nexus.admission import Admission, Kind
+from nexus.config import Config
+from nexus.errors import Overloaded, RateLimited
+from nexus.limits import Level, Limiter, caller_of, spending
+
+UNGATED = frozenset({"/metrics"})  # whoever watches must see how bad it is
+BULK = ("/rag/add_document", "/rag/jobs", "/rag/fsck", "/rag/vacuum")
+LISTS = ("/v1/embeddings", "/v1/rerank")
+LONG_LIST_BYTES = 32 * 1024  # of a body: more is bulk work
+
+
+class Rated:
+    """Lets each caller do as much as their limits allow, and tells them how these stand."""
+
+    def __init__(self, app: ASGIApp, limiter: Limiter) -> None:
+        self.app, self.limiter = app, limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        principal = scope.get("state", {}).get("principal") if scope["type"] == "http" else None
+        if principal is None:  # a public path
+            await self.app(scope, receive, send)
+            return
+        scope["state"]["levels"] = partial(self.limiter.levels, principal)
+        try:
+            self.limiter.admit(principal)
+        except RateLimited:
+            telemetry.requests_refused.labels("quota").inc()
+            raise
+
+        async def send_with_levels(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(level_headers(scope))
+            await send(message)
+
+        with spending(partial(self.limiter.spend, principal)):
+            await self.app(scope, receive, send_with_levels)
+
+
+def level_headers(scope: Scope) -> dict[str, str]:
+    """How the caller's limits stand now, in the headers of OpenAI; none where they have none."""
+    levels: Callable[[], dict[str, Level]] = scope["state"].get("levels", dict)
+    headers = {}
+    for kind, level in levels().items():
+        headers[f"x-ratelimit-limit-{kind}"] = str(level.limit)
+        headers[f"x-ratelimit-remaining-{kind}"] = str(level.remaining)
+        headers[f"x-ratelimit-reset-{kind}"] = show_seconds(level.reset_seconds)
+    return headers
+
+
+def show_seconds(seconds: float) -> str:
+    """As OpenAI writes them: 120ms, 7s, 6m0s."""
+    if seconds < 1:
+        return f"{ceil(seconds * 1000)}ms"
+    minutes, rest = divmod(ceil(seconds), 60)
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+
+
+class Admitted:
+    """Lets a request in when there is a place for it, and says no where there will be none soon."""
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self.app, self.admission = app, admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        principal = scope.get("state", {}).get("principal") if scope["type"] == "http" else None
+        if principal is None or scope["path"] in UNGATED:
+            await self.app(scope, receive, send)
+            return
+        try:
+            place = await self.admission.enter(caller_of(principal), kind_of(scope))
+        except Overloaded:
+            telemetry.requests_refused.labels("overload").inc()
+            raise
+        scope["state"]["place"] = place
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            place.leave()
+
+
+def admission(config: Config) -> Admission:
+    """The places of these settings."""
+    limits = config.limits
+    seconds: Mapping[Kind, float] = {"interactive": limits.wait_seconds, "bulk": limits.bulk_wait_seconds}
+    return Admission(config.places, limits.waiting, limits.share, limits.bulk_share, seconds)
+
+
+def kind_of(scope: Scope) -> Kind:
+    """Whether somebody waits for the answer, or it is one of many steps of a larger work."""
+    path: str = scope["path"]
+    if scope["method"] in ("POST", "PUT") and path.startswith(BULK):
+        return "bulk"
+    announced = Headers(scope=scope).get("content-length", "")
+    is_long = not announced.isdecimal() or len(announced) > 9 or int(announced) > LONG_LIST_BYTES
+    return "bulk" if path in LISTS and is_long else "interactive"
