@@ -16,7 +16,7 @@ from deployments.limiting import kind_of, show_seconds
 from nexus.admission import Admission, Kind, Place
 from nexus.balancer import Balancer, Member, Weights
 from nexus.cache import ResponseCache
-from nexus.config import Config
+from nexus.config import Config, Limits
 from nexus.errors import Overloaded, RateLimited
 from nexus.limits import MOST_TOKENS, Limiter, spender, spending
 from nexus.types import Delta, Principal, SearchRequest, SearchResult, Usage
@@ -237,8 +237,7 @@ def test_spending_is_told_to_whoever_began_it() -> None:
 
 def reopen(door: Door, clock: Clock | None = None, parrot: Parrot | None = None, **limits: Any) -> TestClient:
     """The same door with these limits, and perhaps a model."""
-    config = Config(home=door.lent.config.home, limits=limits)
-    lent = replace(door.lent, config=config, clock=clock or Clock())
+    lent = replace(door.lent, config=limited(door, **limits), clock=clock or Clock())
     if parrot is not None:
         balancer = Balancer([Member(parrot, 1.0)], Weights(1, 1, 1), 5)
         tools = replace(lent.rag, generator=balancer.generator(parrot.name), abstain_below=0.0)
@@ -249,6 +248,11 @@ def reopen(door: Door, clock: Clock | None = None, parrot: Parrot | None = None,
 def stock(door: Door) -> None:
     """One document, and so a collection, of the tenant of the keys."""
     door.house.put("heron.md", "The heron lives in Paris.", who=Principal("default", "librarian"))
+
+
+def limited(door: Door, **limits: Any) -> Config:
+    """The settings of this door with these limits."""
+    return door.lent.config.model_copy(update={"limits": Limits(**limits)})
 
 
 def of_limits(answer: httpx.Response) -> dict[str, str]:
@@ -373,7 +377,7 @@ def test_a_backend_that_does_not_count_pays_by_its_pieces(door: Door) -> None:
 
 
 def test_what_is_kept_costs_nothing(door: Door) -> None:
-    config = Config(home=door.lent.config.home, limits={"tokens_per_minute": 60})
+    config = limited(door, tokens_per_minute=60)
     balancer = Balancer([Member(Parrot(SAID), 1.0)], Weights(1, 1, 1), 5)
     lent = replace(door.lent, config=config, clock=Clock(), balancer=balancer, cache=ResponseCache(9, 60, 2**20))
     client, key = TestClient(build(lent)), door.headers()
@@ -641,7 +645,7 @@ def test_where_every_place_is_taken_there_is_503(door: Door, path: str) -> None:
 
     async def play() -> None:
         held = Held(door)
-        config = Config(home=door.lent.config.home, limits={"places": 1, "waiting": 0, "requests_per_minute": 9})
+        config = limited(door, places=1, waiting=0, requests_per_minute=9)
         transport = httpx.ASGITransport(build(replace(door.lent, config=config, retriever=held, clock=Clock())))
         headers = door.headers()
         async with httpx.AsyncClient(transport=transport, base_url="http://testserver", headers=headers) as client:
@@ -690,7 +694,7 @@ def test_there_are_places_for_as_many_as_the_models_take_at_once() -> None:
 
 def test_an_upload_that_waits_for_its_end_holds_no_place(door: Door) -> None:
     async def play() -> None:
-        config = Config(home=door.lent.config.home, limits={"places": 1, "waiting": 0})
+        config = limited(door, places=1, waiting=0)
         slow = Slow(door.lent.ingestor)
         transport = httpx.ASGITransport(build(replace(door.lent, config=config, ingestor=slow, clock=Clock())))
         async with httpx.AsyncClient(
