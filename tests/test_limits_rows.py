@@ -271,7 +271,7 @@ def test_what_is_small_enough_is_worked_on(door: Door) -> None:
         for path, body in [
             ("/rag/search", {"query": "x", "k": 1000}),
             ("/rag/search", {"query": "x", "filters": conditions(64)}),
-            ("/rag/search", {"query": "x", "filters": nested(20)}),
+            ("/rag/search", {"query": "x", "filters": nested(10)}),
             ("/rag/search", {"query": "x", "graph": "on", "hops": 3}),
             ("/rag/search", {"query": "x" * 8192}),
             ("/v1/embeddings", {"model": "word-embedder", "input": ["x"] * 2048}),
