@@ -37,7 +37,7 @@ def files(config: Config) -> str:
 
 def mode(config: Config) -> str:
     """Raises ConfigError where keys are accepted that stand in the settings."""
-    access = getattr(config.access, "mode", "development")
+    access = config.access.mode
     if config.access.development_keys:
         raise ConfigError(
             f"{len(config.access.development_keys)} development keys are accepted as they stand in the settings: make"

@@ -662,7 +662,7 @@ class Config(BaseSettings):
     @property
     def requests_per_minute(self) -> int | None:
         """Of a key that says nothing itself."""
-        is_open = getattr(self.access, "mode", "development") == "development"
+        is_open = self.access.mode == "development"
         said = "requests_per_minute" in self.limits.model_fields_set
         return self.limits.requests_per_minute if is_open or said else PRODUCTION_REQUESTS
 
