@@ -378,4 +378,5 @@ class Verdicts:
                 facts = scope["state"].setdefault("audited", {})
                 facts["verdict"] = DONE[max((one.action for one in found), key=SEVERITY.index)]
                 told = "; ".join(f"{one.where}, {one.rule}: {DONE[one.action]}, {one.found}" for one in found)
-                facts.setdefault("reason", told)
+                if facts.get("reason") in (None, ContentRefused.code):  # which rule it was says more
+                    facts["reason"] = told
