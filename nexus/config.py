@@ -92,7 +92,6 @@ class Http(Section):
     ] = ()
     allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[a-z0-9.\-\[\]:]{1,260}$")], ...] = ()
     max_body_bytes: Positive = 64 * 2**20
-    request_seconds: Annotated[float, Field(gt=0)] = 300.0
 
     @field_validator("host")
     @classmethod
