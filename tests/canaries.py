@@ -87,7 +87,7 @@ def scan(nexus: Running) -> list[str]:
     return found
 
 
-STORES = ("documents.db", "jobs.db", "milvus")
+STORES = ("documents.db", "jobs.db", "vectors")
 
 
 def _is_a_store(file: Path) -> bool:

@@ -189,7 +189,7 @@ def open_realm(home: Path, failures: int) -> Iterator[Realm]:
     verifier = Verifier(keys, tokens, failures, clock)
     recorder = Recorder(Chain(home))
     config = Config(home=home, http={"allowed_hosts": ["testserver"]})
-    wrapped = middleware.wrap(show_principal, verifier, recorder, config, True)
+    wrapped = middleware.wrap(show_principal, verifier, recorder, config, clock, True)
     client = TestClient(wrapped, raise_server_exceptions=False)
     text, _ = keys.create("ci", "acme", frozenset({"documents:read", "infer"}))
     yield Realm(home, keys, tokens, verifier, client, jwks, clock, text)

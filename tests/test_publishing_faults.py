@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.process import BaseProcess
@@ -25,6 +25,7 @@ import psutil
 import pytest
 
 from cluster.bootstrap import free_ports
+from nexus.errors import NotFound
 from nexus.failpoints import POINTS
 from nexus.hades import Hades, document_id_of
 from nexus.jobs import Jobs, examine
@@ -91,8 +92,9 @@ class Place:
         retriever = Retriever(hades, EMBEDDER, RetrievalSettings())
         request = SearchRequest("gripper", k=1000, collection=self.collection, graph="off")
         found = defaultdict(list)
-        for hit in retriever.search(request, ALICE).hits:
-            found[hit.source].append((hit.ordinal, hit.text))
+        with suppress(NotFound):  # before the tenant's first document there is no collection for it
+            for hit in retriever.search(request, ALICE).hits:
+                found[hit.source].append((hit.ordinal, hit.text))
         retriever.close()
         return {source: [text for _, text in sorted(parts)] for source, parts in found.items()}
 

@@ -17,6 +17,7 @@ from actors.retriever import Retriever as RetrieverActor
 from nexus import telemetry
 from nexus.config import Config, Served
 from nexus.errors import ConfigError, InvalidRequest, Overloaded, Unavailable, UpstreamInvalid
+from nexus.filters import parse_filter
 from nexus.grounding import assess
 from nexus.models import by_embedder, cross_encoder
 from nexus.registry import Task, open_model
@@ -332,8 +333,9 @@ def test_a_search_may_do_without_and_is_told_where_there_is_none(shelf: House) -
 def test_where_nothing_is_found_nobody_is_asked(shelf: House) -> None:
     scripted = Scripted(backwards)
     lend(shelf, scripted)
-    shelf.put("x.txt", "gripper", collection="other", who=MALLORY)
-    result = shelf.retriever.search(SearchRequest("gripper", collection="other", explain=True), ALICE)
+    shelf.put("x.txt", "gripper")
+    nowhere = parse_filter({"source": "y.txt"})
+    result = shelf.retriever.search(SearchRequest("gripper", filters=nowhere, explain=True), ALICE)
     assert result.hits == () and not scripted.asked
     assert result.explain["rerank"]["why"] == "nothing was found"
 

@@ -95,7 +95,7 @@ def test_the_command_line_says_what_is_wrong(nexus: Running, tmp_path: Path) -> 
         (("remove", "unknown.md"), 1, "no document"),
         (("search", "x", "-c", "nowhere"), 1, "no collection"),
         (("search", "x", "-k", "0"), 1, "k"),
-        (("key", "revoke", "zzz"), 1, "zzz"),
+        (("key", "revoke", "zzz"), 1, "no living key"),
         (("nonsense",), 2, "No such command"),
         (("up", "--config", "/nowhere.yaml"), 1, "no configuration file"),
     ):
