@@ -310,8 +310,9 @@ def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
 def environment_of(config: Config, instance_id: str) -> dict[str, str]:
     """The environment of a node and of all that it starts: the throughput flags, and nothing public."""
     home = Path(config.home)
-    statistics, metrics, fallback, fallback_grpc = free_ports(4)
-    replicas = free_range(64)
+    first = free_range(4 + 64)  # no port of those who connect: one of them would take it before it is listened on
+    statistics, metrics, fallback, fallback_grpc = range(first, first + 4)
+    replicas = first + 4
     return {
         INSTANCE: instance_id,
         "NEXUS_HOME": str(home),
