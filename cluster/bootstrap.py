@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ TOKEN_REFUSED = ("InvalidAuthToken", "AuthenticationError")
 LOOK_SECONDS = 0.1
 STOP_SECONDS = 3.0
 MAX_SOCKET_PATH = 107  # of a Unix socket, which Ray makes deep under its folder
+FREE_PORTS = range(20_000, 30_000)  # for what picks its own
 PORT = 6379  # of the head of a cluster, unless the settings say another
 STATE_SERVER, RAYLET = "gcs_server", "raylet"  # the processes without which there is no head, or no node
 DASHBOARD = "dashboard/dashboard.py"  # as its command line has it
@@ -276,12 +278,12 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody holds at this moment, all different."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+    """Ports that nobody holds at this moment, all different, by chance.
+
+    They are listened on only after a while, so they are none of those that the system gives to whoever connects.
+    """
+    ports = random.sample(FREE_PORTS, len(FREE_PORTS))
+    return list(islice(filter(is_free, ports), count))
 
 
 def free_range(length: int, first: int = 30000, last: int = 60000) -> int:
@@ -310,9 +312,8 @@ def require_port(port: int, setting: str, host: str = "127.0.0.1") -> None:
 def environment_of(config: Config, instance_id: str) -> dict[str, str]:
     """The environment of a node and of all that it starts: the throughput flags, and nothing public."""
     home = Path(config.home)
-    first = free_range(4 + 64)  # no port of those who connect: one of them would take it before it is listened on
-    statistics, metrics, fallback, fallback_grpc = range(first, first + 4)
-    replicas = first + 4
+    statistics, metrics, fallback, fallback_grpc = free_ports(4)
+    replicas = free_range(64)
     return {
         INSTANCE: instance_id,
         "NEXUS_HOME": str(home),

@@ -99,8 +99,7 @@ def until(seconds: float, condition: Callable[[], object]) -> None:
 
 
 def free_port() -> int:
-    """Not one that the system gives to whoever connects: it is listened on only after a while."""
-    return bootstrap.free_range(1, 20_000, 30_000)
+    return bootstrap.free_ports(1)[0]
 
 
 @contextmanager
