@@ -77,11 +77,10 @@ def listening(config: Config) -> str:
     if instance is None:
         return "not running"
     wide = [one for one in ports_of(bootstrap.processes_of(instance)) if not _is_loopback(one[1])]
-    expected = set(WIDE_BY_RAY)
     unexpected = [
         f"{name} on {host}:{port}"
         for name, host, port in wide
-        if not name.startswith(tuple(expected)) and not (config.nodes or port == config.http.port)
+        if not name.startswith(WIDE_BY_RAY) and not (config.nodes or port == config.http.port)
     ]
     if unexpected:
         raise ConfigError(f"other machines reach {', '.join(unexpected)}: stop Nexus with `nexus down`")

@@ -218,7 +218,7 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
 
 
 def _is_json(request: Request) -> bool:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = middleware.media_type_of(request.headers)
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 

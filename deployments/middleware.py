@@ -349,8 +349,13 @@ class Hosts:
                     "pages of this origin may not ask here; whoever runs this Nexus names it in http.allowed_origins",
                     code="origin_not_allowed",
                 )
-        if headers.get("content-type", "").partition(";")[0].strip().lower() == "text/plain":
+        if media_type_of(headers) == "text/plain":
             raise UnsupportedMedia("no text/plain is read here; JSON is sent as application/json")
+
+
+def media_type_of(headers: Headers) -> str:
+    """What a body is said to be, in lower case and without parameters; empty where nothing is said."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _without_port(host: str) -> str:

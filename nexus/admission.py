@@ -82,7 +82,7 @@ class Admission:
             if not _has_turn(waiter):
                 self._remove(waiter)
                 raise _full() from None
-        except BaseException:
+        except (asyncio.CancelledError, Overloaded):  # it leaves, or was sent away
             self._give_up(waiter)
             raise
         return Place(caller, kind, self)

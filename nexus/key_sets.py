@@ -19,6 +19,7 @@ import jwt
 
 from nexus.config import Issuer
 from nexus.errors import ConfigError, Unavailable, UpstreamInvalid
+from nexus.signing import Stamp, stamp_of
 
 log = logging.getLogger("nexus.access")
 
@@ -70,7 +71,7 @@ class FileKeys:
     def __init__(self, file: Path, algorithms: tuple[str, ...]) -> None:
         """Raises ConfigError for what cannot be read."""
         self._file, self._algorithms = file, algorithms
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: Stamp | None = None
         self._keys: Keys = {}
         try:
             self.keys()
@@ -79,10 +80,9 @@ class FileKeys:
 
     def keys(self) -> Keys:
         try:
-            found = self._file.stat()
-            seen = (found.st_mtime_ns, found.st_ino, found.st_size)
+            seen = stamp_of(self._file)
             if seen != self._seen:
-                if found.st_size > MOST_BYTES:
+                if seen[-1] > MOST_BYTES:
                     raise UpstreamInvalid(f"a key set has at most {MOST_BYTES} bytes")
                 self._keys = parse_key_set(self._file.read_bytes(), self._algorithms)
                 self._seen = seen

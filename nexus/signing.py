@@ -12,6 +12,8 @@ LEAST_BYTES = 32  # as many as HS256 has of output (RFC 7518, 3.2)
 LEAST_LEFT = 24  # characters of a secret, once the words that everybody tries are taken out of it
 LEAST_DISTINCT = 10
 
+Stamp = tuple[int, int, int]
+
 # Of the lists of default secrets that crackers of tokens begin with (CVE-2025-45768 is about such).
 _WORDS = re.compile(
     "secret|passw(?:or)?d|password|changeme|change|default|example|insecure|development|production|testing|test|nexus"
@@ -38,7 +40,7 @@ class SecretFile:
     def __init__(self, home: Path) -> None:
         """Makes it where there is none. Raises ConfigError for one that others may read, or that is too short."""
         self._file = home / FILE
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: Stamp | None = None
         self._secret = b""
         if not self._file.exists():
             _write_new(self._file)
@@ -52,8 +54,7 @@ class SecretFile:
     def read(self) -> bytes:
         """What signs now. Raises Unavailable where it is gone."""
         try:
-            found = self._file.stat()
-            seen = (found.st_mtime_ns, found.st_ino, found.st_size)
+            seen = stamp_of(self._file)
             if seen != self._seen:
                 self._secret, self._seen = self._file.read_bytes().strip(), seen
         except OSError:
@@ -61,6 +62,12 @@ class SecretFile:
         if len(self._secret) < LEAST_BYTES:
             raise Unavailable("tokens cannot be checked now: what they are signed with is too short")
         return self._secret
+
+
+def stamp_of(file: Path) -> Stamp:
+    """When a file was written, which one it is, and its bytes: another content has another one. Raises OSError."""
+    found = file.stat()
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _write_new(file: Path) -> None:

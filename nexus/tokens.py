@@ -82,12 +82,7 @@ class Tokens:
         """Raises ConfigError for a secret or a key set that is no good."""
         self._keys, self._settings, self._now = keys, settings, now
         given = settings.token_secret
-        file = SecretFile(home) if given is None else None
-        self._secret: Callable[[], bytes]
-        if given is not None:
-            self._secret = given.get_secret_value().encode
-        elif file is not None:
-            self._secret = file.read
+        self._secret: Callable[[], bytes] = SecretFile(home).read if given is None else given.get_secret_value().encode
         self._outside = {each.issuer: _Outside(each, open_keys(each)) for each in settings.issuers}
 
     def issue(

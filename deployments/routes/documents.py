@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from deployments.middleware import media_type_of
 from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of, stand_aside
 from deployments.routes.jobs import wake
 from deployments.shapes import AddDocument, CollectionName, reply, show_deletion, show_document, show_job, show_receipt
@@ -77,7 +78,7 @@ async def _await_end(here: Lent, job: Job, principal: Principal, seconds: float)
 
 
 async def _read_upload(request: Request, principal: Principal) -> Upload:
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type_of(request.headers)
     if kind == "application/json":
         shape = _validate(await request.body())
         return _upload(shape, shape.content.encode(), None, principal)
