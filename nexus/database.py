@@ -3,6 +3,7 @@
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from nexus.errors import ConfigError, Unavailable
 log = logging.getLogger("nexus.database")
 
 BUSY_SECONDS = 10.0
+AGAIN_SECONDS = 0.01
 
 
 class Database:
@@ -40,7 +42,7 @@ class Database:
             )
             try:
                 for pragma in self._pragmas:
-                    connection.execute(f"PRAGMA {pragma}")
+                    _set(connection, pragma)
             except BaseException:
                 connection.close()
                 raise
@@ -121,3 +123,16 @@ class Database:
                 with in_use:  # SQLite crashes under who is closed in the middle of a statement
                     connection.close()
             self._only = None
+
+
+def _set(connection: sqlite3.Connection, pragma: str) -> None:
+    """SQLite's own patience does not hold for a file's change to WAL: of two at once, one is told `locked` at once."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute(f"PRAGMA {pragma}")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(AGAIN_SECONDS)

@@ -255,6 +255,17 @@ def test_jobs_open_at_once_on_a_new_home(tmp_path: Path) -> None:
         one.close()
 
 
+def test_who_turns_on_write_ahead_logging_beside_a_writer_tries_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite says `locked` at once then, however long it was told to wait."""
+    with closing(sqlite3.connect(tmp_path / DATABASE, isolation_level=None)) as writer:
+        writer.execute("CREATE TABLE another (value)")
+        writer.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr("nexus.database.time.sleep", lambda _: writer.execute("ROLLBACK"))
+        Jobs(tmp_path).close()
+
+
 def test_opening_waits_for_nobody_who_writes(jobs: Jobs, tmp_path: Path) -> None:
     """A job of a million files takes a while to be written, and a process that starts meanwhile must start."""
     with closing(sqlite3.connect(tmp_path / DATABASE, isolation_level=None)) as writer:
