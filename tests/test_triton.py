@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -118,19 +119,29 @@ def test_every_kind_of_tensor_comes_back_as_it_went(url: str) -> None:
     with_server(url, work)
 
 
+async def counted(server: TritonServer, since: Counters, requests: int) -> Counters:
+    """The model's counters once so many are in: Triton counts after it has answered."""
+    deadline = time.monotonic() + 20
+    while True:
+        told = between(since, now := (await server.statistics("sum"))["sum", "1"])
+        if min(told.executions, told.requests + told.failures) >= requests:
+            return now
+        assert time.monotonic() < deadline, now
+
+
 def test_statistics_are_differences(url: str) -> None:
     async def work(server: TritonServer) -> None:
         await server.load("sum")
+        started = (await server.statistics("sum"))["sum", "1"]
         await server.infer("sum", {"A": np.array([1]), "B": np.array([1])})
-        before = (await server.statistics("sum"))["sum", "1"]
+        before = await counted(server, started, 1)
         for _ in range(3):
             await server.infer("sum", {"A": np.array([1]), "B": np.array([1])})
         with pytest.raises(UpstreamInvalid, match="thirteen") as caught:
             await server.infer("sum", {"A": np.array([13]), "B": np.array([1])})
         assert caught.value.code == "model_failed" and ".py" not in caught.value.message
-        after = (await server.statistics())["sum", "1"]
-        while (told := between(before, after)).executions < 4 or told.failures < 1:  # counted after the answer
-            after = (await server.statistics())["sum", "1"]
+        after = await counted(server, before, 4)
+        told = between(before, after)
         assert (told.requests, told.failures, told.executions) == (3, 1, 4)
         assert 0 < told.queue_seconds < 10 and 0 < told.compute_seconds < 10
         assert after.last_inference_ms >= before.last_inference_ms > 0
