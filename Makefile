@@ -45,7 +45,7 @@ export QUESTION
 down: ## stop what `make demo` started
 	@test ! -x $(BIN)/nexus || $(BIN)/nexus down
 
-test: install-test ## run the whole suite, two files at a time
+test: install-test ## run the whole suite in two processes
 	env -u NEXUS_HOME $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install-test format lint types fast ## format, lint, types, fast tests

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
@@ -49,6 +51,17 @@ DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="write what Raft's transcripts say now; review the diff")
+
+
+class OneMachine(LoadFileScheduling):
+    """A file at a time to each worker, and all of tests/system to one: two whole clusters starve each other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "tests/system" if nodeid.startswith("tests/system/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneMachine:
+    return OneMachine(config, log)
 
 
 @dataclass

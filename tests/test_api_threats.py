@@ -4,7 +4,7 @@ Rows that are proven elsewhere:
     API1   other tenants' rows in searches, answers, counts: tests/test_access.py, tests/test_gateway.py
     API2   credentials: tests/test_gateway.py (wrong keys), tests/test_access.py
     API4   bounds: tests/test_bounds.py, tests/test_poison.py, tests/test_uploads.py
-    API5, API9   permissions and addresses: tests/test_permissions.py; ports: tests/test_system.py
+    API5, API9   permissions and addresses: tests/test_permissions.py; ports: tests/system/test_system.py
     API7   pictures by URL (Q5): tests/test_image_hosts.py, tests/test_images.py
     API10  models that answer nonsense: tests/test_models_remote.py, tests/test_triton.py, tests/test_embedding.py
 """

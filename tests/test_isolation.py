@@ -6,7 +6,7 @@ The rows are those of notes/security.md: Q6 here and in the tests that stand bes
 |---|---|
 | Q6 shared cache, session id guess, edge A->B | the cases of `isolation.WAYS`, and the planted leaks, which they find |
 | Q6 same answer for what is foreign and what is missing | `Request.twin` of the cases, and the tests below |
-| Q6 prefix cache salted by tenant | test_inference.py, `..._and_another_tenant_does_not` |
+| Q6 prefix cache salted by tenant | system/test_inference.py, `..._and_another_tenant_does_not` |
 | Q6 exports, backups | test_backup.py: a backup holds what the voters agree on, and no document |
 | API1 document, job, session, collection, cursor, filter, batch, key | below |
 | API1 source, idempotency key or session id of two tenants | test_publishing.py, test_jobs.py, test_gateway.py |

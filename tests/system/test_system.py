@@ -18,7 +18,7 @@ from tests.running import ROOT, Running, free_port, running_nexus, until
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 MANUALS = ROOT / "deployments" / "manuals"
-QUESTIONS = json.loads((Path(__file__).parent / "manuals_questions.json").read_text())
+QUESTIONS = json.loads((ROOT / "tests" / "manuals_questions.json").read_text())
 
 
 @pytest.fixture(scope="module")
