@@ -81,7 +81,7 @@ class Gateway:
                 tokens=Tokens(keys, home, config.access),
                 audit=Recorder(Chain(home, config.audit.file_bytes)),
                 documents=documents,
-                jobs=Jobs(home),
+                jobs=Jobs(home, config.limits.open_jobs),
                 sessions=Sessions(documents),
                 retriever=retriever,
                 ingestor=parts["ingestor"],

@@ -512,7 +512,8 @@ class Limits(Section):
 
     In production a key has 20 requests a minute unless something else is set; null: any number. `places` are requests
     worked on at once (none named: 64, and as many as the models take at once), `waiting` those in the queue, for
-    `wait_seconds` at most; past that, 503. One key has no more than `share` of the places.
+    `wait_seconds` at most; past that, 503. One key has no more than `share` of the places. A tenant has no more than
+    `open_jobs` uploads that have not ended; past that, 429.
     """
 
     requests_per_minute: PerMinute | None = None
@@ -526,6 +527,7 @@ class Limits(Section):
     wait_seconds: Annotated[float, Field(gt=0)] = 1.0
     bulk_share: Annotated[float, Field(gt=0, le=1)] = 0.25  # of the places, for uploads and long lists of texts
     bulk_wait_seconds: Annotated[float, Field(gt=0)] = 30.0
+    open_jobs: Positive = 1000
 
 
 class Telemetry(Section):

@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nexus.database import Database
-from nexus.errors import Conflict, InvalidRequest, NexusError, NotFound, Unavailable, Unprocessable, named
+from nexus.errors import (
+    Conflict,
+    InvalidRequest,
+    NexusError,
+    NotFound,
+    RateLimited,
+    Unavailable,
+    Unprocessable,
+    named,
+)  # fmt: skip
 from nexus.failpoints import pass_through
 from nexus.hades import Fault, Hades
 from nexus.types import NOBODY, Principal, Receipt, Upload, content_digest, digest
@@ -31,6 +40,8 @@ SILENT_SECONDS = 60.0  # without a beat, before `fsck` doubts that anybody works
 UPLOAD_SECONDS = 3600.0  # announced bytes that have not come by then never will
 KEEP_BYTES_SECONDS = 86_400.0  # of a failed file, for a retry
 KEEP_JOB_SECONDS = 30 * 86_400.0
+MOST_OPEN_JOBS = 1000  # uploads of one tenant, unless the settings say another number
+CROWDED_SECONDS = 5.0  # until one may have ended, where as many as may be are open
 PAGES_GIVEN_BACK = 10_000  # at most, each time that is tidied; nobody else can write meanwhile
 OPEN = ("expected", "queued", "running")
 IS_OPEN = f"f.state IN {OPEN}"  # said word for word, or SQLite scans all files instead of the index of open ones
@@ -197,13 +208,15 @@ class Outcome:
 class Jobs(Database):
     """All jobs of a home, in one SQLite file that the processes of the machine share."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, most_open: int = MOST_OPEN_JOBS) -> None:
+        """No tenant has more than `most_open` uploads that have not ended."""
         path = home / DATABASE
         pragmas: tuple[str, ...] = ("journal_mode = WAL", "foreign_keys = ON")
         if not path.exists() or not path.stat().st_size:
             # Pages that the contents leave are given back. On any other file it is not heeded, and waits to write.
             pragmas = ("auto_vacuum = INCREMENTAL", *pragmas)
         super().__init__(path, "the list of jobs", pragmas)
+        self._most_open = most_open
         self._migrate(MIGRATIONS)
 
     # ── accepting ───────────────────────────────────────────────────────────────────────────────
@@ -218,7 +231,8 @@ class Jobs(Database):
         `readers` are those that its documents get; None leaves them those they have. `seen_by` are the subjects
         of the tenant that may see the job, beside whoever it is of; empty means all of them.
         A bulk job is held, with all its files, by whoever runs it; the files of an upload by those who start them.
-        The same key with the same files is the same job. Raises Conflict for the same key with others.
+        The same key with the same files is the same job. Raises Conflict for the same key with others, RateLimited
+        where as many uploads of the tenant are open as may be.
         """
         given = [] if readers is None else [_json(sorted(readers))]
         described = (f"{file.source}\0{file.digest}\0{_json(file.metadata)}" for file in files)
@@ -232,6 +246,8 @@ class Jobs(Database):
                         code="idempotency_key_reused",
                     )
                 return _job(db, known[0]), False
+            if kind == "upload":
+                _refuse_more(db, principal.tenant, self._most_open)
             job_id, now = uuid.uuid4().hex, time.time()
             db.execute(
                 "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)",
@@ -494,7 +510,10 @@ class Jobs(Database):
         )
 
     def retry(self, job_id: str, number: int, principal: Principal) -> Job:
-        """Queue a failed file again. Raises NotFound, and Conflict when it did not fail or its bytes are gone."""
+        """Queue a failed file again.
+
+        Raises NotFound, Conflict when it did not fail or its bytes are gone, and RateLimited as `accept` does.
+        """
         with self._transaction() as db:
             _require(db, job_id, principal)
             row = db.execute(
@@ -508,6 +527,8 @@ class Jobs(Database):
                 raise Conflict(f"file {number} is {row[0]}; only a failed one can be tried again")
             if row[1] is None:
                 raise Conflict(f"the bytes of file {number} are no longer kept; add the file again")
+            if _job(db, job_id).state != "running":
+                _refuse_more(db, principal.tenant, self._most_open)
             db.execute(
                 "UPDATE files SET state = 'queued', stage = NULL, reason = NULL, error = NULL, code = NULL,"
                 " attempts = 0, ended_at = NULL WHERE job_id = ? AND number = ?",
@@ -606,6 +627,19 @@ def _is_under_way(db: sqlite3.Connection, principal: Principal, collection: str,
         (source, principal.tenant, collection),
     ).fetchone()
     return row is not None
+
+
+def _refuse_more(db: sqlite3.Connection, tenant: str, most: int) -> None:
+    """Raises RateLimited where so many uploads of a tenant are open: within the transaction that would add one."""
+    (number,) = db.execute(
+        "SELECT COUNT(*) FROM jobs INDEXED BY jobs_running WHERE state = 'running' AND kind = 'upload' AND tenant = ?",
+        (tenant,),
+    ).fetchone()
+    if number >= most:
+        raise RateLimited(
+            f"{number} jobs of this tenant are open, and no more may be: wait until one has ended, or cancel one",
+            retry_after=CROWDED_SECONDS, code="too_many_jobs",
+        )  # fmt: skip
 
 
 def _insert_file(db: sqlite3.Connection, job_id: str, number: int, file: Announced, now: float, kind: str) -> None:

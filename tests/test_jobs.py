@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nexus import jobs as module
-from nexus.errors import Conflict, NexusError, NotFound, Unavailable, Unprocessable, named
+from nexus.errors import Conflict, NexusError, NotFound, RateLimited, Unavailable, Unprocessable, named
 from nexus.jobs import (
+    CROWDED_SECONDS,
     DATABASE,
     KEEP_BYTES_SECONDS,
     KEEP_JOB_SECONDS,
@@ -237,6 +238,85 @@ def test_nobody_accepts_between_the_look_for_a_key_and_the_writing(
 
     monkeypatch.setattr(module, "_by_key", look_long)
     assert accept(jobs, idempotency_key="k") == accept(other, idempotency_key="k")
+    other.close()
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Iterator[Jobs]:
+    """Two uploads of a tenant may be open."""
+    with closing(Jobs(tmp_path, most_open=2)) as few:
+        yield few
+
+
+def test_API6_a_tenant_has_so_many_open_jobs_and_no_more(few: Jobs) -> None:
+    jobs = [accept(few), accept(few, announced("b.md"), who=BOB)]
+    with pytest.raises(RateLimited, match="2 jobs of this tenant are open") as refused:
+        accept(few, sent("c.md", b"another"))
+    assert (refused.value.code, refused.value.retry_after) == ("too_many_jobs", CROWDED_SECONDS)
+    assert {job.job_id for job in few.recent(ALICE, None, None, 9)} == {job.job_id for job in jobs}
+    assert accept(few, who=MALLORY).state == "running"
+
+
+@pytest.mark.parametrize("ending", ["done", "failed", "cancelled"])
+def test_API6_a_job_that_has_ended_makes_room_for_one(few: Jobs, ending: str) -> None:
+    first, _ = accept(few), accept(few)
+    if ending == "cancelled":
+        few.cancel(first.job_id, ALICE)
+    else:
+        end(few, take(few, first), ending)
+    accept(few)
+    with pytest.raises(RateLimited):
+        accept(few)
+
+
+def test_API6_the_same_request_again_is_no_further_job(few: Jobs) -> None:
+    first = accept(few, idempotency_key="k")
+    accept(few)
+    assert accept(few, idempotency_key="k") == first
+
+
+def test_API6_bulk_runs_are_not_counted(few: Jobs) -> None:
+    for _ in range(3):
+        accept(few, kind="bulk", holder=WORKER)
+    assert [accept(few).state for _ in range(2)] == ["running"] * 2
+    assert accept(few, kind="bulk", holder=WORKER).state == "running"
+
+
+def test_API6_a_job_that_opens_again_is_one_more(few: Jobs) -> None:
+    first = accept(few, sent("a.md"), sent("b.md"))
+    end(few, take(few, first, 0), "failed")
+    accept(few)
+    assert few.retry(first.job_id, 0, ALICE).state == "running"  # it was open, and is not counted twice
+    for number in range(2):
+        end(few, take(few, first, number), "failed")
+    accept(few)
+    with pytest.raises(RateLimited):
+        few.retry(first.job_id, 0, ALICE)
+    assert few.find(first.job_id, ALICE).state == "failed"
+
+
+def test_API6_ten_at_once_do_not_pass_by_one_another(few: Jobs) -> None:
+    found = at_once(10, lambda _: accept(few))
+    assert Counter(type(one) for one in found) == {Job: 2, RateLimited: 8}
+
+
+def test_API6_nobody_accepts_between_the_count_and_the_writing(
+    few: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, count = Jobs(tmp_path, most_open=2), module._refuse_more
+    other._connect().execute("PRAGMA busy_timeout = 0")
+
+    def count_long(*arguments: object) -> None:
+        count(*arguments)
+        monkeypatch.setattr(module, "_refuse_more", count)
+        with pytest.raises(Unavailable):
+            accept(other)
+
+    accept(few)
+    monkeypatch.setattr(module, "_refuse_more", count_long)
+    accept(few)
+    with pytest.raises(RateLimited):
+        accept(other)
     other.close()
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,13 +14,17 @@ from hypothesis import strategies as some
 from starlette.testclient import TestClient
 
 from deployments.gateway import build
+from deployments.limiting import admission as admission_of
 from deployments.limiting import kind_of, show_seconds
+from nexus import telemetry
+from nexus.access import KeyRing
 from nexus.admission import Admission, Kind, Place
 from nexus.balancer import Balancer, Member, Weights
 from nexus.cache import ResponseCache
 from nexus.config import Config, Limits
-from nexus.errors import Overloaded, RateLimited
+from nexus.errors import Overloaded, RateLimited, Unavailable
 from nexus.limits import MOST_TOKENS, Limiter, spender, spending
+from nexus.tokens import Tokens
 from nexus.types import Delta, Principal, SearchRequest, SearchResult, Usage
 from tests.conftest import Door, LocalRetriever
 from tests.test_chat_http import ASK, SAID, Parrot
@@ -37,6 +43,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def jump(seconds: float) -> None:
+    """For the loop at hand, so many seconds have passed: deadlines within them are over."""
+    loop = asyncio.get_running_loop()
+    told = loop.time
+    loop.time = lambda: told() + seconds  # type: ignore[method-assign]
 
 
 def limiter(clock: Clock, home: str = "/nowhere", **limits: Any) -> Limiter:
@@ -107,6 +120,48 @@ def test_what_a_key_says_itself_counts(own: int | None, allowed: int) -> None:
     assert admitted(limiter(Clock(), requests_per_minute=3), replace(ALICE, requests_per_minute=own), 20) == allowed
 
 
+@pytest.mark.parametrize(("own", "left"), [(None, 60), (6, 6), (600, 600)])
+def test_what_a_key_says_itself_of_tokens_counts(own: int | None, left: int) -> None:
+    limits, key = limiter(Clock(), tokens_per_minute=60), replace(ALICE, tokens_per_minute=own)
+    assert limits.levels(key)["tokens"].remaining == left
+    limits.spend(key, left)
+    assert wait_of(limits, key) == pytest.approx(60 / left)
+
+
+def test_a_key_whose_limit_changes_is_counted_by_the_new_one() -> None:
+    clock = Clock()
+    limits, slow, fast = limiter(clock), replace(ALICE, requests_per_minute=2), replace(ALICE, requests_per_minute=20)
+    assert (admitted(limits, slow, 5), wait_of(limits, slow), wait_of(limits, fast)) == (2, 30.0, 3.0)
+    clock.now += 60
+    assert (admitted(limits, fast, 25), wait_of(limits, slow)) == (20, 30.0)
+
+
+def test_who_has_no_key_is_counted_by_their_name() -> None:
+    limits = limiter(Clock(), requests_per_minute=3)
+    assert [admitted(limits, Principal("acme", name), 5) for name in ("carol", "dave", "carol")] == [3, 3, 0]
+
+
+def test_requests_and_tokens_are_counted_apart() -> None:
+    limits = limiter(Clock(), requests_per_minute=9, tokens_per_minute=60, tenant={
+        "requests_per_minute": 8, "tokens_per_minute": 50,
+    })  # fmt: skip
+    limits.admit(ALICE)
+    assert [limits.levels(BOB)[kind].remaining for kind in ("requests", "tokens")] == [7, 50]
+    limits.spend(ALICE, 20)
+    assert [limits.levels(BOB)[kind].remaining for kind in ("requests", "tokens")] == [7, 30]
+    assert [limits.levels(ALICE)[kind].remaining for kind in ("requests", "tokens")] == [7, 30]
+    other = limiter(Clock(), requests_per_minute=9, tokens_per_minute=60)
+    other.admit(ALICE)
+    other.spend(ALICE, 20)
+    assert [other.levels(ALICE)[kind].remaining for kind in ("requests", "tokens")] == [8, 40]
+
+
+def test_a_tenant_and_a_key_of_one_name_are_two() -> None:
+    namesake = Principal("acme", "acme", credential="acme")
+    limits = limiter(Clock(), requests_per_minute=2, tenant={"requests_per_minute": 4})
+    assert [admitted(limits, who, 3) for who in (namesake, ALICE, BOB)] == [2, 2, 0]
+
+
 def test_a_key_may_be_limited_where_the_others_are_not() -> None:
     limits = limiter(Clock())
     assert admitted(limits, replace(ALICE, requests_per_minute=2), 9) == 2
@@ -151,6 +206,14 @@ def test_a_tenants_tokens_are_of_all_its_keys_together() -> None:
     limits.admit(MALLORY)
 
 
+def test_tokens_are_owed_by_the_key_and_by_its_tenant() -> None:
+    limits = limiter(Clock(), tokens_per_minute=60, tenant={"tokens_per_minute": 600})
+    limits.spend(ALICE, 600)
+    assert wait_of(limits, ALICE) == pytest.approx(541)  # 540 owed at one a second, and one to spend
+    assert wait_of(limits, BOB) == pytest.approx(0.1)
+    limits.admit(MALLORY)
+
+
 @pytest.mark.parametrize("tokens", [-5, 0, 10**30], ids=["less than none", "none", "more than there are"])
 def test_a_backend_that_counts_nonsense_ruins_nobody(tokens: int) -> None:
     limits = limiter(Clock(), tokens_per_minute=MOST_TOKENS)
@@ -169,6 +232,21 @@ def test_a_full_bucket_is_forgotten() -> None:
     assert len(limits) == 1
     clock.now += 89
     assert len(limits) == 0
+
+
+def test_of_too_many_buckets_the_longest_unused_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nexus.limits.MOST_BUCKETS", 3)
+    limits = limiter(Clock(), requests_per_minute=1)
+    keys = [replace(ALICE, credential=f"key-{n}") for n in range(5)]
+    assert [admitted(limits, key, 1) for key in keys] == [1] * 5 and len(limits) == 3
+    assert [admitted(limits, key, 1) for key in (*keys[2:], keys[0])] == [0, 0, 0, 1]
+
+
+def test_what_is_left_is_what_may_come_at_once() -> None:
+    limits = limiter(Clock(), requests_per_minute=60, burst_seconds=5)
+    assert [limits.levels(ALICE)["requests"].remaining, admitted(limits, ALICE, 1)] == [5, 1]
+    level = limits.levels(ALICE)["requests"]
+    assert (level.limit, level.remaining, level.reset_seconds) == (60, 4, 1.0)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 20, 1000, 9_999_999], ids=str)
@@ -255,6 +333,13 @@ def limited(door: Door, **limits: Any) -> Config:
     return door.lent.config.model_copy(update={"limits": Limits(**limits)})
 
 
+def refusals(reason: str) -> float:
+    """How many requests were refused for this reason so far."""
+    lines = telemetry.exposition().decode().splitlines()
+    told = f'requests_refused_total{{reason="{reason}"}} '
+    return sum(float(line.removeprefix(told)) for line in lines if line.startswith(told))
+
+
 def of_limits(answer: httpx.Response) -> dict[str, str]:
     return {
         name.removeprefix("x-ratelimit-"): value
@@ -327,6 +412,38 @@ def test_who_has_no_credential_is_told_that_and_nothing_of_limits(door: Door) ->
     for _ in range(3):
         answer = client.get("/pipelines")
         assert answer.status_code == 401 and of_limits(answer) == {}
+
+
+def test_in_production_the_21st_request_of_a_minute_is_refused(door: Door, tmp_path: Path) -> None:
+    """Of a key that says nothing itself, by the settings of an installation that says nothing of limits."""
+    config = Config(home=tmp_path / "live", access={"mode": "production"}, http={"allowed_hosts": ["testserver"]})
+    Path(config.home).mkdir()
+    with closing(KeyRing(Path(config.home), environment=config.access.environment)) as keys:
+        lent = replace(
+            door.lent, config=config, keys=keys, tokens=Tokens(keys, Path(config.home), config.access), clock=Clock()
+        )
+        client = TestClient(build(lent), raise_server_exceptions=False)
+        mine, other = ({"x-api-key": keys.create(name)[0]} for name in ("mine", "other"))
+        answers = [client.get("/rag/documents", headers=mine) for _ in range(22)]
+        assert [answer.status_code for answer in answers] == [200] * 20 + [429] * 2
+        left = [of_limits(answer)["remaining-requests"] for answer in answers]
+        assert left == [str(n) for n in range(19, -1, -1)] + ["0"] * 2
+        assert check_problem(answers[20], 429, "/rag/documents")["code"] == "rate_limit_exceeded"
+        assert answers[20].headers["retry-after"] == "3"
+        assert of_limits(answers[20]) == {"limit-requests": "20", "remaining-requests": "0", "reset-requests": "1m0s"}
+        assert client.get("/rag/documents", headers=other).status_code == 200
+        token = client.post("/auth/token", headers=other).json()["access_token"]
+        statuses = [
+            client.get("/rag/documents", headers={"authorization": f"Bearer {token}"}).status_code for _ in range(20)
+        ]
+        assert statuses == [200] * 18 + [429] * 2  # a token is its key's
+
+
+def test_whoever_is_refused_is_counted(door: Door) -> None:
+    client, key = reopen(door, requests_per_minute=1), door.headers()
+    before = refusals("quota")
+    assert [client.get("/pipelines", headers=key).status_code for _ in range(3)] == [200, 429, 429]
+    assert refusals("quota") == before + 2
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -546,6 +663,47 @@ async def test_nobody_waits_for_long() -> None:
 
 
 @played
+async def test_bulk_work_waits_longer_and_not_for_ever() -> None:
+    line = Line(admission(places=1, interactive=5.0))
+    await line.come("a1", "b1", "b2!")
+    jump(6)
+    await turn()
+    assert (line.of("refused"), line.of("waiting"), line.places.waiting) == (["b1"], ["b2!"], 1)
+    jump(60)
+    await turn()
+    assert (line.of("refused"), line.places.waiting, line.places.working) == (["b1", "b2!"], 0, 1)
+    await line.end()
+
+
+@played
+async def test_a_turn_that_comes_as_the_wait_ends_is_taken() -> None:
+    line = Line(admission(places=1, interactive=50.0))
+    await line.come("a1", "b1")
+    asyncio.get_running_loop().call_later(40, line.asked["a1"].result().leave)
+    jump(60)  # both moments have passed when the loop looks next
+    await turn()
+    assert (line.of("refused"), line.of("in"), line.places.working) == ([], ["a1", "b1"], 1)
+    await line.leave("b1")
+    assert line.places.working == 0
+    await line.end()
+
+
+@played
+async def test_the_places_are_those_of_the_settings() -> None:
+    limits = {"places": 8, "share": 0.5, "bulk_share": 0.25, "waiting": 9, "wait_seconds": 5, "bulk_wait_seconds": 50}
+    line = Line(admission_of(Config(home="/nowhere", limits=limits)))
+    await line.come(*[f"a{n}" for n in range(5)], *[f"b{n}!" for n in range(3)])
+    assert line.of("waiting") == ["a4", "b2!"]
+    jump(6)
+    await turn()
+    assert (line.of("refused"), line.of("waiting")) == (["a4"], ["b2!"])
+    jump(60)
+    await turn()
+    assert line.of("refused") == ["a4", "b2!"]
+    await line.end()
+
+
+@played
 async def test_who_leaves_while_waiting_leaves_nothing() -> None:
     line = Line(admission(places=1, waiting=2))
     await line.come("a1", "b1", "c1")
@@ -642,6 +800,7 @@ async def until(condition: Callable[[], object]) -> None:
 @pytest.mark.parametrize("path", ["/rag/search", "/v1/models"], ids=["problem", "openai"])
 def test_where_every_place_is_taken_there_is_503(door: Door, path: str) -> None:
     stock(door)
+    before = refusals("overload")
 
     async def play() -> None:
         held = Held(door)
@@ -660,11 +819,47 @@ def test_where_every_place_is_taken_there_is_503(door: Door, path: str) -> None:
                 assert check_problem(answer, 503, path)["code"] == "overloaded"
             for public in ("/livez", "/readyz", "/metrics"):
                 assert (await client.get(public)).status_code == 200
+            assert refusals("overload") == before + 1
             held.go_on.set()
             assert (await first).status_code == 200
             assert (await client.get("/pipelines")).status_code == 200
 
     asyncio.run(play())
+
+
+def test_who_is_over_their_limit_takes_nobodys_place(door: Door) -> None:
+    """They are told so at once, be there a place or not."""
+    stock(door)
+
+    async def play() -> None:
+        held = Held(door)
+        config = limited(door, places=1, waiting=9, requests_per_minute=1)
+        transport = httpx.ASGITransport(build(replace(door.lent, config=config, retriever=held, clock=Clock())))
+        headers = door.headers()
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver", headers=headers) as client:
+            first = asyncio.create_task(client.post("/rag/search", json={"query": "x"}))
+            await until(lambda: held.begun)
+            assert (await client.get("/pipelines")).status_code == 429
+            held.go_on.set()
+            assert (await first).status_code == 200
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("planted"), Unavailable("planted")], ids=["a bug", "a part away"])
+def test_what_fails_leaves_its_place(door: Door, fault: Exception) -> None:
+    stock(door)
+
+    class Failing(LocalRetriever):
+        async def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
+            raise fault
+
+    config = limited(door, places=1, waiting=0)
+    lent = replace(door.lent, config=config, retriever=Failing(door.house))
+    client, key = TestClient(build(lent), raise_server_exceptions=False), door.headers()
+    for _ in range(2):
+        assert client.post("/rag/search", json={"query": "x"}, headers=key).status_code in (500, 503)
+        assert client.get("/pipelines", headers=key).status_code == 200
 
 
 @pytest.mark.parametrize(

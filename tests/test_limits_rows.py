@@ -7,6 +7,7 @@ LLM10  endless generation, long contexts, recursive steps, denial of wallet     
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from starlette.testclient import TestClient
 from deployments.gateway import build
 from deployments.limiting import BULK
 from nexus.balancer import Balancer, Member, Weights
+from nexus.config import Config
+from nexus.jobs import MOST_OPEN_JOBS, Jobs
 from nexus.types import Delta, Usage
 from tests.conftest import Door
 from tests.routes import ROUTES, Route
@@ -211,6 +214,28 @@ def test_API6_what_is_refused_leaves_nothing_behind(door: Door) -> None:
     body = {"files": [{"filename": "f", "digest": "0" * 32, "size": 1}]}
     assert [client.post("/rag/jobs", json=body, headers=key).status_code for _ in range(4)] == [202, 429, 429, 429]
     assert len(door.client.get("/rag/jobs", headers=key).json()["jobs"]) == 1
+
+
+def test_API6_a_tenant_has_so_many_open_jobs_and_no_more(door: Door) -> None:
+    with closing(Jobs(door.lent.config.home, most_open=2)) as jobs:
+        client, key = TestClient(build(replace(door.lent, jobs=jobs))), door.headers()
+        body = {"files": [{"filename": "f", "digest": "0" * 32, "size": 1}]}
+        answers = [client.post("/rag/jobs", json=body, headers=key) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [202, 202, 429]
+        assert check_problem(answers[2], 429, "/rag/jobs")["code"] == "too_many_jobs"
+        assert answers[2].headers["retry-after"] == "5"
+        document = {"filename": "heron.md", "content": "The heron lives in Paris."}
+        answer = client.post("/rag/add_document", json=document, headers=door.headers(name="minted"))
+        assert check_problem(answer, 429, "/rag/add_document")["code"] == "too_many_jobs"
+        assert client.post("/rag/jobs", json=body, headers=door.headers("other", "theirs")).status_code == 202
+        assert client.delete(f"/rag/jobs/{answers[0].json()['job_id']}", headers=key).status_code == 200
+        assert client.post("/rag/jobs", json=body, headers=key).status_code == 202
+
+
+def test_API6_how_many_is_a_setting() -> None:
+    assert Config(home="/nowhere").limits.open_jobs == MOST_OPEN_JOBS
+    with pytest.raises(ValueError, match="open_jobs"):
+        Config(home="/nowhere", limits={"open_jobs": 0})
 
 
 # LLM10
