@@ -34,6 +34,7 @@ import psutil
 from cluster.inventory import NODE_LABEL, Inventory, configured, look, real, usable_gpus
 from nexus.config import Config, Node
 from nexus.errors import AlreadyRunning, ConfigError, Unavailable
+from nexus.private_files import require_private
 from nexus.types import digest
 from nexus.versions import check_versions
 
@@ -128,13 +129,6 @@ def ray_token(home: Path) -> str:
             writer.write(secrets.token_hex(32))
     require_private(file)
     return file.read_text().strip()
-
-
-def require_private(file: Path) -> None:
-    """Raises ConfigError for a file or folder that other users of this machine may read."""
-    if file.stat().st_mode & 0o077:
-        mode = "700" if file.is_dir() else "600"
-        raise ConfigError(f"other users of this machine may read {file}: chmod {mode} {file}")
 
 
 def keep_token(home: Path, token: str) -> None:

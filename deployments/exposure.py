@@ -12,6 +12,7 @@ from cluster import bootstrap
 from cluster.bootstrap import Instance
 from nexus.config import Config
 from nexus.errors import ConfigError
+from nexus.private_files import require_private
 from nexus.versions import FLOORS, check_versions
 
 SECRETS = ("*-token", "*-key", "access.db*", "*secret*", "*.pem", "*.key")  # in the home
@@ -31,7 +32,7 @@ def files(config: Config) -> str:
     secrets = sorted({file for pattern in SECRETS for file in home.glob(pattern) if file.is_file()})
     for file in (home, *secrets):
         if file.exists():
-            bootstrap.require_private(file)
+            require_private(file)
     return f"the home and {len(secrets)} secrets in it are their owner's alone"
 
 
@@ -51,7 +52,7 @@ def ray(config: Config) -> str:
     instance = _running(config)
     if instance is None:
         return "not running; it will ask for the token"
-    bootstrap.require_private(Path(config.home) / "ray-token")
+    require_private(Path(config.home) / "ray-token")
     address = urlsplit(instance.dashboard)
     if address.hostname not in ("127.0.0.1", "localhost", "::1"):
         raise ConfigError(f"Ray's dashboard listens on {address.hostname}: it must be on loopback")

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nexus.errors import ConfigError, Unavailable
+from nexus.private_files import require_private
 
 FOLDER, KEY_FILE, HEAD_FILE, LOCK_FILE = "audit", "audit-key", "head.json", "lock"
 NOTHING = "0" * 64  # the hash before the first line
@@ -139,13 +140,12 @@ def read_key(home: Path) -> bytes | None:
     """The key of this home's record; None where there is none yet. Raises ConfigError if others may read it."""
     file = home / KEY_FILE
     try:
-        mode, key = file.stat().st_mode, file.read_bytes()
+        require_private(file)
+        key = file.read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConfigError(f"the key of the audit record cannot be read: {error.strerror}") from None
-    if mode & 0o077:
-        raise ConfigError(f"others may read {KEY_FILE} in the home: `chmod 600` it, and ask who has")
     if len(key) != 32:
         raise ConfigError(f"{KEY_FILE} in the home is damaged; put the right one back")
     return key

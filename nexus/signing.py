@@ -6,6 +6,7 @@ import secrets
 from pathlib import Path
 
 from nexus.errors import ConfigError, Unavailable
+from nexus.private_files import require_private
 
 FILE = "token-secret"
 LEAST_BYTES = 32  # as many as HS256 has of output (RFC 7518, 3.2)
@@ -44,10 +45,7 @@ class SecretFile:
         self._secret = b""
         if not self._file.exists():
             _write_new(self._file)
-        if self._file.stat().st_mode & 0o077:
-            raise ConfigError(
-                f"{FILE} in the home may be read by others: give it mode 0600, or remove it for a new one"
-            )
+        require_private(self._file)
         if fault := fault_of_secret(self._file.read_bytes().strip().decode(errors="replace")):
             raise ConfigError(f"{FILE} in the home: {fault}; remove it for a new one")
 

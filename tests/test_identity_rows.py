@@ -602,7 +602,7 @@ def test_J10_a_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("content", "mode", "words"),
-    [("q7Hd02kfPw9xZt4Lm8Rv1Ny6Bc3Js5Ga", 0o644, "0600"), ("q7Hd02kf", 0o600, "32"), ("", 0o600, "32")],
+    [("q7Hd02kfPw9xZt4Lm8Rv1Ny6Bc3Js5Ga", 0o644, "chmod 600"), ("q7Hd02kf", 0o600, "32"), ("", 0o600, "32")],
     ids=["others-may-read-it", "too-short", "empty"],
 )
 def test_J10_a_secret_file_that_is_no_good_refuses_the_start(
