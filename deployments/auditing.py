@@ -5,7 +5,7 @@ import os
 import pwd
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ import typer
 from nexus.audit import Chain, Event
 from nexus.audit_reading import Fault, read, select, to_csv, verify
 from nexus.config import Config, load_config
-from nexus.errors import InvalidRequest, NexusError, Unavailable
+from nexus.errors import ConfigError, InvalidRequest, NexusError, Unavailable
 
 app = typer.Typer(help="The record of who did what.", no_args_is_help=True)
 
@@ -30,7 +30,8 @@ Until = Annotated[datetime | None, typer.Option(formats=FORMATS, help="Before th
 def recorded(config: Config, action: str, *objects: str) -> Iterator[list[str]]:
     """Around a command that changes something: that it begins is on the disk before, how it ended after.
 
-    To the list that this yields, objects may be added that are known only then. Raises Unavailable.
+    It writes beside the Nexus that runs in this home: whoever writes holds the chain's lock (nexus/audit.py). To the
+    list that this yields, objects may be added that are known only then. Raises Unavailable.
     """
     chain = Chain(Path(config.home), config.audit.file_bytes)
     named = list(objects)
@@ -46,6 +47,17 @@ def recorded(config: Config, action: str, *objects: str) -> Iterator[list[str]]:
     finally:
         with suppress(Unavailable):  # that it began is there
             chain.append([replace(begun, objects=named, verdict=outcome, reason=reason)], durable=True)
+
+
+@contextmanager
+def recorded_if_possible(config: Config, action: str) -> Iterator[None]:
+    """The same around what must not fail for want of a record: where that cannot be written, stderr says so."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(recorded(config, action))
+        except (ConfigError, Unavailable) as error:
+            typer.echo(f"note: {action} is not recorded: {error.message}", err=True)
+        yield
 
 
 def _user() -> str:

@@ -29,6 +29,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from actors.coordination import Coordination
 from actors.stations import Commit, Embed, Read, Run, Task, outcomes, pack
 from deployments.app import APPLICATION, vectors_address
+from deployments.auditing import recorded
 from deployments.cli import guarded, progress_bar
 from deployments.driver import become_driver
 from deployments.listing import Listed, list_all
@@ -65,7 +66,8 @@ def main(
     _check_collection(collection)
     config = load_config()
     principal = Principal(tenant, "bulk", PERMISSIONS)
-    with _connected(config) as address:
+    about = (f"tenant {tenant}", f"collection {collection}", *(["--prune"] if prune else []))
+    with _connected(config) as address, recorded(config, "deployments.bulk", *about) as named:
         roots, listed = list_all(sources)
         run = _plan(config, address, principal, collection)
         jobs, coordinator, worker = Jobs(Path(config.home)), Coordination(), uuid.uuid4().hex
@@ -76,6 +78,7 @@ def main(
                 principal, collection, announced, accepted_at=run.accepted_at, kind="bulk", holder=worker,
                 seen_by=_seen_by(run, listed),
             )  # fmt: skip
+            named.append(job.job_id)
             tasks = [Task(job.job_id, number, one.url, one.source, one.size) for number, one in enumerate(listed)]
             ended = [Outcome(job.job_id, t.number, "unchanged") for t in tasks if t.source in unchanged]
             changed = [task for task in tasks if task.source not in unchanged]
@@ -83,6 +86,7 @@ def main(
                 with _repeating(partial(jobs.beat_job, job.job_id)), progress_bar(len(changed)) as show:
                     ended += _ingest(run, jobs, changed, show)
         removed = _prune(run, jobs, roots, {one.source for one in listed}) if prune else []
+        named += removed
     _report(job.job_id, tasks, ended, removed, collection, as_json)
 
 

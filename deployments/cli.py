@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cluster import bootstrap
 from deployments import adding, auditing, nodes, overview, planning, running, upkeep, voters
 from deployments import client as http
-from deployments.auditing import recorded
+from deployments.auditing import recorded, recorded_if_possible
 from deployments.doctor import examine
 from deployments.driver import become_driver
 from deployments.listing import label
@@ -102,7 +102,7 @@ def _start(settings: Config, config: Path | None, patience: float, join: float) 
             f"WARNING: {len(settings.access.development_keys)} development key(s) (VALID_API_KEYS) may do everything"
             " here; they are for development alone, and access.mode production refuses them"
         )
-    with bootstrap.lock_home(home):
+    with bootstrap.lock_home(home), recorded(settings, "nexus up"):
         instance, outcome = running.ensure_up(settings, config, patience, join, _tell)
         new_key = _ensure_admin_key(settings)
         if outcome == "ran already" and settings.nodes:
@@ -149,12 +149,13 @@ def _ensure_admin_key(settings: Config) -> str | None:
 @app.command()
 def down() -> None:
     """Stop what `nexus up` started, and nothing else. Documents, sessions and keys stay."""
-    home = Path(load_config().home)
+    settings = load_config()
+    home = Path(settings.home)
     if not home.is_dir():
         typer.echo("Nexus was not running.")
         return
     bootstrap.prepare_home(home)
-    with bootstrap.lock_home(home):
+    with bootstrap.lock_home(home), recorded_if_possible(settings, "nexus down"):
         typer.echo("Nexus is stopped." if bootstrap.stop(home) else "Nexus was not running.")
 
 

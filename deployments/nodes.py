@@ -16,7 +16,7 @@ from cluster.bootstrap import RAYLET
 from cluster.inventory import configured, differences
 from cluster.plan import DRAINED, KEY, decode, encode, make_way
 from deployments import running
-from deployments.auditing import recorded
+from deployments.auditing import recorded, recorded_if_possible
 from deployments.driver import become_driver
 from nexus.config import Config, load_config
 from nexus.errors import AlreadyRunning, ConfigError, InvalidRequest, NexusError, NotFound, Unavailable
@@ -53,12 +53,13 @@ def start(
     name = which(settings, name)
     bootstrap.prepare_home(home)
     keep_token(home, token_file)
-    if not stay:
-        _join(settings, name)
-        return
-    with running.stopped_by_signals(lambda: bootstrap.stop(home, "node")):
-        running.tell_systemd(f"READY=1\nSTATUS=joining {bootstrap.head_address(settings)}")
-        _keep_joined(settings, name)
+    with recorded(settings, "nexus node start", name):
+        if not stay:
+            _join(settings, name)
+            return
+        with running.stopped_by_signals(lambda: bootstrap.stop(home, "node")):
+            running.tell_systemd(f"READY=1\nSTATUS=joining {bootstrap.head_address(settings)}")
+            _keep_joined(settings, name)
     typer.echo(f"{name} has left the cluster.")
 
 
@@ -135,7 +136,7 @@ def stop() -> None:
         typer.echo("This machine was in no cluster.")
         return
     bootstrap.prepare_home(home)
-    with bootstrap.lock_home(home), recorded(settings, "nexus node stop"):
+    with bootstrap.lock_home(home), recorded_if_possible(settings, "nexus node stop"):
         was_there = bootstrap.stop(home, "node")
     typer.echo("This machine has left the cluster." if was_there else "This machine was in no cluster.")
 

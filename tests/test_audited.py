@@ -17,7 +17,10 @@ from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typer.testing import CliRunner
 
-from deployments import cli, middleware
+from cluster import bootstrap
+from cluster.bootstrap import Instance
+from cluster.inventory import Inventory
+from deployments import cli, middleware, running
 from deployments.audited import Audited
 from deployments.auditing import recorded
 from deployments.gateway import Lent, build
@@ -27,7 +30,7 @@ from nexus.audit import Chain, Recorder, files_of
 from nexus.audit_reading import read, verify
 from nexus.balancer import Balancer, Member, Weights
 from nexus.config import Audit, load_config
-from nexus.errors import NotFound, UpstreamInvalid
+from nexus.errors import NotFound, Unavailable, UpstreamInvalid
 from nexus.types import Delta, Principal, Prompt
 from tests.conftest import Door
 from tests.test_leaving import leave as leave_socket
@@ -430,6 +433,68 @@ def test_commands_that_change_keys_are_recorded_before_and_after(home: Path) -> 
     ]
     assert all(line["subject"] for line in read(home))
     assert key["key"].split("_")[3] not in files_of(home)[0].read_text()
+
+
+SOME = Instance("i" * 32, 0, "boot", "http://127.0.0.1:9", "127.0.0.1:6379", "http://y", 1, "/nonexistent", 0.0)
+CLUSTER = """
+nodes:
+  sark: {address: 10.0.0.3, cpus: 8, memory: 16 GiB}
+  clu: {address: 10.0.0.4, cpus: 8, memory: 16 GiB}
+ray: {head: sark}
+"""
+
+
+def test_Q12_starting_and_stopping_are_recorded_before_and_after(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def act(what: str, result: object) -> Callable[..., object]:
+        def do(*_: object, **__: object) -> object:
+            last = list(read(home))[-1]
+            done.append(f"{what} after {last['action']} {last['verdict']}")
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        return do
+
+    monkeypatch.setattr(running, "ensure_up", act("up", (SOME, "started")))
+    monkeypatch.setattr(bootstrap, "stop", act("down", True))
+    nexus("up")
+    nexus("down")
+    monkeypatch.setattr(running, "ensure_up", act("up", Unavailable("no port")))
+    nexus("up", code=1)
+    (home / "nexus.yaml").write_text(CLUSTER)
+    (home / "ray-token").touch(0o600)
+    monkeypatch.setattr(bootstrap, "join_head", act("join", SOME))
+    monkeypatch.setattr(bootstrap, "seen_here", lambda *_: Inventory(()))
+    nexus("node", "start", "clu")
+    nexus("node", "stop")
+    assert done == [
+        "up after nexus up begun", "down after nexus down begun", "up after nexus up begun",
+        "join after nexus node start begun", "down after nexus node stop begun",
+    ]  # fmt: skip
+    found = [(line["action"], line["verdict"], line.get("reason", "")) for line in read(home)]
+    assert [one for one in found if one[1] != "begun" and "key" not in one[0]] == [
+        ("nexus up", "done", ""), ("nexus down", "done", ""), ("nexus up", "failed", "unavailable"),
+        ("nexus node start", "done", ""), ("nexus node stop", "done", ""),
+    ]  # fmt: skip
+    assert all(line["kind"] == "command" and line["subject"] for line in read(home))
+    assert [line["objects"] for line in read(home) if line["action"] == "nexus node start"] == [["clu"], ["clu"]]
+    assert verify(home).faults == ()
+
+
+def test_Q12_a_full_disk_refuses_a_start_but_no_stop(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nexus("key", "create", "first")
+    done: list[str] = []
+    monkeypatch.setattr(running, "ensure_up", lambda *_: done.append("up"))
+    monkeypatch.setattr(bootstrap, "stop", lambda *_: done.append("down"))
+    monkeypatch.setattr(audit, "write_all", no_space)
+    nexus("up", code=1)
+    assert "nexus down is not recorded: the audit record cannot be written" in nexus("down")
+    (home / "audit-key").chmod(0o644)
+    assert "nexus node stop is not recorded: other users of this machine may read" in nexus("node", "stop")
+    nexus("up", code=1)
+    assert done == ["down", "down"]
 
 
 def test_Q12_a_full_disk_refuses_commands(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

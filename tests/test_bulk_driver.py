@@ -19,8 +19,11 @@ from types import SimpleNamespace
 import typer
 
 from deployments import bulk
+from nexus.audit_reading import read
+from nexus.config import Config
 from nexus.coordination import Alone
 from nexus.jobs import Jobs, Outcome
+from nexus.types import Principal
 
 home = Path(sys.argv[1])
 said, beaten = threading.Semaphore(0), threading.Event()
@@ -58,16 +61,22 @@ def ingest(run, jobs, tasks, show):
 coordinator = Coordinator()
 bulk.BEAT_SECONDS = 0.01
 bulk.Coordination, bulk.Jobs, bulk._ingest = lambda: coordinator, Slow, ingest
-bulk.load_config = lambda: SimpleNamespace(home=str(home))
+bulk.load_config = lambda: Config(home=home)
 bulk._connected = lambda config: nullcontext("")
 bulk._plan = lambda *_: SimpleNamespace(accepted_at=0)
 bulk._find_unchanged = lambda *_: {}
 bulk._seen_by = lambda *_: frozenset()
+bulk._prune = lambda *_: ["gone.md"]
 try:
-    bulk.main([str(home / "note.md")], collection="default", prune=False, tenant="acme", as_json=False)
+    bulk.main([str(home / "note.md")], collection="default", prune=True, tenant="acme", as_json=False)
 except typer.Exit:
     pass
 assert coordinator.working() == set()
+begun, ended = read(home)
+assert (begun["kind"], begun["action"], begun["verdict"]) == ("command", "deployments.bulk", "begun")
+assert begun["objects"] == ["tenant acme", "collection default", "--prune"] and ended["verdict"] == "done"
+(job,) = Jobs(home).recent(Principal("acme", "bulk", bulk.PERMISSIONS), None, None, 10)
+assert ended["objects"] == [*begun["objects"], job.job_id, "gone.md"]
 print("all was as it should be")
 """
 
