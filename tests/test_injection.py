@@ -25,7 +25,7 @@ TAKE_A_QUERY = {"execute", "executemany", "executescript", "aql"}
 HOLD_A_QUERY = {"filter", "expr", "filter_expression"}  # as keyword, or as key of what becomes keywords
 # The functions that make a query of parts, each with why that is safe.
 RENDERERS = {
-    ("nexus/database.py", "_connect"): "pragmas named in the code",
+    ("nexus/database.py", "_set"): "pragmas named in the code",
     ("nexus/database.py", "_migrate"): "the scripts of the stores, and a number counted here",
     ("nexus/database.py", "_transaction"): "one of three modes named in the code",
     ("nexus/stores/sqlite.py", "matching"): "a filter's tree, of which `_condition` makes placeholders",
