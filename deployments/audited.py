@@ -149,7 +149,7 @@ def _kind(scope: Scope, facts: dict[str, Any], status: int) -> str | None:
     is_credential = scope["method"] not in READING and scope["path"].startswith(CREDENTIALS)
     if facts.get("is_privileged") or (is_credential and route is not None):
         return "privileged"
-    return "answer" if "model" in facts or "documents" in facts else None
+    return "answer" if facts.keys() & {"model", "documents", "verdict"} else None
 
 
 def _verdict(kind: str, status: int, is_cut: bool) -> str:

@@ -47,11 +47,20 @@ from nexus.jobs import Jobs
 from nexus.models.by_embedder import nearness
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
-from nexus.ports import DocumentStore, InputType
-from nexus.screening import Screen, ScreenedGenerator, ScreenedRetriever, open_screen
+from nexus.ports import DocumentStore
+from nexus.screening import (
+    Embedding,
+    Reranking,
+    Screen,
+    ScreenedEmbedder,
+    ScreenedGenerator,
+    ScreenedReranker,
+    ScreenedRetriever,
+    open_screen,
+)
 from nexus.sessions import Sessions
 from nexus.tokens import Tokens
-from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector, Vectors
+from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector
 from nexus.verifier import Verifier
 
 
@@ -65,14 +74,6 @@ class Ingesting(Protocol):
     async def find_unchanged(self, sources: Sequence[Source], principal: Principal) -> list[Receipt | None]: ...
     async def vacuum(self, keep_closed_seconds: float, document_ids: Sequence[str] | None = None) -> list[Removed]: ...
     async def fsck(self, repair: bool) -> list[Fault]: ...
-
-
-class Embedding(Protocol):
-    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors: ...
-
-
-class Reranking(Protocol):
-    async def rerank(self, query: str, texts: Sequence[str]) -> Vector: ...
 
 
 class Operating(Protocol):
@@ -137,7 +138,7 @@ class Lent:
 
 
 def screened(lent: Lent) -> Lent:
-    """The same with the content rules and the guard of its configuration around all that retrieves and generates."""
+    """The same with the content rules and the guard of its configuration around all that retrieves or answers."""
     screen = open_screen(lent.config.content)
     retriever = ScreenedRetriever(lent.retriever, lent.rag.retrieve, screen)
     rag = replace(
@@ -146,7 +147,10 @@ def screened(lent: Lent) -> Lent:
         generator=ScreenedGenerator(lent.rag.generator, screen),
         admit=partial(screen.text, "input"),
     )
-    return replace(lent, screen=screen, retriever=retriever, rag=rag)
+    embedders = {name: ScreenedEmbedder(embedder, screen) for name, embedder in lent.embedders.items()}
+    ranking = {name: lent.reranker_called(name) for name in (*lent.embedders, *lent.rerankers)}
+    rerankers = {name: ScreenedReranker(one, screen) for name, one in ranking.items() if one is not None}
+    return replace(lent, screen=screen, retriever=retriever, rag=rag, embedders=embedders, rerankers=rerankers)
 
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:

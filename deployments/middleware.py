@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.audited import Audited
 from deployments.limiting import Admitted, Rated, admission, level_headers
+from nexus import telemetry
 from nexus.audit import Recorder
 from nexus.config import Config, Http
 from nexus.content import SEVERITY, Finding
@@ -364,7 +365,7 @@ def _without_port(host: str) -> str:
 
 
 class Verdicts:
-    """Notes for the record what the content rules and the guard found: the gravest thing done, and all of it."""
+    """Notes for the record what the content rules and the guard found, and the gravest thing done; and counts it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -379,9 +380,11 @@ class Verdicts:
             await self.app(scope, receive, send)
         finally:
             noted.reset(token)
+            for one in found:
+                telemetry.content_verdicts.labels(one.where, one.rule, one.action).inc()
             if found:
                 facts = scope["state"].setdefault("audited", {})
                 facts["verdict"] = DONE[max((one.action for one in found), key=SEVERITY.index)]
-                told = "; ".join(f"{one.where}, {one.rule}: {DONE[one.action]}, {one.found}" for one in found)
+                told = "; ".join(f"{one.where}, {one.named}: {DONE[one.action]}, {one.found}" for one in found)
                 if facts.get("reason") in (None, ContentRefused.code):  # which rule it was says more
                     facts["reason"] = told

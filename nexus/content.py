@@ -51,12 +51,17 @@ class Rule:
 
 
 class Finding(NamedTuple):
-    """What a rule found, how often, and what was done about it."""
+    """What a rule found, how often, and what was done about it. `categories` are a guard's own words for it."""
 
     where: Where
     rule: str
     action: Action
     found: int
+    categories: tuple[str, ...] = ()
+
+    @property
+    def named(self) -> str:
+        return ":".join((self.rule, *self.categories))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,34 +1,53 @@
 """Everything that is asked, retrieved or generated passes here, once: the content rules, and the guard if there is one.
 
-`Screen` holds what is done; `ScreenedGenerator` and `ScreenedRetriever` are put around what generates and what
-retrieves (deployments/gateway.py), so that no handler can forget it. A generator's prompt is input, but for one with
-passages: there the question was screened before it was searched for (pipelines/rag.py), and the passages as they came.
+`Screen` holds what is done; `ScreenedGenerator`, `ScreenedRetriever`, `ScreenedEmbedder` and `ScreenedReranker` are put
+around what generates, retrieves, embeds and ranks (deployments/gateway.py), so that no handler can forget it. What a
+caller gives a model is input, also what it calls a document; `document` is what Nexus retrieved. A generator's prompt
+is input, but for one with passages: there the question was screened before it was searched for (pipelines/rag.py), and
+the passages as they came. A guard judges conversations, and is not asked about what is embedded or ranked.
 
 What was found goes to `noted`, where whoever answers the request has put a list.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nexus.cache import CompletingGenerator
 from nexus.config import Content
 from nexus.content import Filter, Finding, Look, Where, look_for_targets, looks_of, screen
 from nexus.errors import ContentRefused, NexusError
 from nexus.guard import ModelGuard
-from nexus.ports import Generator, Guard
+from nexus.ports import Generator, Guard, InputType
 from nexus.reading import read
 from nexus.registry import open_model
 from nexus.targets import Targets, hosts_of
-from nexus.types import Delta, Evidence, Hit, Message, Principal, Prompt, SearchRequest, SearchResult
+from nexus.types import (
+    Delta,
+    Evidence,
+    Hit,
+    Image,
+    Message,
+    Principal,
+    Prompt,
+    SearchRequest,
+    SearchResult,
+    Vector,
+    Vectors,
+)
 
 log = logging.getLogger("nexus.content")
 
 AT_ONCE = 20_000  # characters that are screened on the event loop; more go to a thread
+EACH = 200  # characters that one more text costs as much as
+READ_BY_MODELS = frozenset({"tools", "response_format"})  # of a prompt's options
 noted: ContextVar[list[Finding] | None] = ContextVar("noted", default=None)
 
 OnFailure = Literal["refuse", "flag"]
@@ -66,7 +85,7 @@ class Guarding:
             return
         if judged.allowed:
             return
-        note([Finding(where, ":".join(("guard", *judged.categories)), self.on_unsafe, 1)])
+        note([Finding(where, "guard", self.on_unsafe, 1, judged.categories)])
         if self.on_unsafe == "refuse":
             raise ContentRefused(f"the guard of this installation refuses this {where}")
 
@@ -81,20 +100,42 @@ class Screen:
 
     async def text(self, where: Where, text: str) -> str:
         """A text as it may go on. Raises ContentRefused."""
-        shown = await self._by_rules(where, text)
+        (shown,) = await self.texts(where, [text])
         if self.guarding is not None:
             await self.guarding.judge(where, shown)
         return shown
 
-    async def _by_rules(self, where: Where, text: str) -> str:
+    async def texts(self, where: Where, texts: Sequence[str]) -> list[str]:
+        """Texts as they may go on by the rules alone. Raises ContentRefused."""
         looks = self.looks.get(where, ())
-        if len(text) <= AT_ONCE or not looks:
-            return self._at_once(where, text)
-        shown, findings = await asyncio.to_thread(_outcome, looks, where, text, self.fails_open)
-        return _settle(shown, findings)
+        if not looks:
+            return list(texts)
+        if sum(len(text) + EACH for text in texts) <= AT_ONCE + EACH:
+            outcomes = _screen_texts(looks, where, texts, self.fails_open)
+        else:
+            outcomes = await asyncio.to_thread(_screen_texts, looks, where, texts, self.fails_open)
+        return [_settle(shown, findings) for shown, findings in outcomes]
 
-    def _at_once(self, where: Where, text: str) -> str:
-        return _settle(*_outcome(self.looks.get(where, ()), where, text, self.fails_open))
+    async def data(self, where: Where, value: object) -> object:
+        """What JSON can say, with each of its texts, names of fields too, as it may go on. Raises ContentRefused."""
+        texts = list(dict.fromkeys(_texts_in(value)))
+        return _with_texts(value, dict(zip(texts, await self.texts(where, texts), strict=True)))
+
+    async def tensors(self, where: Where, tensors: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Tensors with each of their texts as it may go on. BYTES that are no UTF-8 are none. Raises ContentRefused."""
+        if not self.looks.get(where):
+            return tensors
+        return {name: await self._tensor(where, tensor) for name, tensor in tensors.items()}
+
+    async def _tensor(self, where: Where, tensor: NDArray[Any]) -> NDArray[Any]:
+        if tensor.dtype != np.object_:
+            return tensor
+        elements = list(tensor.ravel())
+        texts = [_read_bytes(element) for element in elements]
+        shown = iter(await self.texts(where, [text for text in texts if text is not None]))
+        changed = np.empty(len(elements), object)
+        changed[:] = [e if text is None else next(shown).encode() for e, text in zip(elements, texts, strict=True)]
+        return changed.reshape(tensor.shape)
 
     async def messages(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         """A conversation as it may be put to a model."""
@@ -105,19 +146,20 @@ class Screen:
         return shown
 
     async def _message(self, message: Message) -> Message:
-        if isinstance(message.content, str):
-            content: str | tuple[object, ...] = await self._by_rules("input", message.content)
+        content: str | tuple[str | Image, ...] = message.content
+        if isinstance(content, str):
+            (content,) = await self.texts("input", [content])
         else:
-            parts = message.content
-            content = tuple([await self._by_rules("input", one) if isinstance(one, str) else one for one in parts])
+            shown = iter(await self.texts("input", [part for part in content if isinstance(part, str)]))
+            content = tuple(next(shown) if isinstance(part, str) else part for part in content)
         calls = tuple([await self._call(call) for call in message.tool_calls])
-        return replace(message, content=content, tool_calls=calls)  # type: ignore[arg-type]
+        return replace(message, content=content, tool_calls=calls)
 
     async def _call(self, call: Mapping[str, object]) -> Mapping[str, object]:
         function = call.get("function")
         if not isinstance(function, Mapping):
             return call
-        arguments = await self._by_rules("input", str(function.get("arguments", "")))
+        (arguments,) = await self.texts("input", [str(function.get("arguments", ""))])
         return {**call, "function": {**function, "arguments": arguments}}
 
     async def prompt(self, prompt: Prompt) -> Prompt:
@@ -125,7 +167,11 @@ class Screen:
         if prompt.passages or not (self.looks.get("input") or self.guarding):
             return prompt
         text = None if prompt.text is None else await self.text("input", prompt.text)
-        return replace(prompt, messages=await self.messages(prompt.messages), text=text)
+        options = {
+            name: await self.data("input", value) if name in READ_BY_MODELS else value
+            for name, value in prompt.options.items()
+        }
+        return replace(prompt, messages=await self.messages(prompt.messages), text=text, options=options)
 
     async def hits(self, hits: Sequence[Hit]) -> tuple[Hit, ...]:
         """Passages as they may be shown and read; those that a rule refuses are left out."""
@@ -162,13 +208,43 @@ class Screen:
             yield shown
 
 
-def _outcome(
-    looks: Sequence[Look], where: Where, text: str, fails_open: bool
-) -> tuple[str | ContentRefused, tuple[Finding, ...]]:
-    """A text as it may go on, or the refusal of it, and what was found."""
-    if not looks:
-        return text, ()
-    return screen(looks, where, text, fails_open)
+def _screen_texts(
+    looks: Sequence[Look], where: Where, texts: Sequence[str], fails_open: bool
+) -> list[tuple[str | ContentRefused, tuple[Finding, ...]]]:
+    """Each text as it may go on, or the refusal of it, and what was found: up to the first that is refused."""
+    outcomes: list[tuple[str | ContentRefused, tuple[Finding, ...]]] = []
+    for text in texts:
+        outcomes.append(screen(looks, where, text, fails_open))
+        if isinstance(outcomes[-1][0], ContentRefused):
+            break
+    return outcomes
+
+
+def _texts_in(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, below in value.items():
+            yield name
+            yield from _texts_in(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _texts_in(below)
+
+
+def _with_texts(value: object, shown: Mapping[str, str]) -> object:
+    if isinstance(value, str):
+        return shown[value]
+    if isinstance(value, Mapping):
+        return {shown[name]: _with_texts(below, shown) for name, below in value.items()}
+    return [_with_texts(below, shown) for below in value] if isinstance(value, list) else value
+
+
+def _read_bytes(element: bytes) -> str | None:
+    try:
+        return element.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _settle(shown: str | ContentRefused, findings: Sequence[Finding]) -> str:
@@ -369,3 +445,34 @@ class ScreenedRetriever:
         finally:
             if token is not None:
                 noted.reset(token)
+
+
+class Embedding(Protocol):
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors: ...
+
+
+class Reranking(Protocol):
+    async def rerank(self, query: str, texts: Sequence[str]) -> Vector: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenedEmbedder:
+    """An embedder that is given only what may be asked."""
+
+    embedder: Embedding
+    screen: Screen
+
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
+        return await self.embedder.embed(await self.screen.texts("input", texts), input_type)
+
+
+@dataclass(frozen=True, slots=True)
+class ScreenedReranker:
+    """A reranker that is given only what may be asked."""
+
+    reranker: Reranking
+    screen: Screen
+
+    async def rerank(self, query: str, texts: Sequence[str]) -> Vector:
+        query, *texts = await self.screen.texts("input", [query, *texts])
+        return await self.reranker.rerank(query, texts)

@@ -44,6 +44,10 @@ nims_inference = _histogram("nims_inference_duration_seconds", "From tensors in 
 requests_refused = _counter(
     "requests_refused_total", "Requests that were more than their caller's quota, or than fits in.", ["reason"]
 )
+content_verdicts = _counter(
+    "content_verdicts_total", "Texts in which a rule on content, the guard or the filter found something.",
+    ["where", "rule", "action"],
+)  # fmt: skip
 gpu_memory = _gauge(
     "gpu_memory_bytes", "Of each GPU: total, planned, or taken by others, as of the last look.", ["node", "gpu", "kind"]
 )

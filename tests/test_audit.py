@@ -445,6 +445,40 @@ def test_Q12_what_waits_while_the_disk_is_full_is_written_when_it_is_not_and_the
     assert verify(tmp_path).faults == ()
 
 
+def test_Q12_what_is_durable_is_on_the_disk_and_the_head_never_ahead_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for a line has it: its bytes, then the name of a new file, then the head. Others come later."""
+    chain, synced, fsync = Chain(tmp_path, file_bytes=700), list[str](), os.fsync
+
+    def see(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def asked() -> tuple[list[str], int]:
+        """What went to the disk since the last look, and what the head knows."""
+        seen = synced.copy()
+        synced.clear()
+        return seen, audit.read_head(tmp_path, audit.read_key(tmp_path) or b"").sequence  # type: ignore[union-attr]
+
+    monkeypatch.setattr(audit, "SYNC_SECONDS", float("inf"))
+    monkeypatch.setattr(audit.os, "fsync", see)
+    first, second = "000000000001.jsonl", "000000000004.jsonl"
+    chain.append([event()], durable=True)
+    assert asked() == ([first, "audit", "head.json.new"], 1)
+    chain.append([event()])
+    assert asked() == ([], 1)
+    chain.sync()
+    assert asked() == ([first, "head.json.new"], 2)
+    chain.append([event(reason="x" * 400)])
+    assert asked() == ([], 2)
+    chain.append([event()])
+    assert asked() == ([first, "audit"], 2)  # the file that ended, and the name of the next
+    chain.append([event()], durable=True)
+    assert asked() == ([second, "head.json.new"], 5)
+    assert verify(tmp_path).faults == ()
+
+
 def no_space(descriptor: int, data: bytes) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

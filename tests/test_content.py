@@ -1,11 +1,12 @@
 """The content filter: what it finds, however a text is disguised, and the same wherever the text is cut."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import pytest
+import re2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,6 +76,7 @@ def run(work: Coroutine[object, object, Result]) -> Result:
         ("x\ud800y", "x\ufffdy", "x\ufffdy"),
         ("", "", ""),
         ("\u200b", "", ""),
+        ("i\u115fg\u1160n\u3164o\uffa0r\u034fe\ufe0f\u180b\u17b4", "ignore", "ignore"),
     ],
 )
 def test_a_text_is_read_as_a_reader_sees_it(written: str, plain: str, skeleton: str | None) -> None:
@@ -120,8 +122,15 @@ def test_classes_and_patterns_are_cut_out_to_the_letter(written: str, shown: str
     assert whole(written)[0] == shown
 
 
-def test_a_rule_that_two_views_see_counts_once() -> None:
-    assert whole("Project X and Project XX")[1] == {"project": 2}
+@pytest.mark.parametrize("and_", ["and", "und für"])
+def test_a_rule_that_two_views_see_counts_once(and_: str) -> None:
+    assert whole(f"Project X {and_} Project XX")[1] == {"project": 2}
+
+
+def test_what_stands_before_a_match_is_seen_though_it_was_given_out() -> None:
+    looks = looks_of([rule("word", pattern=r"\bab"), rule("key", kind="pii:key"), rule("phone", kind="pii:phone")])
+    for text in ("xab" * 20, "é" + "xab" * 20, ("x" * 30 + "+49 711 1234567") * 4):
+        assert streamed(text, range(1, len(text)), looks) == (text, ())
 
 
 def test_the_end_of_a_text_is_known_only_at_the_end() -> None:
@@ -132,6 +141,17 @@ def test_the_end_of_a_text_is_known_only_at_the_end() -> None:
 def test_overlapping_matches_are_one_cut() -> None:
     looks = looks_of([rule("a", pattern="abc"), rule("b", pattern="bcd")])
     assert whole("xabcdx", looks) == ("x[a]x", {"a": 1, "b": 1})
+
+
+def test_what_is_exempt_in_part_is_not_exempt() -> None:
+    looks = looks_of([rule("no", pattern="secret"), rule("ok", "allow", pattern="open sec")])
+    assert whole("an open secret", looks) == ("an open [no]", {"no": 1})
+
+
+def test_what_is_exempt_stays_so_where_another_rule_is_known_later() -> None:
+    looks = looks_of([rule("no", pattern="secret[0-9]{0,60}"), rule("ok", "allow", pattern="open secret")])
+    text = "an open secret" + " and so on" * 20
+    assert streamed(text, range(1, len(text)), looks) == (text, ()) == streamed(text, [], looks)
 
 
 def test_what_is_exempt_is_exempt_from_refusal_too() -> None:
@@ -289,23 +309,31 @@ def test_two_rules_of_one_name_stop_the_start() -> None:
 # ── a filter that fails ─────────────────────────────────────────────────────────────────────────
 
 
-def failing(text: str, at: int) -> object:
-    raise RuntimeError("out of memory")
+def failing_at(sign: str, fault: type[Exception]) -> tuple[Look, ...]:
+    """A look that holds back what it has, and fails when it comes to this sign."""
+
+    def find(text: str, at: int) -> Iterator[tuple[int, int]]:
+        if sign in text:
+            raise fault("out of order")
+        return iter(())
+
+    return (Look(Windowed(find, 9), "raw", rule("bad"), "[bad]"),)
 
 
-FAILING = (Look(Windowed(failing, 4), "raw", rule("bad"), "[bad]"),)  # type: ignore[arg-type]
-
-
-def test_a_filter_that_fails_refuses() -> None:
-    filter = Filter(FAILING, "output")
+@pytest.mark.parametrize(
+    "fault", [re2.error, ValueError, KeyError, TypeError, OverflowError, RuntimeError, MemoryError]
+)
+def test_a_filter_that_fails_refuses_whatever_its_fault(fault: type[Exception]) -> None:
+    filter = Filter(failing_at("x", fault), "output")
+    assert filter.add("te") == ""
     with pytest.raises(ContentRefused, match="failed"):
-        filter.add("text")
+        filter.add("xt")
     assert filter.findings == (Finding("output", "filter", "refuse", 1),)
 
 
-def test_a_filter_that_may_fail_open_says_so() -> None:
-    filter = Filter(FAILING, "output", fails_open=True)
-    assert filter.add("te") + filter.add("xt") + filter.finish() == "text"
+def test_a_filter_that_may_fail_open_gives_out_what_it_held_and_says_so() -> None:
+    filter = Filter(failing_at("x", RuntimeError), "output", fails_open=True)
+    assert [filter.add("te"), filter.add("xt"), filter.add("!"), filter.finish()] == ["", "text", "!", ""]
     assert filter.findings == (Finding("output", "filter", "flag", 1),)
 
 
@@ -555,11 +583,24 @@ def test_a_guard_that_says_no_or_nothing_refuses_or_flags(
             outcome()
     else:
         assert outcome() == "an answer"
-    assert (listening[0].rule, listening[0].action) == found
+    assert (listening[0].named, listening[0].action) == found
 
 
 def test_the_configuration_opens_a_guard(tmp_path: object) -> None:
     content = Content(guard={"address": "openai:http://127.0.0.1:9/v1#guard", "where": ["input"]})  # type: ignore[arg-type]
     guarding = open_screen(content).guarding
     assert guarding is not None and guarding.guard.name == "guard" and guarding.where == {"input"}
+    assert (guarding.on_unsafe, guarding.on_failure, guarding.seconds) == ("refuse", "refuse", 5.0)
+    assert open_screen(content).fails_open is False
     assert Config(home="/x", content=content).content.guard is not None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["on_unsafe", "on_failure"])
+def test_each_failure_is_flagged_only_where_its_own_setting_says_so(name: str) -> None:
+    asked = {"address": "openai:http://127.0.0.1:9/v1#guard", name: "flag", "seconds": 2.5}
+    guarding = open_screen(Content(guard=asked)).guarding  # type: ignore[arg-type]
+    assert guarding is not None and guarding.seconds == 2.5
+    assert {"on_unsafe": guarding.on_unsafe, "on_failure": guarding.on_failure} == {
+        "on_unsafe": "refuse", "on_failure": "refuse", name: "flag",
+    }  # fmt: skip
+    assert open_screen(Content(on_failure="flag")).fails_open is True

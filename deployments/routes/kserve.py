@@ -117,14 +117,15 @@ async def metadata(request: Request, model: str, principal: Principal = permit("
 @router.post("/models/{model}/versions/{version}/infer")
 @router.post("/models/{model}/infer")
 async def infer(request: Request, model: str, principal: Principal = permit("infer")) -> Response:
-    """Tensors in, tensors out, in JSON or as bytes behind it."""
-    pool, version = servers(request), _version(request)
+    """Tensors in, tensors out, in JSON or as bytes behind it. Texts among them pass the content rules."""
+    pool, version, screen = servers(request), _version(request), lent(request).screen
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMedia("compressed requests are not read; send the tensors as they are")
     asked = await asyncio.to_thread(kserve.decode, await request.body(), request.headers.get(kserve.HEADER))
     started = time.perf_counter()
     wanted = None if asked.outputs is None else list(asked.outputs)
-    outputs = await pool.infer(model, asked.inputs, wanted, version)
+    inputs = await screen.tensors("input", asked.inputs)
+    outputs = await screen.tensors("output", await pool.infer(model, inputs, wanted, version))
     telemetry.nims_inferences.labels(model).inc()
     telemetry.nims_inference.labels(model).observe(time.perf_counter() - started)
     body, headers = await asyncio.to_thread(kserve.encode, model, version, asked, outputs)
