@@ -24,7 +24,7 @@ _PHRASES = (  # a blank stands for one to four
     rf"(?:{_EARLIER} (?:and \w{{1,20}} )?){{1,2}}{_ORDERS}\b",
     rf"\b{_VERBS} (?:everything|anything|all|what) (?:you (?:were|have been) told|(?:(?:is|was) )?(?:above|before))",
     r"\byou are (?:now|no longer) (?:an?|the|in|bound)\b",
-    r"\b(?:new|updated|real|actual|secret) (?:system )?(?:instructions?|prompt) ?:",
+    r"\b(?:new|updated|real|actual|secret) (?:system )?(?:instructions?|prompt)\s{0,4}:",
     r"\b(?:reveal|print|repeat|show|output|leak) (?:me )?(?:your|the) (?:(?:hidden|full|entire|initial|secret) )?"
     r"(?:system prompt|instructions|initial prompt)\b",
     r"\b(?:do not|don't|never) (?:tell|inform|alert) the user\b",
@@ -84,8 +84,8 @@ def _decoded(encoded: str) -> str:
 
 def has_phrase(text: str) -> bool:
     """Whether a text, as it reads, has words that speak to a model."""
-    shown = read(text, "skeleton")
-    return bool(_WORDS.scan(shown, 0, True)[0])
+    views: tuple[ViewName, ...] = ("plain", "skeleton")
+    return any(_WORDS.scan(read(text, view), 0, True)[0] for view in views)
 
 
 SCANNERS: tuple[tuple[Scanner, ViewName], ...] = (

@@ -138,6 +138,15 @@ def test_the_end_of_a_text_is_known_only_at_the_end() -> None:
     assert whole("the end of it")[1] == {}
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("hoﬁx", "h[p]x"), ("a½x", "a[p]x"), ("㏋x", "[p]x")],
+    ids=["it ends the match", "the match is within it", "the match ends it"],
+)
+def test_a_sign_that_reads_as_several_is_cut_whole(text: str, shown: str) -> None:
+    assert whole(text, looks_of([rule("p", pattern="of|⁄|P")])) == (shown, {"p": 1})
+
+
 def test_overlapping_matches_are_one_cut() -> None:
     looks = looks_of([rule("a", pattern="abc"), rule("b", pattern="bcd")])
     assert whole("xabcdx", looks) == ("x[a]x", {"a": 1, "b": 1})
