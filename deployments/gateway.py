@@ -60,7 +60,7 @@ from nexus.screening import (
 )
 from nexus.sessions import Sessions
 from nexus.tokens import Tokens
-from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector
+from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector, media_type_of
 from nexus.verifier import Verifier
 
 
@@ -222,7 +222,7 @@ async def _answer_validation(request: Request, error: Exception) -> Response:
 
 
 def _is_json(request: Request) -> bool:
-    kind = middleware.media_type_of(request.headers)
+    kind = media_type_of(request.headers.get("content-type"))
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 

@@ -41,6 +41,7 @@ from nexus.errors import (
 )  # fmt: skip
 from nexus.limits import Limiter
 from nexus.screening import noted
+from nexus.types import media_type_of
 from nexus.verifier import Verifier, credential_in
 
 log = logging.getLogger("nexus.gateway")
@@ -350,13 +351,8 @@ class Hosts:
                     "pages of this origin may not ask here; whoever runs this Nexus names it in http.allowed_origins",
                     code="origin_not_allowed",
                 )
-        if media_type_of(headers) == "text/plain":
+        if media_type_of(headers.get("content-type")) == "text/plain":
             raise UnsupportedMedia("no text/plain is read here; JSON is sent as application/json")
-
-
-def media_type_of(headers: Headers) -> str:
-    """What a body is said to be, in lower case and without parameters; empty where nothing is said."""
-    return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _without_port(host: str) -> str:

@@ -21,6 +21,7 @@ import httpcore
 
 from nexus.errors import InvalidRequest
 from nexus.images import FORMATS, MOST_BYTES, Picture
+from nexus.types import media_type_of
 
 MOST_REDIRECTS = 3
 MOST_SECONDS = 10.0  # for one picture, its redirects included
@@ -154,7 +155,7 @@ class ImageHosts:
                 return headers["location"]
             if response.status != 200:
                 raise _Failed(f"its server answers with status {response.status}")
-            media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+            media_type = media_type_of(headers.get("content-type"))
             if media_type not in FORMATS or headers.get("content-encoding", "identity").lower() != "identity":
                 raise _Failed(f"its server does not say that it is one of {', '.join(FORMATS)}")
             content = bytearray()

@@ -43,7 +43,7 @@ from typing import Any, NoReturn, Self, get_args
 from urllib.parse import urlsplit
 
 from nexus.errors import InvalidRequest, NexusError, Unavailable, Unprocessable, UnsupportedMedia
-from nexus.types import Block, BlockKind, Parsed
+from nexus.types import Block, BlockKind, Parsed, media_type_of
 
 PARSER = "nexus-2"  # part of every version: another value makes every document be read again
 
@@ -232,8 +232,8 @@ def detect(source: str, content: bytes, declared: str | None = None) -> str:
         return "application/xml"
     if by_name in ("", "text/plain") and _MAIL_START.match(letters.replace(b"\r", b"")):
         return "message/rfc822"
-    declared = (declared or "").partition(";")[0].strip().lower()
-    said = declared if declared in _READERS and declared not in _BINARY else ""
+    said = media_type_of(declared)
+    said = said if said in _READERS and said not in _BINARY else ""
     return ("text/plain" if by_name in _BINARY else by_name) or _source_code_type(name) or said or "text/plain"
 
 

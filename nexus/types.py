@@ -36,6 +36,11 @@ def content_digest(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
+def media_type_of(said: str | None) -> str:
+    """What a Content-Type says a body is, in lower case and without parameters; empty where nothing is said."""
+    return (said or "").partition(";")[0].strip().lower()
+
+
 def chunk_id_of(document_id: str, version: str, ordinal: int) -> str:
     """The identity of a chunk: its place in a version of a document."""
     return digest("chunk", document_id, version, str(ordinal))

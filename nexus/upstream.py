@@ -24,6 +24,7 @@ import orjson
 from pydantic import SecretStr
 
 from nexus.errors import ConfigError, InvalidRequest, NexusError, Overloaded, Unavailable, UpstreamInvalid
+from nexus.types import media_type_of
 
 CONNECT_SECONDS = 5.0
 ATTEMPTS = 3
@@ -382,7 +383,7 @@ class Server:
         return self.explain(response.status_code, body, response.headers.get("retry-after"))
 
     def _require(self, response: httpx.Response, wanted: str) -> None:
-        kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = media_type_of(response.headers.get("content-type"))
         if kind != wanted:
             raise self._nonsense(f"{clean(kind) or 'nothing said to be'!r} where {wanted} was asked for")
         if response.headers.get("content-encoding", "identity").lower() != "identity":

@@ -13,14 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
-from deployments.middleware import media_type_of
 from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of, stand_aside
 from deployments.routes.jobs import wake
 from deployments.shapes import AddDocument, CollectionName, reply, show_deletion, show_document, show_job, show_receipt
 from nexus.errors import InvalidRequest, NotFound, TryAgain, UnsupportedMedia, named
 from nexus.ingest import check_source
 from nexus.jobs import OPEN, Announced, File, Job
-from nexus.types import Principal, Upload, content_digest
+from nexus.types import Principal, Upload, content_digest, media_type_of
 
 if TYPE_CHECKING:
     from deployments.gateway import Lent
@@ -78,7 +77,7 @@ async def _await_end(here: Lent, job: Job, principal: Principal, seconds: float)
 
 
 async def _read_upload(request: Request, principal: Principal) -> Upload:
-    kind = media_type_of(request.headers)
+    kind = media_type_of(request.headers.get("content-type"))
     if kind == "application/json":
         shape = _validate(await request.body())
         return _upload(shape, shape.content.encode(), None, principal)

@@ -15,7 +15,7 @@ from deployments.shapes import MAX_NUMBER, AnnounceFiles, reply, show_file, show
 from nexus.errors import InvalidRequest, TryAgain, UnsupportedMedia
 from nexus.ingest import Source, check_source
 from nexus.jobs import Announced, Job, Jobs
-from nexus.types import Principal, Receipt
+from nexus.types import Principal, Receipt, media_type_of
 
 if TYPE_CHECKING:
     from deployments.gateway import Lent
@@ -60,7 +60,7 @@ async def announce(request: Request, body: AnnounceFiles, principal: Principal =
 async def supply(request: Request, job_id: str, principal: Principal = permit("documents:write")) -> Response:
     """Bytes of announced files: a form whose fields are the files' numbers. Once answered, they are on disk."""
     here = lent(request)
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if media_type_of(request.headers.get("content-type")) != "multipart/form-data":
         raise UnsupportedMedia("send the files as multipart/form-data, each field named by the number of its file")
     contents: dict[int, bytes] = {}
     async with request.form(max_files=FILES_PER_REQUEST, max_fields=1) as form:
