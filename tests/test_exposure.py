@@ -86,6 +86,11 @@ def test_no_node_starts_on_a_part_below_its_floor(tmp_path: Path, monkeypatch: p
     def refuse() -> None:
         raise ConfigError("ray 2.0 has known holes")
 
+    def begin(*_: object, **__: object) -> None:
+        pytest.fail("the node would have been started")
+
+    monkeypatch.setattr(bootstrap.subprocess, "Popen", begin)
+    monkeypatch.setattr(bootstrap, "_start_node", begin)
     monkeypatch.setattr(bootstrap, "check_versions", refuse)
     with pytest.raises(ConfigError, match="known holes"):
         getattr(bootstrap, start)(Config(home=tmp_path), *(["sark"] if start == "join_head" else []))
