@@ -37,7 +37,7 @@ app = typer.Typer(
     help="Your documents, answered on your machines. Start with `nexus up`, then `nexus add FOLDER`, then `nexus ask`.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-key_app = typer.Typer(help="API keys: make, list, end.", no_args_is_help=True)
+key_app = typer.Typer(help="API keys: make, list, end; and those of outside issuers.", no_args_is_help=True)
 config_app = typer.Typer(help="The settings in force.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
 app.add_typer(config_app, name="config")
@@ -631,6 +631,19 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="The id, as `nexus key
     with _keys() as ring, recorded(load_config(), "nexus key revoke", key_id):
         ring.revoke(key_id)
     typer.echo(f"revoked {key_id}")
+
+
+@key_app.command("refresh")
+def refresh_keys(as_json: Json = False) -> None:
+    """Have the keys of outside issuers read now: one that is gone there ends. Exit code 1 if some did not come."""
+    with http.Client() as nexus:
+        _, answer = nexus.call("POST", "/auth/issuers/refresh")
+    if as_json:
+        typer.echo(json.dumps(answer["issuers"]))
+    for one in () if as_json else answer["issuers"]:
+        told = ", ".join(one["keys"]) or "none" if one["refreshed"] else "did not come; those known before count on"
+        typer.echo(f"{one['issuer']}: {told}")
+    raise typer.Exit(0 if all(one["refreshed"] for one in answer["issuers"]) else 1)
 
 
 @config_app.command("show")

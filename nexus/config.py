@@ -358,7 +358,8 @@ class Parsing(Section):
 class Issuer(Section):
     """Somebody else whose tokens are taken: exactly this `iss` and `aud`, for these tenants, signed with these keys.
 
-    `permissions` are the most that such a token gives, whatever it says. A URL is read in the background.
+    `permissions` are the most that such a token gives, whatever it says. A URL is read in the background: a key that
+    is no more in the set counts for `refresh_seconds` yet, unless `nexus key refresh` comes first.
     """
 
     issuer: Annotated[str, Field(min_length=1, max_length=512)]
@@ -371,7 +372,7 @@ class Issuer(Section):
     algorithms: Annotated[tuple[PublicKeyAlgorithm, ...], Field(min_length=1)] = ("RS256", "ES256", "EdDSA")
     permissions: tuple[str, ...] = tuple(sorted(PERMISSIONS - {"admin"}))
     lifetime_seconds: Annotated[float, Field(gt=0, le=86_400)] = 3600.0  # of a token, at most
-    refresh_seconds: Annotated[float, Field(ge=5, le=3600)] = 300.0
+    refresh_seconds: Annotated[float, Field(ge=5, le=3600)] = 60.0
 
     @model_validator(mode="after")
     def _has_keys(self) -> "Issuer":

@@ -2,7 +2,8 @@
 
 Keys are looked up by exactly the `kid` that a token names, and each is bound to one algorithm. A set with a secret in
 it, or a key too weak, is refused whole. Keys from a URL are as old as its last good answer; where that was too long
-ago, none counts.
+ago, none counts. It is asked often and answers little: what it was said to be at its last change goes with the question
+(RFC 9110, 13.1). A key that an issuer takes out counts until then, or until somebody asks for it now.
 """
 
 import json
@@ -28,6 +29,9 @@ MOST_KEYS = 100
 FETCH_SECONDS = 5.0
 SOONEST_SECONDS = 5.0  # between two fetches, whatever is asked for
 KEPT_SECONDS = 3600.0  # for so long the keys count while their URL does not answer
+HEADERS = {"accept": "application/json", "accept-encoding": "identity", "cache-control": "no-cache"}
+CONDITIONS = {"etag": "if-none-match", "last-modified": "if-modified-since"}
+MOST_CONDITION = 512  # characters
 LEAST_RSA_BITS = 2048
 
 Keys = Mapping[str | None, jwt.PyJWK]
@@ -39,6 +43,9 @@ class KeySet(Protocol):
 
     def missed(self) -> None:
         """A token names a key that is not in the set: there may be a new one."""
+
+    def refresh(self) -> bool:
+        """Read them now; whether that went well. If not, those that were there go on as before."""
 
 
 def parse_key_set(content: bytes, algorithms: tuple[str, ...]) -> Keys:
@@ -95,6 +102,13 @@ class FileKeys:
     def missed(self) -> None:
         """A file is looked at each time."""
 
+    def refresh(self) -> bool:
+        try:
+            self.keys()
+        except Unavailable:
+            return False
+        return True
+
 
 class UrlKeys:
     """The keys at a URL. No request waits for it: a thread asks now and then, and soon after a key was missed."""
@@ -107,6 +121,8 @@ class UrlKeys:
         self._elapsed = elapsed
         self._keys: Keys = {}
         self._read_at: float | None = None
+        self._conditions: Mapping[str, str] = {}
+        self._reading = threading.Lock()
         self._wanted = threading.Event()
         self._is_closed = False
 
@@ -127,14 +143,18 @@ class UrlKeys:
 
     def refresh(self) -> bool:
         """Read the URL once; whether that went well. What it says wrong changes nothing."""
-        try:
-            self._keys = parse_key_set(fetch(self._url), self._algorithms)
-        except (httpx.HTTPError, OSError, UpstreamInvalid) as error:
-            reason = error.message if isinstance(error, UpstreamInvalid) else type(error).__name__
-            log.warning("the keys of an issuer at %s did not come: %s", urlsplit(self._url).hostname, reason)
-            return False
-        self._read_at = self._elapsed()
-        return True
+        with self._reading:
+            asked_at = self._elapsed()
+            try:
+                content, conditions = fetch(self._url, self._conditions)
+                if content is not None:
+                    self._keys, self._conditions = parse_key_set(content, self._algorithms), conditions
+            except (httpx.HTTPError, OSError, UpstreamInvalid) as error:
+                reason = error.message if isinstance(error, UpstreamInvalid) else type(error).__name__
+                log.warning("the keys of an issuer at %s did not come: %s", urlsplit(self._url).hostname, reason)
+                return False
+            self._read_at = asked_at
+            return True
 
     def _keep_fresh(self) -> None:
         pause = SOONEST_SECONDS
@@ -145,24 +165,27 @@ class UrlKeys:
             self._wanted.wait(pause - SOONEST_SECONDS)
 
 
-def fetch(url: str) -> bytes:
-    """The document at a URL: no redirects, no proxies of the environment, bounded in size and in time.
+def fetch(url: str, conditions: Mapping[str, str]) -> tuple[bytes | None, Mapping[str, str]]:
+    """The document at a URL, or None where it is what it was, and the conditions for asking again.
 
-    Raises httpx.HTTPError, UpstreamInvalid.
+    No redirects, no proxies of the environment, bounded in size and in time. Raises httpx.HTTPError, UpstreamInvalid.
     """
     deadline = time.monotonic() + FETCH_SECONDS
     content = bytearray()
     with (
         httpx.Client(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as client,
-        client.stream("GET", url, headers={"accept": "application/json", "accept-encoding": "identity"}) as response,
+        client.stream("GET", url, headers=HEADERS | dict(conditions)) as response,
     ):
+        if response.status_code == 304 and conditions:
+            return None, conditions
         if response.status_code != 200:
             raise UpstreamInvalid(f"its server answers with status {response.status_code}")
         for data in response.iter_raw():
             content += data
             if len(content) > MOST_BYTES or time.monotonic() > deadline:
                 raise UpstreamInvalid(f"more than {MOST_BYTES} bytes, or {FETCH_SECONDS:g} s")
-    return bytes(content)
+    said = {name: response.headers.get(name, "") for name in CONDITIONS}
+    return bytes(content), {CONDITIONS[name]: value for name, value in said.items() if 0 < len(value) <= MOST_CONDITION}
 
 
 def open_key_set(issuer: Issuer) -> KeySet:

@@ -136,6 +136,14 @@ class Tokens:
         lifetimes = [self._settings.token_seconds, *(each.settings.lifetime_seconds for each in self._outside.values())]
         self._keys.revoke_token("", token_id, self._now() + max(lifetimes) + 2 * LEEWAY_SECONDS)
 
+    def refresh_keys(self) -> dict[str, list[str] | None]:
+        """Read the keys of every outside issuer now: the `kid` of each, None where they did not come."""
+        found: dict[str, list[str] | None] = {}
+        for issuer, outside in self._outside.items():
+            known = outside.key_set.keys() if outside.key_set.refresh() else None
+            found[issuer] = None if known is None else sorted(kid or "" for kid in known)
+        return found
+
     def _verify_ours(self, text: str, parsed: _Parsed) -> Token:
         if parsed.header.get("typ") != OUR_TYPE or "kid" in parsed.header:
             raise _Refused("its header is none of ours")

@@ -1,5 +1,6 @@
 """Who may use which route, for every route there is: rows API5 and API9, generated from the router itself."""
 
+from collections.abc import Mapping
 from itertools import product
 from typing import Any, cast
 
@@ -22,6 +23,42 @@ ANY_CREDENTIAL = {
     "POST /auth/token",
     "DELETE /auth/token",
 }  # open to whoever has one, whatever it allows
+ASKED: Mapping[str, tuple[str, ...]] = {
+    "": tuple(sorted(ANY_CREDENTIAL)),
+    "admin": (
+        "POST /auth/keys", "GET /auth/keys", "DELETE /auth/keys", "DELETE /auth/keys/{key_id}",
+        "POST /auth/issuers/refresh", "POST /coordinator/snapshot", "POST /coordinator/transfer",
+        "POST /coordinator/voters", "DELETE /coordinator/voters/{number}", "POST /rag/fsck", "POST /rag/vacuum",
+        "POST /v2/repository/models/{model}/load", "POST /v2/repository/models/{model}/unload",
+    ),
+    "documents:read": (
+        "GET /rag/documents", "GET /rag/documents/{document_id}", "GET /rag/deletions",
+        "GET /rag/deletions/{document_id}", "GET /rag/jobs", "GET /rag/jobs/{job_id}", "POST /rag/search",
+        "POST /rag/query",
+    ),
+    "documents:write": (
+        "POST /rag/add_document", "DELETE /rag/documents/{document_id}", "POST /rag/jobs", "DELETE /rag/jobs/{job_id}",
+        "POST /rag/jobs/{job_id}/cancel", "PUT /rag/jobs/{job_id}/files",
+        "POST /rag/jobs/{job_id}/files/{number}/retry",
+    ),
+    "sessions:read": ("GET /mcp/{session_id:path}/get_context",),
+    "sessions:write": ("POST /mcp/{session_id:path}/add_context", "DELETE /mcp/{session_id:path}/clear_context"),
+    "documents:read sessions:read": ("POST /mcp/{session_id:path}/query",),
+    "infer": (
+        "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/rerank",
+        "GET /v1/models", "GET /v1/models/{name:path}", "POST /execute", "GET /pipelines", "GET /status",
+        "GET /report", "GET /metrics", "GET /coordinator", "GET /v2", "GET /v2/health/live", "GET /v2/health/ready",
+        "GET /v2/models/stats", "GET /v2/repository/index", "POST /v2/repository/index",
+        *(
+            ask.format(place)
+            for place in ("{model}", "{model}/versions/{version}")
+            for ask in (
+                "GET /v2/models/{}", "GET /v2/models/{}/config", "GET /v2/models/{}/ready", "GET /v2/models/{}/stats",
+                "POST /v2/models/{}/infer",
+            )
+        ),
+    ),
+}  # fmt: skip
 GUARDED = [route for route in ROUTES if route.path not in PUBLIC]
 
 
@@ -31,6 +68,13 @@ def door(shared_door: Door) -> Door:
 
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+
+def test_API5_what_each_route_asks_for_is_written_down() -> None:
+    """Both the router and the tests below believe what a route declares; whoever changes it changes this, too."""
+    written = {route: permissions for permissions, routes in ASKED.items() for route in routes}
+    asked = {str(route): " ".join(sorted(route.permissions or ())) for route in GUARDED}
+    assert asked == written
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)

@@ -56,6 +56,18 @@ async def revoke_token(
     return reply({"revoked": shown.id})
 
 
+@router.post("/issuers/refresh")
+async def refresh_issuers(request: Request, principal: Principal = permit("admin")) -> Response:
+    """Read the keys of every issuer in the settings now: what is signed with one that is gone ends at once.
+
+    Where `refreshed` is false they did not come, and those that were known count as before.
+    """
+    found = await asyncio.to_thread(lent(request).tokens.refresh_keys)
+    note(request, objects=sorted(found))
+    shown = [{"issuer": name, "refreshed": kids is not None, "keys": kids or []} for name, kids in found.items()]
+    return reply({"issuers": shown})
+
+
 @router.post("/keys")
 async def create_key(request: Request, body: NewKey, principal: Principal = permit("admin")) -> Response:
     """Make a key for any tenant; `admin` administers the whole installation. Its text is in this answer and nowhere."""
