@@ -1,6 +1,8 @@
 """API keys: shown once, kept hashed, ended for good."""
 
 import hashlib
+import logging
+import random
 import sqlite3
 import zlib
 from collections.abc import Iterator
@@ -53,6 +55,32 @@ def test_a_right_checksum_does_not_make_a_wrong_secret_right(keys: KeyRing) -> N
     for body in (f"nx_dev_{key_id}_{'A' * len(secret)}", f"nx_dev_{'B' * len(key_id)}_{secret}"):
         with pytest.raises(Unauthenticated):
             keys.verify(f"{body}_{access._checksum(body)}")
+
+
+def test_section6_every_place_of_a_secret_is_random_and_by_no_generator_that_can_be_guessed(keys: KeyRing) -> None:
+    made = []
+    for _ in range(30):
+        random.seed(7)
+        made.append(keys.create("ci")[0].split("_")[3])
+    assert len(set(made)) == 30
+    assert min(len(set(place)) for place in zip(*made, strict=True)) > 3
+
+
+def test_section6_a_key_that_is_made_is_in_no_log(keys: KeyRing, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    text, key = keys.create("ci")
+    keys.verify(text)
+    keys.revoke(key.id)
+    with pytest.raises(Unauthenticated):
+        keys.verify(text)
+    assert text.split("_")[3] not in caplog.text
+
+
+def test_section6_a_file_of_keys_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:
+    KeyRing(tmp_path).close()
+    (tmp_path / "access.db").chmod(0o644)
+    KeyRing(tmp_path).close()
+    assert (tmp_path / "access.db").stat().st_mode & 0o777 == 0o600
 
 
 @given(st.text())

@@ -9,12 +9,15 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,8 +25,8 @@ from typing import Any
 
 import jwt
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, padding, rsa
 from pydantic import SecretStr, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -31,17 +34,20 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 from typer.testing import CliRunner
 
-from deployments import middleware
+from cluster import bootstrap
+from deployments import cli, gateway, middleware, running
+from deployments.client import Client
 from nexus.access import CACHE_SECONDS, PERMISSIONS, KeyRing
 from nexus.audit import Chain, Recorder
 from nexus.config import Access, Config, Issuer
 from nexus.errors import ConfigError, InvalidRequest, RateLimited, Unauthenticated, Unavailable, UpstreamInvalid
 from nexus.key_sets import KEPT_SECONDS, FileKeys, UrlKeys, parse_key_set
 from nexus.signing import FILE, SecretFile
-from nexus.tokens import LEEWAY_SECONDS, MOST_CHARACTERS, Tokens
+from nexus.tokens import LEEWAY_SECONDS, MOST_CHARACTERS, Token, Tokens
 from nexus.types import Principal
 from nexus.verifier import Verifier, credential_in
 from tests.conftest import Door
+from tests.test_architecture import ROOT
 
 OUTSIDE, THEIR_AUDIENCE = "https://issuer.example", "nexus-api"
 LATE = int(LEEWAY_SECONDS) + 1
@@ -60,6 +66,11 @@ def encode(part: bytes | Mapping[str, Any]) -> str:
 
 def hs256(secret: bytes) -> Callable[[bytes], bytes]:
     return lambda text: hmac.new(secret, text, hashlib.sha256).digest()
+
+
+def rs256(text: bytes) -> bytes:
+    """What the outside issuer's key r1 signs."""
+    return rsa_key().sign(text, padding.PKCS1v15(), hashes.SHA256())
 
 
 def assemble(
@@ -385,9 +396,12 @@ BAD: dict[str, Forgery] = {
         }.items()
         for out in (False, True)
     },
-    "J5-kid-number": lambda realm: assemble({"alg": "RS256", "kid": 1}, realm.their_claims(), lambda _: b"x"),
-    "J5-kid-list": lambda realm: assemble({"alg": "RS256", "kid": ["r1"]}, realm.their_claims(), lambda _: b"x"),
-    "J5-kid-null": lambda realm: assemble({"alg": "RS256", "kid": None}, realm.their_claims(), lambda _: b"x"),
+    **{
+        f"J5-kid-{name}": lambda realm, header=header: assemble({"alg": "RS256", **header}, realm.their_claims(), rs256)
+        for name, header in {
+            "number": {"kid": 1}, "list": {"kid": ["r1"]}, "null": {"kid": None}, "missing": {},
+        }.items()
+    },
     "J5-kid-megabyte": lambda realm: realm.ours({"kid": "k" * 2**20}),
     "J5-empty-secret-of-dev-null": lambda realm: assemble(
         {"alg": "HS256", "typ": "at+jwt", "kid": "/dev/null"}, realm.our_claims(), hs256(b"")
@@ -418,6 +432,7 @@ BAD: dict[str, Forgery] = {
     "J6-permissions-of-numbers": with_claims(permissions=[1]),
     "J7-nbf-in-the-future": in_time("nbf", LATE + 5),
     "J7-nbf-a-text": with_claims(nbf="0"),
+    "J7-nbf-true": with_claims(nbf=True),
     "J7-iat-in-the-future": in_time("iat", LATE + 5),
     "J7-lives-too-long": lifetime(3601),
     "J7-lives-for-years": lifetime(10 * 365 * 86_400),
@@ -442,7 +457,7 @@ BAD: dict[str, Forgery] = {
         if not isinstance(iss, list)
     },
     "J8-iss-list": lambda realm: assemble(
-        {"alg": "RS256", "kid": "r1"}, realm.their_claims(iss=[OUTSIDE]), lambda _: b"x"
+        {"alg": "RS256", "kid": "r1"}, realm.their_claims(iss=[OUTSIDE]), rs256
     ),
     "J9-typ-missing": with_header(typ=...),
     "J9-typ-JWT": with_header(typ="JWT"),
@@ -615,6 +630,16 @@ def test_J10_a_secret_file_that_is_no_good_refuses_the_start(
     assert content == "" or content not in caught.value.message
 
 
+def test_J10_a_secret_file_that_is_emptied_lets_nobody_in_and_makes_nothing(realm: Realm) -> None:
+    """Else whoever signs with nothing would be let in."""
+    (realm.home / FILE).write_text("\n")
+    forged = assemble({"alg": "HS256", "typ": "at+jwt"}, realm.our_claims(), hs256(b""))
+    assert realm.ask(forged).status_code == 503
+    with pytest.raises(Unavailable, match="too short"):
+        realm.tokens.issue(realm.principal)
+    assert realm.ask(realm.key).status_code == 200
+
+
 # ── J11: what ends before its time ──────────────────────────────────────────────────────────────
 
 
@@ -715,6 +740,26 @@ def test_J11_revocations_are_forgotten_when_the_token_would_have_ended(tmp_path:
         assert [keys.is_token_revoked("nexus", each) for each in ("first", "second")] == [False, True]
 
 
+@pytest.mark.parametrize("kind", ["one token", "any of its id"])
+def test_J11_a_revocation_lasts_for_as_long_as_the_token_could_be_taken(tmp_path: Path, kind: str) -> None:
+    """Those whose time is over are forgotten with each new one: not a moment too soon."""
+    now = Clock(time.time())
+    with closing(KeyRing(tmp_path, now=now)) as keys:
+        jwks = tmp_path / "jwks.json"
+        jwks.write_text(json.dumps(their_set()))
+        tokens = Tokens(keys, tmp_path, Access(issuers=(outside(jwks, lifetime_seconds=86_400),)), now=now)
+        begin = int(now.seconds)
+        token = Token(Principal("acme", "x", frozenset()), OUTSIDE, "long", begin, begin + 86_400)
+        if kind == "one token":
+            tokens.revoke(token)
+            tokens.revoke(replace(token, expires_at=begin + 1))  # shorter ones change nothing
+        else:
+            tokens.revoke_by_id("long")
+        now.seconds = token.expires_at + LEEWAY_SECONDS - 1
+        keys.revoke_token("nexus", "another", now.seconds)
+        assert keys.is_token_revoked(OUTSIDE, "long")
+
+
 # ── outside issuers' keys ───────────────────────────────────────────────────────────────────────
 
 
@@ -763,23 +808,32 @@ def test_a_key_file_that_goes_away_lets_nobody_in(realm: Realm) -> None:
 
 @dataclass
 class KeyServer:
-    """A loopback double of an issuer's JWKS address."""
+    """A loopback double of an issuer's JWKS address. It says 304 to who names the ETag that it has."""
 
     url: str
     answer: dict[str, Any]
-    asked: int = 0
+    heard: list[Mapping[str, str]] = field(default_factory=list)  # the headers of each request, in lower case
+
+    @property
+    def asked(self) -> int:
+        return len(self.heard)
+
+    def serve(self, *keys: Mapping[str, Any], **headers: str) -> None:
+        self.answer = {"status": 200, "content": json.dumps({"keys": keys}).encode(), "headers": headers}
 
 
 @pytest.fixture
 def key_server() -> Iterator[KeyServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            served.asked += 1
-            self.send_response(served.answer["status"])
-            for name, value in served.answer.get("headers", {}).items():
+            served.heard.append({name.lower(): value for name, value in self.headers.items()})
+            headers = served.answer.get("headers", {})
+            is_known = "etag" in headers and headers["etag"] == served.heard[-1].get("if-none-match")
+            self.send_response(304 if is_known else served.answer["status"])
+            for name, value in headers.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(served.answer["content"])
+            self.wfile.write(b"" if is_known else served.answer["content"])
 
         def log_message(self, format: str, *_: object) -> None:
             pass
@@ -826,6 +880,58 @@ def test_keys_stay_for_a_while_when_their_url_answers_nonsense(key_server: KeySe
     assert not keys.refresh() and key_server.asked == 2
     assert set(keys.keys()) == {"r1"}
     clock.seconds += KEPT_SECONDS + 1
+    with pytest.raises(Unavailable):
+        keys.keys()
+
+
+def test_J11_a_key_that_an_issuer_takes_out_ends_as_soon_as_its_set_is_read_again(
+    realm: Realm, key_server: KeyServer
+) -> None:
+    keys = UrlKeys(key_server.url, ("RS256",), 60)
+    settings = outside(realm.jwks, jwks_file=None, jwks_url=key_server.url)
+    assert 5 <= settings.refresh_seconds <= 60
+    tokens = Tokens(realm.keys, realm.home, Access(issuers=(settings,)), open_keys=lambda _: keys)
+    assert tokens.refresh_keys() == {OUTSIDE: ["r1"]}
+    old, fresh = realm.theirs(), rsa_key(2048, 2)
+    key_server.serve(public_jwk(fresh, "r2", "RS256"))
+    assert tokens.verify(old).principal.tenant == "acme"
+    assert tokens.refresh_keys() == {OUTSIDE: ["r2"]}
+    with pytest.raises(Unauthenticated):
+        tokens.verify(old)
+    assert tokens.verify(realm.theirs({"kid": "r2"}, fresh)).principal.tenant == "acme"
+    key_server.answer = {"status": 500, "content": b""}
+    assert tokens.refresh_keys() == {OUTSIDE: None}
+    assert tokens.verify(realm.theirs({"kid": "r2"}, fresh)).principal.tenant == "acme"
+
+
+def test_J11_keys_in_a_file_are_read_anew_and_named_too(realm: Realm) -> None:
+    assert realm.tokens.refresh_keys() == {OUTSIDE: ["e1", "r1"]}
+    realm.jwks.unlink()
+    assert realm.tokens.refresh_keys() == {OUTSIDE: None}
+
+
+def test_what_did_not_change_is_not_sent_again_and_is_as_fresh_as_new(key_server: KeyServer) -> None:
+    clock = Clock()
+    keys = UrlKeys(key_server.url, ("RS256", "EdDSA"), 60, clock)
+    first, second = their_set()["keys"]
+    key_server.serve(first, etag='"1"')
+    assert keys.refresh() and "if-none-match" not in key_server.heard[0]
+    clock.seconds += KEPT_SECONDS
+    assert keys.refresh() and key_server.heard[1]["if-none-match"] == '"1"'
+    clock.seconds += KEPT_SECONDS
+    assert set(keys.keys()) == {"r1"}
+    key_server.serve(second, etag='"2"')
+    assert keys.refresh() and set(keys.keys()) == {"e1"}
+    assert {one["cache-control"] for one in key_server.heard} == {"no-cache"}, "no cache in between answers for it"
+
+
+def test_a_set_that_is_no_good_is_not_taken_for_known(key_server: KeyServer) -> None:
+    keys = UrlKeys(key_server.url, ("RS256",), 60)
+    key_server.serve({"kty": "oct", "k": "AA"}, etag='"bad"')
+    assert not keys.refresh() and not keys.refresh()
+    assert "if-none-match" not in key_server.heard[1]
+    key_server.answer = {"status": 304, "content": b""}
+    assert not keys.refresh(), "nobody asked whether it changed"
     with pytest.raises(Unavailable):
         keys.keys()
 
@@ -985,6 +1091,61 @@ def test_section6_production_has_no_development_keys() -> None:
     assert Access(mode="production").environment == "live" and Access().environment == "dev"
 
 
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `nexus up` would have started in this home, without starting it; two keys for development are set."""
+    monkeypatch.setenv("NEXUS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("VALID_API_KEYS", "canary-one,canary-two")
+    instance = bootstrap.Instance(
+        "i", 1, "b", "http://127.0.0.1:8000", "127.0.0.1:1", "http://127.0.0.1:2", 3, "/", 0.0
+    )
+    begun: list[str] = []
+    monkeypatch.setattr(running, "ensure_up", lambda *_: begun.append("up") or (instance, "started"))
+    return begun
+
+
+def test_section6_up_says_on_the_terminal_that_development_keys_are_accepted(
+    started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = CliRunner().invoke(cli.app, ["up"])
+    assert said.exit_code == 0 and started == ["up"]
+    assert [line for line in said.stderr.splitlines() if line.startswith("WARNING: 2 development key(s)")]
+    assert "VALID_API_KEYS" in said.stderr and "canary" not in said.output
+    monkeypatch.delenv("VALID_API_KEYS")
+    assert "WARNING" not in CliRunner().invoke(cli.app, ["up"]).output
+
+
+def test_section6_the_gateway_says_in_the_log_that_it_accepts_development_keys(tmp_path: Path) -> None:
+    """In a process of its own, as the gateway's is: it has all of Ray, and its log is its stderr."""
+    opened = "from deployments.app import open_keys, load_config; open_keys(load_config()).close()"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("NEXUS_")}
+    said = []
+    for given in ({"VALID_API_KEYS": "canary-one,canary-two"}, {}):
+        environment = {**clean, "NEXUS_HOME": str(tmp_path), **given}
+        done = subprocess.run(
+            [sys.executable, "-c", opened], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        said.append(done.stderr)
+    assert "2 development key(s) are accepted" in said[0] and "VALID_API_KEYS" in said[0] and "canary" not in said[0]
+    assert "development" not in said[1]
+
+
+@pytest.mark.parametrize("place", ["environment", "file"])
+def test_section6_production_does_not_start_with_development_keys(
+    started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    if place == "file":
+        monkeypatch.delenv("VALID_API_KEYS")
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "nexus.yaml").write_text("access: {development_keys: [canary-one]}\n")
+    monkeypatch.setenv("NEXUS_ACCESS__MODE", "production")
+    for command in (["up"], ["key", "create", "ci"]):
+        refused = CliRunner().invoke(cli.app, command).exception
+        assert isinstance(refused, ConfigError) and "VALID_API_KEYS" in refused.message
+        assert "canary" not in refused.message
+    assert not started and not (tmp_path / "home" / "access.db").exists()
+
+
 def test_a_token_of_a_development_key_ends_when_the_key_is_no_more_configured(tmp_path: Path) -> None:
     settings = Access(development_keys=(SecretStr("letmein"),))
     with closing(KeyRing(tmp_path, ["letmein"])) as keys:
@@ -1096,6 +1257,21 @@ def test_section6_over_http_a_key_is_shown_once_listed_without_its_secret_and_en
         assert door.client.get("/rag/documents", headers=bearer(credential)).status_code == 401
 
 
+def test_J11_over_http_an_administrator_has_the_keys_of_issuers_read_now(door: Door, tmp_path: Path) -> None:
+    jwks = tmp_path / "jwks.json"
+    jwks.write_text(json.dumps(their_set()))
+    tokens = Tokens(door.keys, tmp_path, Access(issuers=(outside(jwks),)))
+    client = TestClient(gateway.build(replace(door.lent, tokens=tokens)))
+    path, admin = "/auth/issuers/refresh", door.headers()
+    assert client.post(path, headers=admin).json() == {
+        "issuers": [{"issuer": OUTSIDE, "refreshed": True, "keys": ["e1", "r1"]}]
+    }
+    jwks.unlink()
+    assert client.post(path, headers=admin).json()["issuers"] == [{"issuer": OUTSIDE, "refreshed": False, "keys": []}]
+    everything_else = door.headers("acme", "ci", *sorted(PERMISSIONS - {"admin"}))
+    assert client.post(path, headers=everything_else).status_code == 403
+
+
 @pytest.mark.parametrize("verb", ["get", "post", "delete"])
 def test_API5_keys_are_for_those_who_administer(door: Door, verb: str) -> None:
     headers = door.headers("acme", "ci", *sorted(PERMISSIONS - {"admin"}))
@@ -1126,16 +1302,33 @@ def test_API3_a_key_is_made_of_known_fields_within_bounds(door: Door, extra: dic
 
 
 def test_the_command_line_makes_keys_with_limits_and_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deployments.cli import app
-
     monkeypatch.setenv("NEXUS_HOME", str(tmp_path))
     monkeypatch.setenv("NEXUS_ACCESS__MODE", "production")
     run = CliRunner().invoke
     options = ["--requests-per-minute", "3", "--tokens-per-minute", "50", "--expires", "2999-01-01"]
-    made = run(app, ["key", "create", "ci", "--json", *options])
+    made = run(cli.app, ["key", "create", "ci", "--json", *options])
     assert made.exit_code == 0 and json.loads(made.stdout)["key"].startswith("nx_live_")
-    (listed,) = json.loads(run(app, ["key", "list", "--json"]).stdout)
+    (listed,) = json.loads(run(cli.app, ["key", "list", "--json"]).stdout)
     assert (listed["requests_per_minute"], listed["tokens_per_minute"]) == (3, 50)
     assert time.gmtime(listed["expires_at"])[:3] == (2999, 1, 1)
     for wrong in (["--expires", "2001-01-01"], ["--expires", "2999-01-01", "--days", "3"]):
-        assert isinstance(run(app, ["key", "create", "ci", *wrong]).exception, InvalidRequest)
+        assert isinstance(run(cli.app, ["key", "create", "ci", *wrong]).exception, InvalidRequest)
+
+
+@pytest.mark.parametrize(("kids", "told"), [(["r1", "r2"], "r1, r2"), ([], "none"), (None, "did not come")])
+def test_J11_the_command_line_has_the_keys_of_issuers_read_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kids: list[str] | None, told: str
+) -> None:
+    monkeypatch.setenv("NEXUS_HOME", str(tmp_path))
+    asked: list[tuple[str, str]] = []
+    shown = [{"issuer": OUTSIDE, "refreshed": kids is not None, "keys": kids or []}]
+
+    def call(self: Client, method: str, path: str) -> tuple[int, Any]:
+        asked.append((method, path))
+        return 200, {"issuers": shown}
+
+    monkeypatch.setattr(Client, "call", call)
+    printed = CliRunner().invoke(cli.app, ["key", "refresh"])
+    assert printed.exit_code == (kids is None) and printed.stdout.startswith(f"{OUTSIDE}: {told}")
+    assert json.loads(CliRunner().invoke(cli.app, ["key", "refresh", "--json"]).stdout) == shown
+    assert asked == [("POST", "/auth/issuers/refresh")] * 2
