@@ -23,9 +23,12 @@ Outcomes = list[dict[str, Any]]
 
 
 def add(
-    nexus: Client, files: Sequence[Path], collection: str, show: Callable[[int], None]
+    nexus: Client, files: Sequence[Path], collection: str, readers: Sequence[str] | None, show: Callable[[int], None]
 ) -> tuple[str | None, Outcomes]:
-    """Send what changed and wait until each file has ended; the (last) job, and an outcome per file."""
+    """Send what changed and wait until each file has ended; the (last) job, and an outcome per file.
+
+    `readers` may know of them, besides whoever adds them; an empty list is everybody, None leaves them as they are.
+    """
     announced: list[tuple[Path, dict[str, Any]]] = []
     outcomes: Outcomes = []
     for file in files:
@@ -40,7 +43,8 @@ def add(
             announced.append((file, {"filename": name, "digest": content_digest(content), "size": len(content)}))
     job_id = None
     for start in range(0, len(announced), FILES_PER_JOB):
-        job_id, ended = _run(nexus, announced[start : start + FILES_PER_JOB], collection, show, len(outcomes))
+        some = announced[start : start + FILES_PER_JOB]
+        job_id, ended = _run(nexus, some, collection, readers, show, len(outcomes))
         outcomes += ended
     return job_id, outcomes
 
@@ -49,10 +53,11 @@ def _run(
     nexus: Client,
     files: Sequence[tuple[Path, dict[str, Any]]],
     collection: str,
+    readers: Sequence[str] | None,
     show: Callable[[int], None],
     before: int,
 ) -> tuple[str, Outcomes]:
-    job = nexus.announce([about for _, about in files], collection)
+    job = nexus.announce([about for _, about in files], collection, readers)
     for batch in _batches([about["size"] for _, about in files], job["expected"]):
         contents = {number: _read(files[number][0]) for number in batch}
         nexus.send(job["job_id"], contents)

@@ -53,6 +53,7 @@ ROLES: Mapping[str, tuple[str, frozenset[str]] | None] = {
     "admin": (OURS, PERMISSIONS), "other tenant": (THEIRS, PERMISSIONS),
 }  # fmt: skip
 OF_A_TENANT = ("document_id", "job_id", "session_id")  # parameters of paths that name such a thing
+OF_ALL = ("key_id", "model", "name", "number", "version")  # and those that name none, or a part of one
 TOLD = "The gripper closes with a torque of 4 N·m."
 QUESTION = "What is the torque of the gripper?"
 BODIES: Mapping[str, Any] = {
@@ -207,6 +208,8 @@ def _judge(route: Route, role: str, whose: Whose, answer: httpx.Response) -> str
         return "" if status == 403 else f"open to who lacks {sorted(missing)[0]}"
     if CANARIES[_other(tenant)] in answer.text:
         return "shows what is another tenant's"
+    if whose == "foreign" and status == 403:
+        return "says that another tenant's thing is there"
     by_session = "{session_id" in route.path  # everybody's session of this name is another one
     if whose == "foreign" and status < 300 and not by_session and answer.text.replace(" ", "") != '{"deletions":[]}':
         return "another tenant's thing is there"

@@ -338,9 +338,18 @@ def add(
     paths: Annotated[list[Path], typer.Argument(help="Files and folders.")],
     collection: InCollection = "default",
     prune: Annotated[bool, typer.Option(help="Also remove documents whose file is gone from these folders.")] = False,
+    readers: Annotated[
+        str | None,
+        typer.Option(help="Names of keys, with commas in between: for nobody else of the tenant are they there."),
+    ] = None,
+    everybody: Annotated[bool, typer.Option("--everybody", help="They are for all of the tenant again.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Add files, and all files in folders. Unchanged ones cost nothing; what was sent goes on without this command."""
+    """Add files, and all files in folders. Unchanged ones cost nothing; what was sent goes on without this command.
+
+    Without --readers and --everybody, who may know of a document stays as it is; a new one is for all of the tenant.
+    """
+    named = _readers(readers, everybody)
     for path in paths:
         if not path.exists():
             raise NotFound(f"there is no file or folder {path}")
@@ -348,10 +357,20 @@ def add(
     if not files:
         raise NotFound(f"there are no files in {', '.join(map(str, paths))}")
     with http.Client() as nexus, progress_bar(len(files)) as show:
-        job_id, outcomes = adding.add(nexus, files, collection, show)
+        job_id, outcomes = adding.add(nexus, files, collection, named, show)
         if prune:
             outcomes += adding.prune(nexus, paths, {label(str(file)) for file in files}, collection)
     _report(job_id, sorted(outcomes, key=lambda outcome: str(outcome["file"])), collection, as_json)
+
+
+def _readers(named: str | None, everybody: bool) -> list[str] | None:
+    """As `adding.add` wants them. Raises InvalidRequest for an empty name: a variable without a value opens nothing."""
+    if named is None:
+        return [] if everybody else None
+    names = [name.strip() for name in named.split(",")]
+    if everybody or not all(names):
+        raise InvalidRequest("--readers are names of keys with commas in between; --everybody opens documents to all")
+    return names
 
 
 def _report(job_id: str | None, outcomes: list[dict[str, Any]], collection: str, as_json: bool) -> NoReturn:

@@ -72,9 +72,12 @@ class Client:
         answer: dict[str, Any] = self.call("GET", "/status", timeout=20)[1]
         return answer
 
-    def announce(self, files: Sequence[Mapping[str, object]], collection: str) -> dict[str, Any]:
+    def announce(
+        self, files: Sequence[Mapping[str, object]], collection: str, readers: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """Make a job of files; `expected` in the answer numbers those whose bytes are wanted."""
-        body = {"files": list(files), "collection": collection}
+        limited = {} if readers is None else {"readers": list(readers)}
+        body = {"files": list(files), "collection": collection, **limited}
         answer: dict[str, Any] = self._patiently("POST", "/rag/jobs", json=body)
         return answer
 

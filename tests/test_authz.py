@@ -1,7 +1,8 @@
 """The matrix of who may do what: whole, without a leak, and not blind: leaks that are planted are named."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from socket import socket
 from threading import Thread
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import uvicorn
+from fastapi import FastAPI
 from typer.testing import CliRunner
 
-from deployments import authz, authz_live, middleware
+from deployments import authz, authz_live, gateway, middleware
 from deployments.cli import app
+from deployments.gateway import Lent
 from deployments.routes import caller
-from nexus.errors import Unavailable
+from nexus.errors import Forbidden, Unavailable
 from nexus.sessions import Sessions
 from nexus.stores.sqlite import SqliteDocuments
 from nexus.types import Principal
@@ -111,6 +114,57 @@ def test_a_session_that_tenants_share_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Sessions, "add_context", lambda self, principal, id, text: add(self, everybody, id, text))
     found = leaks("/mcp/{session_id")
     assert "shows what is another tenant's" in found.values()
+
+
+Handler = Callable[..., Any]
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, path: str, handler: Handler) -> dict[tuple[str, str, str], str]:
+    """The leaks of the matrix below /leaky, once the router has this route too."""
+    build = gateway.application
+
+    def with_one_more(lent: Lent) -> FastAPI:
+        made = build(lent)
+        made.add_api_route(path, handler)
+        return made
+
+    monkeypatch.setattr(gateway, "application", with_one_more)
+    return leaks("/leaky")
+
+
+def test_API1_a_new_route_that_answers_own_and_foreign_alike_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def alike(document_id: str, principal: Principal = caller.permit("documents:read")) -> dict[str, bool]:
+        return {"is_there": True}
+
+    found = planted(monkeypatch, "/leaky/{document_id}", alike)
+    let_in = {role for role, known in authz.ROLES.items() if known and "documents:read" in known[1]}
+    assert found == {
+        ("GET /leaky/{document_id}", role, "foreign"): "another tenant's thing is there" for role in let_in
+    }
+
+
+def test_API1_a_new_route_that_forbids_what_is_foreign_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is not there it says 404: so 403 tells that it is."""
+
+    async def telling(job_id: str, principal: Principal = caller.permit("documents:read")) -> None:
+        raise Forbidden("it is not yours")
+
+    found = planted(monkeypatch, "/leaky/{job_id}", telling)
+    assert found["GET /leaky/{job_id}", "reader", "foreign"] == "says that another tenant's thing is there"
+
+
+def test_API5_a_new_route_without_a_permission_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def bare() -> None: ...
+
+    found = planted(monkeypatch, "/leaky", bare)
+    assert set(found.values()) == {"asks for no permission"} and len(found) == len(authz.ROLES) - 1
+
+
+def test_API1_every_parameter_of_a_path_is_known_to_be_a_tenants_or_not() -> None:
+    """A route by a new kind of thing is tried as its owner and as a stranger only if the matrix knows whose it is."""
+    named = {name for route in ROUTES for name in re.findall(r"{(\w+)", route.path)}
+    assert named <= {*authz.OF_A_TENANT, *authz.OF_ALL}
+    assert set(authz.OF_A_TENANT) <= named and not set(authz.OF_A_TENANT) & set(authz.OF_ALL)
 
 
 @pytest.fixture

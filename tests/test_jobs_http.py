@@ -1,12 +1,16 @@
 """Jobs through the front door: announced, sent, looked at, cancelled, tried again; and deleted with a receipt."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from click.testing import Result
 from httpx import Response
+from typer.testing import CliRunner
 
-from nexus.errors import Unprocessable
+from deployments import cli, client
+from nexus.errors import InvalidRequest, Unprocessable
 from nexus.types import Principal, content_digest
 from tests.conftest import Door
 from tests.test_gateway import MANUAL, add, check_problem
@@ -406,3 +410,59 @@ def test_a_full_disk_is_507_and_nothing_was_accepted(
             "content-type": "application/json"})  # fmt: skip
         assert check_problem(answer, 507, "/rag/add_document")["code"] == "storage_full"
         assert door.client.get("/rag/jobs", headers=headers).json()["jobs"] == []
+
+
+# ── the command line ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def add_as_ann(door: Door, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`nexus add` with these arguments, at this door and with a key of ann's."""
+    ann = door.headers("acme", "ann")
+
+    def request(self: client.Client, method: str, path: str, **arguments: object) -> Response:
+        answer: Response = door.client.request(method, path, headers=ann, **arguments)
+        if answer.is_error:
+            raise client._error(answer)
+        return answer
+
+    monkeypatch.setattr(client.Client, "_request", request)
+    return lambda *arguments: CliRunner().invoke(cli.app, ["add", "--json", *map(str, arguments)])
+
+
+def readers_seen(door: Door, who: str) -> list[list[str]]:
+    listed = door.client.get("/rag/documents", headers=door.headers("acme", who)).json()["documents"]
+    return [document["readers"] for document in listed]
+
+
+def test_the_command_line_says_for_whom_documents_are(
+    door: Door, add_as_ann: Callable[..., Result], tmp_path: Path
+) -> None:
+    folder = tmp_path / "manuals"
+    folder.mkdir()
+    for name in ("a.md", "b.md"):
+        (folder / name).write_text(MANUAL)
+    limited = ["ann", "ben", "cas"]
+    assert add_as_ann(folder, "--readers", "ben, cas").exit_code == 0
+    assert [readers_seen(door, who) for who in ("ben", "dan")] == [[limited] * 2, []]
+    again = json.loads(add_as_ann(folder).stdout)
+    assert again["counts"] == {"unchanged": 2} and readers_seen(door, "ben") == [limited] * 2
+    add_as_ann(folder / "a.md", "--readers", "dan")
+    assert [sorted(readers_seen(door, who)) for who in ("ben", "dan")] == [[limited], [["ann", "dan"]]]
+    assert add_as_ann(folder, "--everybody").exit_code == 0
+    assert [readers_seen(door, who) for who in ("ben", "dan")] == [[[], []]] * 2
+
+
+@pytest.mark.parametrize(
+    "readers",
+    [("--readers", ""), ("--readers", " "), ("--readers", "ann,,ben"), ("--readers", "ann", "--everybody"),
+     ("--readers", "x" * 256), ("--readers", "a\tb")],
+    ids=["empty", "blank", "a gap", "both", "too long", "a tab"],
+)  # fmt: skip
+def test_readers_without_a_name_open_nothing(
+    door: Door, add_as_ann: Callable[..., Result], tmp_path: Path, readers: tuple[str, ...]
+) -> None:
+    """`--readers "$TEAM"` with nothing in it must not be everybody."""
+    (tmp_path / "a.md").write_text(MANUAL)
+    assert isinstance(add_as_ann(tmp_path / "a.md", *readers).exception, InvalidRequest)
+    assert readers_seen(door, "ann") == []
