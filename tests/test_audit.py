@@ -184,6 +184,21 @@ def test_Q12_a_head_that_is_gone_or_forged_is_found(tmp_path: Path) -> None:
     assert named(verify(tmp_path).faults) == [("head", "000000000001.jsonl", 4)]
 
 
+def test_Q12_a_head_of_another_last_line_is_found(tmp_path: Path) -> None:
+    chain_of(tmp_path, 3)
+    kept = {file: file.read_bytes() for file in (tmp_path / "audit").iterdir()}
+    chain_of(tmp_path, 1)
+    head = tmp_path / "audit" / "head.json"
+    other = head.read_bytes()
+    for file, content in kept.items():
+        file.write_bytes(content)
+    chain = Chain(tmp_path)
+    chain.append([event(9)], durable=True)
+    assert verify(tmp_path).faults == ()
+    head.write_bytes(other)
+    assert named(verify(tmp_path).faults) == [("head", "000000000001.jsonl", 4)]
+
+
 def test_Q12_a_head_is_no_line_and_a_line_no_head(tmp_path: Path) -> None:
     chain_of(tmp_path, 3)
     head = tmp_path / "audit" / "head.json"
@@ -435,6 +450,8 @@ def test_Q12_what_waits_while_the_disk_is_full_is_written_when_it_is_not_and_the
         recorder.write(event())
     assert caught.value.code == "storage_full"
     assert recorder.fault is caught.value
+    with pytest.raises(Unavailable):
+        recorder.flush()
     monkeypatch.setattr(audit, "write_all", write_all)
     recorder.flush()
     assert recorder.fault is None
