@@ -496,6 +496,17 @@ def test_Q12_what_is_durable_is_on_the_disk_and_the_head_never_ahead_of_it(
     assert verify(tmp_path).faults == ()
 
 
+def test_Q12_who_ends_writes_what_waits_and_seals_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "SYNC_SECONDS", 1e9)
+    recorder = Recorder(Chain(tmp_path))
+    recorder.record(event())
+    recorder.close()
+    head = audit.read_head(tmp_path, audit.read_key(tmp_path) or b"")
+    assert head is not None and head.sequence == 1
+    edit(tmp_path, lambda lines: lines.clear())
+    assert [fault.what for fault in verify(tmp_path).faults] == ["missing"]
+
+
 def no_space(descriptor: int, data: bytes) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
