@@ -195,7 +195,7 @@ def _is_refused(route: Route, role: str, whose: Whose) -> bool:
 def _judge(route: Route, role: str, whose: Whose, answer: httpx.Response) -> str:
     """Why this answer must not be; "" if it may. 429 is a refusal, too."""
     status, known = answer.status_code, ROLES[role]
-    if status >= 500 and status not in (502, 503, 507):
+    if status >= 500 and status not in (502, 503, 504, 507):
         return "a fault"
     if route.path in PUBLIC or status == 429:
         return ""

@@ -1,5 +1,6 @@
-"""Two layers around every request: what its caller may ask for per minute, and whether there is a place for it."""
+"""Layers around every request: how long it may take, how much its caller may ask for, and whether it has a place."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import ceil
@@ -10,13 +11,44 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nexus import telemetry
 from nexus.admission import Admission, Kind
 from nexus.config import Config
-from nexus.errors import Overloaded, RateLimited
+from nexus.errors import Overloaded, RateLimited, TimedOut
 from nexus.limits import Level, Limiter, caller_of, spending
 
+UNHURRIED = frozenset({"/rag/fsck", "/rag/vacuum"})  # which look at all there is, for who administers it
 UNGATED = frozenset({"/metrics"})  # whoever watches must see how bad it is
 BULK = ("/rag/add_document", "/rag/jobs", "/rag/fsck", "/rag/vacuum")
 LISTS = ("/v1/embeddings", "/v1/rerank")
 LONG_LIST_BYTES = 32 * 1024  # of a body: more is bulk work
+
+
+class Timely:
+    """Ends a request whose answer has not begun in time, and with it all that is done for it; a stream may flow on."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self.app, self.seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in UNHURRIED:
+            await self.app(scope, receive, send)
+            return
+
+        async def send_in_time(message: Message) -> None:
+            if deadline.expired():  # what is being ended has nothing to say any more
+                return
+            deadline.reschedule(None)
+            await send(message)
+
+        deadline = asyncio.timeout(self.seconds)
+        try:
+            async with deadline:
+                await self.app(scope, receive, send_in_time)
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+        if deadline.expired():
+            raise TimedOut(
+                f"this took longer than the {self.seconds:g} s that a request may; ask for less at once, or try again"
+            )
 
 
 class Rated:

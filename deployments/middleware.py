@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.audited import Audited
-from deployments.limiting import Admitted, Rated, admission, level_headers
+from deployments.limiting import Admitted, Rated, Timely, admission, level_headers
 from nexus import telemetry
 from nexus.audit import Recorder
 from nexus.config import Config, Http
@@ -32,6 +32,7 @@ from nexus.errors import (
     NotFound,
     Overloaded,
     RateLimited,
+    TimedOut,
     TooLarge,
     TryAgain,
     Unauthenticated,
@@ -55,18 +56,18 @@ FAULT = "something went wrong here; the request id finds it in the log"
 STATUS: dict[type[NexusError], int] = {
     InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, ContentRefused: 403, NotFound: 404, Conflict: 409,
     TooLarge: 413, RateLimited: 429, UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503,
-    TryAgain: 503,
-    UpstreamInvalid: 502,
+    TimedOut: 504, TryAgain: 503, UpstreamInvalid: 502,
 }  # fmt: skip
 TITLES = {
     400: "Bad request", 401: "Not authenticated", 403: "Not allowed", 404: "Not found", 405: "Method not allowed",
     409: "Conflict", 413: "Too large", 415: "Unsupported media type", 422: "Cannot be processed",
     429: "Too many requests", 500: "Internal error", 502: "A part answered nonsense", 503: "Not available now",
-    507: "Storage full",
+    504: "Took too long", 507: "Storage full",
 }  # fmt: skip
 OPENAI_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
-    500: "server_error", 502: "server_error", 503: "service_unavailable_error", 507: "server_error",
+    500: "server_error", 502: "server_error", 503: "service_unavailable_error", 504: "server_error",
+    507: "server_error",
 }  # fmt: skip
 
 
@@ -81,6 +82,7 @@ def wrap(
     app = Admitted(app, admission(config))
     app = Rated(app, Limiter(config, clock))
     app = Identity(app, verifier)
+    app = Timely(app, http.request_seconds)
     app = Answering(app)
     app = Audited(app, recorder, config.audit, send_nexus_error)
     if http.allowed_origins:  # outside Identity: a browser's preflight carries no key

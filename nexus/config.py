@@ -81,7 +81,8 @@ class Http(Section):
     """The front door. `allowed_origins` are those of browsers; empty allows none.
 
     Requests name `host`, this machine itself, or one of `allowed_hosts`. `behind_tls` says that whoever is not on this
-    machine gets here only through a proxy that encrypts: without it `host` is loopback.
+    machine gets here only through a proxy that encrypts: without it `host` is loopback. An answer has to begin within
+    `request_seconds`, or it is 504.
     """
 
     host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\-]{1,253}$")] = "127.0.0.1"
@@ -92,6 +93,7 @@ class Http(Section):
     ] = ()
     allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[a-z0-9.\-\[\]:]{1,260}$")], ...] = ()
     max_body_bytes: Positive = 64 * 2**20
+    request_seconds: Annotated[float, Field(gt=0)] = 900.0
 
     @field_validator("host")
     @classmethod
@@ -620,6 +622,15 @@ class Config(BaseSettings):
         for setting, name in named:
             if name not in self.nodes:
                 raise ValueError(f"{setting}: {name!r} is none of `nodes`: {', '.join(self.nodes) or 'there are none'}")
+        return self
+
+    @model_validator(mode="after")
+    def _uploads_are_answered_in_time(self) -> "Config":
+        if self.ingest.wait_seconds >= self.http.request_seconds:
+            raise ValueError(
+                f"ingest.wait_seconds ({self.ingest.wait_seconds:g}) has to be less than http.request_seconds"
+                f" ({self.http.request_seconds:g}), or an upload that takes long is 504 in place of 202: change one"
+            )
         return self
 
     @classmethod

@@ -15,7 +15,8 @@
     │   └── Unprocessable       a file that its parser cannot read
     ├── TryAgain                nothing is wrong with the request; later it will work
     │   ├── Unavailable         a part is away or restarting
-    │   └── Overloaded          every place is taken
+    │   ├── Overloaded          every place is taken
+    │   └── TimedOut            it took longer than a request may
     └── OperatorError           whoever runs Nexus must act
         ├── ConfigError         a setting is wrong; nothing was started
         ├── AlreadyRunning      this home is in use by a running Nexus
@@ -118,6 +119,10 @@ class Unavailable(TryAgain):
 
 class Overloaded(TryAgain):
     code = "overloaded"
+
+
+class TimedOut(TryAgain):
+    code = "timed_out"
 
 
 class OperatorError(NexusError):
