@@ -106,5 +106,5 @@ def prune(nexus: Client, paths: Sequence[Path], present: set[str], collection: s
         if document["source"].startswith(folders) and document["source"] not in present
     ]  # fmt: skip
     for document in gone:
-        nexus.call("DELETE", f"/rag/documents/{document['document_id']}")
+        nexus.remove(document["document_id"])
     return [{"file": document["source"], "outcome": "removed"} for document in gone]

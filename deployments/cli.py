@@ -356,7 +356,7 @@ def add(
     files = sorted({file for path in paths for file in _files(path)})
     if not files:
         raise NotFound(f"there are no files in {', '.join(map(str, paths))}")
-    with http.Client() as nexus, progress_bar(len(files)) as show:
+    with http.Client(tell=_tell) as nexus, progress_bar(len(files)) as show:
         job_id, outcomes = adding.add(nexus, files, collection, named, show)
         if prune:
             outcomes += adding.prune(nexus, paths, {label(str(file)) for file in files}, collection)

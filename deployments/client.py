@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,24 +11,29 @@ import httpx
 
 from cluster import bootstrap
 from nexus.config import Config, load_config
-from nexus.errors import InvalidRequest, NexusError, NotFound, Unauthenticated, Unavailable
+from nexus.errors import InvalidRequest, NexusError, NotFound, RateLimited, TimedOut, Unauthenticated, Unavailable
 
 SEARCH_SECONDS = 60.0
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
-KINDS: dict[int, type[NexusError]] = {401: Unauthenticated, 404: NotFound, 503: Unavailable}
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # between attempts while a part is away; the answer may ask for longer ones
+LONGEST_PAUSE = 30.0
+MOST_PAUSED = 120.0  # in all, until a request has its turn
+KINDS: dict[int, type[NexusError]] = {
+    401: Unauthenticated, 404: NotFound, 429: RateLimited, 503: Unavailable, 504: TimedOut,
+}  # fmt: skip
 
 
 class Client:
     """One connection pool to a running Nexus. Raises the NexusError that its answer tells of."""
 
-    def __init__(self, config: Config | None = None) -> None:
-        """To the Nexus of these settings; by default of those of this home."""
+    def __init__(self, config: Config | None = None, tell: Callable[[str], None] | None = None) -> None:
+        """To the Nexus of these settings; by default of those of this home. `tell` hears why there is a wait."""
         config = load_config() if config is None else config
         home = Path(config.home)
         instance = bootstrap.find_instance(home)
         self.url = os.environ.get("NEXUS_URL") or (instance.url if instance else config.url)
         key = os.environ.get("NEXUS_API_KEY") or read_admin_key(home)
         headers = {"authorization": f"Bearer {key}"} if key else {}
+        self._tell, self._told = tell, set[str]()
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=SEARCH_SECONDS, trust_env=False)
 
     def __enter__(self) -> Self:
@@ -102,10 +108,34 @@ class Client:
         """Again after a pause while a part is away: sending twice is sending once."""
         for pause in PAUSES:
             try:
+                return self._in_turn(method, path, **arguments)
+            except Unavailable as error:
+                self._say(error)
+                time.sleep(max(pause, min(error.retry_after or 0.0, LONGEST_PAUSE)))
+        return self._in_turn(method, path, **arguments)
+
+    def _in_turn(self, method: str, path: str, **arguments: Any) -> Any:
+        """Again when the answer says, while this is more than may be asked for in so short a time: for so long at most.
+
+        What was refused was not done, so this is for every request.
+        """
+        paused = 0.0
+        while True:
+            try:
                 return self.call(method, path, **arguments)[1]
-            except Unavailable:
-                time.sleep(pause)
-        return self.call(method, path, **arguments)[1]
+            except RateLimited as error:
+                pause = error.retry_after or PAUSES[0]
+                paused += pause
+                if paused > MOST_PAUSED:
+                    raise
+                self._say(error)
+            time.sleep(pause)
+
+    def _say(self, error: NexusError) -> None:
+        """Why it takes longer, once for each reason."""
+        if self._tell is not None and error.code not in self._told:
+            self._told.add(error.code)
+            self._tell(f"waiting: {error.message}")
 
     def parts(self) -> dict[str, str]:
         """The state of each part as `/readyz?verbose` tells it; none when nothing answers."""
@@ -115,12 +145,17 @@ class Client:
             return {"gateway": "does not answer"}
         return {"gateway": "ready", **states}
 
+    def remove(self, document_id: str) -> None:
+        """Once this returns, the document is gone."""
+        with suppress(NotFound):
+            self._in_turn("DELETE", f"/rag/documents/{document_id}")
+
     def documents(self, collection: str | None = None) -> Iterator[dict[str, Any]]:
         """Every current document, page by page."""
         after = ""
         while True:
             query = {"limit": 1000, "after": after, **({"collection": collection} if collection else {})}
-            _, page = self.call("GET", "/rag/documents", params=query)
+            page = self._in_turn("GET", "/rag/documents", params=query)
             yield from page["documents"]
             if page["next"] is None:
                 return
@@ -133,7 +168,10 @@ def _error(response: httpx.Response) -> NexusError:
         detail, code = str(body["detail"]), str(body["code"])
     except (ValueError, KeyError, TypeError):
         detail, code = f"the answer was {response.status_code} and not one of Nexus", "unexpected"
-    return KINDS.get(response.status_code, InvalidRequest)(detail, code=code)
+    error = KINDS.get(response.status_code, InvalidRequest)(detail, code=code)
+    seconds = response.headers.get("retry-after", "")
+    error.retry_after = float(seconds) if seconds.isdecimal() else None
+    return error
 
 
 def read_admin_key(home: Path) -> str | None:

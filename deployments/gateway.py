@@ -204,8 +204,7 @@ def _respond(
 async def _answer_nexus_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, NexusError)
     status = middleware.status_of(error, request.url.path)
-    faults, retry_after = middleware.faults_of(error), middleware.retry_after_of(error)
-    return _respond(request, status, error.code, error.message, faults, retry_after)
+    return _respond(request, status, error.code, error.message, middleware.faults_of(error), error.retry_after)
 
 
 async def _answer_validation(request: Request, error: Exception) -> Response:

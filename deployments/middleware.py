@@ -107,11 +107,6 @@ def faults_of(error: NexusError) -> list[tuple[str, str]]:
     return [(error.pointer, error.message)] if error.pointer else []
 
 
-def retry_after_of(error: NexusError) -> float | None:
-    """In how many seconds, where the error says so."""
-    return error.retry_after if isinstance(error, RateLimited) else None
-
-
 def render(
     path: str, request_id: str, status: int, code: str, detail: str, faults: Iterable[tuple[str, str]] = (),
     retry_after: float | None = None,
@@ -163,7 +158,7 @@ async def send_error(
 
 async def send_nexus_error(scope: Scope, send: Send, error: NexusError) -> None:
     status, faults = status_of(error, scope["path"]), faults_of(error)
-    await send_error(scope, send, status, error.code, error.message, faults, retry_after_of(error))
+    await send_error(scope, send, status, error.code, error.message, faults, error.retry_after)
 
 
 class RequestId:

@@ -31,6 +31,7 @@ class NexusError(Exception):
     """The root of all errors that Nexus raises on purpose."""
 
     code = "internal_error"
+    retry_after: float | None = None  # in seconds, where it is known when to come again
 
     def __init__(self, message: str, *, pointer: str | None = None, code: str | None = None) -> None:
         """`pointer` is an RFC 6901 JSON pointer to the field at fault, where there is one."""

@@ -243,7 +243,7 @@ def test_of_too_many_buckets_the_longest_unused_is_forgotten(monkeypatch: pytest
 
 
 def test_what_is_left_is_what_may_come_at_once() -> None:
-    limits = limiter(Clock(), requests_per_minute=60, burst_seconds=5)
+    limits = limiter(Clock(1e6), requests_per_minute=60, burst_seconds=5)
     assert [limits.levels(ALICE)["requests"].remaining, admitted(limits, ALICE, 1)] == [5, 1]
     level = limits.levels(ALICE)["requests"]
     assert (level.limit, level.remaining, level.reset_seconds) == (60, 4, 1.0)
@@ -437,6 +437,21 @@ def test_in_production_the_21st_request_of_a_minute_is_refused(door: Door, tmp_p
             client.get("/rag/documents", headers={"authorization": f"Bearer {token}"}).status_code for _ in range(20)
         ]
         assert statuses == [200] * 18 + [429] * 2  # a token is its key's
+
+
+def test_in_production_none_is_no_limit() -> None:
+    assert Config(home="/nowhere", access={"mode": "production"}).requests_per_minute == 20
+    said = {"access": {"mode": "production"}, "limits": {"requests_per_minute": None}}
+    assert Config(home="/nowhere", **said).requests_per_minute is None
+
+
+def test_who_comes_back_when_told_is_let_in(door: Door) -> None:
+    """Retry-After is in whole seconds, and never too early."""
+    client, key = reopen(door, clock := Clock(), requests_per_minute=7, burst_seconds=1), door.headers()
+    answers = [client.get("/pipelines", headers=key) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429] and answers[1].headers["retry-after"] == "9"
+    clock.now += 9
+    assert client.get("/pipelines", headers=key).status_code == 200
 
 
 def test_whoever_is_refused_is_counted(door: Door) -> None:
@@ -641,6 +656,14 @@ async def test_a_flood_crowds_out_itself() -> None:
     assert (line.of("waiting"), line.of("refused")) == (["a2", "a3", "b1"], ["a4", "a5"])
     await line.come("b2")
     assert line.of("refused") == ["a4", "a5", "b2"]
+    await line.end()
+
+
+@played
+async def test_who_has_nobody_waiting_takes_the_place_of_a_second_one() -> None:
+    line = Line(admission(places=1, waiting=2))
+    await line.come("a1", "a2", "a3", "b1", "c1")
+    assert (line.of("waiting"), line.of("refused")) == (["a2", "b1"], ["a3", "c1"])
     await line.end()
 
 
