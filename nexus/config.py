@@ -513,13 +513,13 @@ class Ceiling(Section):
 class Limits(Section):
     """What each key may ask for that says nothing else itself, all keys of a tenant together, and what fits in here.
 
-    In production a key has 20 requests a minute unless something else is set; null: any number. `places` are requests
+    In production a key has 20 requests a minute unless a number or `any` is set. `places` are requests
     worked on at once (none named: 64, and as many as the models take at once), `waiting` those in the queue, for
     `wait_seconds` at most; past that, 503. One key has no more than `share` of the places. A tenant has no more than
     `open_jobs` uploads that have not ended; past that, 429.
     """
 
-    requests_per_minute: PerMinute | None = None
+    requests_per_minute: PerMinute | Literal["any"] | None = None
     tokens_per_minute: PerMinute | None = None
     burst_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0  # so many seconds' worth may come at once
     tenant: Ceiling = Ceiling()
@@ -675,9 +675,10 @@ class Config(BaseSettings):
     @property
     def requests_per_minute(self) -> int | None:
         """Of a key that says nothing itself."""
-        is_open = self.access.mode == "development"
-        said = "requests_per_minute" in self.limits.model_fields_set
-        return self.limits.requests_per_minute if is_open or said else PRODUCTION_REQUESTS
+        said = self.limits.requests_per_minute
+        if said is None:  # not `model_fields_set`, which holds all of a section as soon as one of it is set
+            return PRODUCTION_REQUESTS if self.access.mode == "production" else None
+        return None if said == "any" else said
 
     @property
     def places(self) -> int:

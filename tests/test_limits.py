@@ -439,10 +439,21 @@ def test_in_production_the_21st_request_of_a_minute_is_refused(door: Door, tmp_p
         assert statuses == [200] * 18 + [429] * 2  # a token is its key's
 
 
-def test_in_production_none_is_no_limit() -> None:
-    assert Config(home="/nowhere", access={"mode": "production"}).requests_per_minute == 20
-    said = {"access": {"mode": "production"}, "limits": {"requests_per_minute": None}}
-    assert Config(home="/nowhere", **said).requests_per_minute is None
+@pytest.mark.parametrize(
+    ("said", "production", "development"),
+    [
+        ({}, 20, None), ({"waiting": 3}, 20, None), ({"requests_per_minute": None}, 20, None),
+        ({"requests_per_minute": None, "places": 9}, 20, None), ({"requests_per_minute": "any"}, None, None),
+        ({"requests_per_minute": 500, "share": 0.4}, 500, 500),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_in_production_only_who_says_so_has_another_limit(
+    said: dict[str, Any], production: int | None, development: int | None
+) -> None:
+    modes: dict[str, int | None] = {"production": production, "development": development}
+    for mode, expected in modes.items():
+        assert Config(home="/nowhere", access={"mode": mode}, limits=said).requests_per_minute == expected
 
 
 def test_who_comes_back_when_told_is_let_in(door: Door) -> None:
