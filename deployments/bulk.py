@@ -68,7 +68,7 @@ def main(
     principal = Principal(tenant, "bulk", PERMISSIONS)
     about = (f"tenant {tenant}", f"collection {collection}", *(["--prune"] if prune else []))
     with _connected(config) as address, recorded(config, "deployments.bulk", *about) as named:
-        roots, listed = list_all(sources)
+        roots, listed = list_all(sources, Path(config.home))
         run = _plan(config, address, principal, collection)
         jobs, coordinator, worker = Jobs(Path(config.home)), Coordination(), uuid.uuid4().hex
         unchanged = _find_unchanged(run, listed)

@@ -22,7 +22,7 @@ from deployments import client as http
 from deployments.auditing import recorded, recorded_if_possible
 from deployments.doctor import examine
 from deployments.driver import become_driver
-from deployments.listing import label
+from deployments.listing import is_below, label
 from deployments.running import JOIN_SECONDS
 from nexus import __version__
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, KeyRing
@@ -347,13 +347,16 @@ def add(
 ) -> None:
     """Add files, and all files in folders. Unchanged ones cost nothing; what was sent goes on without this command.
 
+    Hidden files stay out, and those of Nexus' own home.
+
     Without --readers and --everybody, who may know of a document stays as it is; a new one is for all of the tenant.
     """
     named = _readers(readers, everybody)
     for path in paths:
         if not path.exists():
             raise NotFound(f"there is no file or folder {path}")
-    files = sorted({file for path in paths for file in _files(path)})
+    home = Path(load_config().home)
+    files = sorted({file for path in paths for file in _files(path) if not is_below(file, home)})
     if not files:
         raise NotFound(f"there are no files in {', '.join(map(str, paths))}")
     with http.Client(tell=_tell) as nexus, progress_bar(len(files)) as show:

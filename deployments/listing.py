@@ -1,7 +1,9 @@
 """Which files a source holds, where to open them, and what to call them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -19,13 +21,16 @@ class Listed:
     size: int
 
 
-def list_all(sources: Sequence[str]) -> tuple[list[str], list[Listed]]:
-    """The sources as they begin the names of their files, and every file once, in order of name."""
+def list_all(sources: Sequence[str], home: Path) -> tuple[list[str], list[Listed]]:
+    """The sources as they begin the names of their files, and every file once, in order of name.
+
+    None of the home's own files is among them.
+    """
     roots, found = [], {}
     for source in sources:
         root, files = _list(source)
         roots.append(root)
-        found.update({one.source: one for one in files})
+        found.update({one.source: one for one in files if not _is_of(one.url, home)})
     if not found:
         raise NotFound(f"there are no files in {', '.join(sources)}")
     return roots, [found[name] for name in sorted(found)]
@@ -57,6 +62,15 @@ def _name(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
     """A local file is called by its path, as `nexus add` calls it; any other by its address."""
     url = label(str(filesystem.unstrip_protocol(path)))
     return url.removeprefix("file://") if url.startswith("file://") else url
+
+
+def _is_of(url: str, home: Path) -> bool:
+    return url.startswith("file://") and is_below(url.removeprefix("file://"), home)
+
+
+def is_below(path: str | Path, home: Path) -> bool:
+    """Whether a file is below this folder, by whatever links: in its home, Nexus keeps its secrets."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home))
 
 
 def _is_hidden(name: str, root: str) -> bool:

@@ -68,7 +68,7 @@ bulk._find_unchanged = lambda *_: {}
 bulk._seen_by = lambda *_: frozenset()
 bulk._prune = lambda *_: ["gone.md"]
 try:
-    bulk.main([str(home / "note.md")], collection="default", prune=True, tenant="acme", as_json=False)
+    bulk.main([str(home.parent / "note.md")], collection="default", prune=True, tenant="acme", as_json=False)
 except typer.Exit:
     pass
 assert coordinator.working() == set()
@@ -91,7 +91,8 @@ def run(*command: str, home: Path) -> "subprocess.CompletedProcess[str]":
 def test_a_run_is_known_to_work_while_it_is_accepted_and_while_the_list_of_jobs_is_busy(tmp_path: Path) -> None:
     """Both may take longer than a lease: a million files, or somebody else's million."""
     (tmp_path / "note.md").write_text("a note")
-    done = run("-c", CHILD, str(tmp_path), home=tmp_path)
+    (home := tmp_path / "home").mkdir()
+    done = run("-c", CHILD, str(home), home=home)
     assert done.stdout.endswith("all was as it should be\n"), done.stderr
 
 

@@ -16,7 +16,7 @@ from deployments import client as module
 from deployments.cli import app
 from deployments.client import LONGEST_PAUSE, MOST_PAUSED, PAUSES, Client
 from deployments.gateway import build
-from nexus.errors import InvalidRequest, NexusError, RateLimited, TimedOut, Unavailable
+from nexus.errors import InvalidRequest, NexusError, NotFound, RateLimited, TimedOut, Unavailable
 from tests.conftest import Door
 from tests.test_limits import Clock, limited
 
@@ -129,9 +129,10 @@ def slow(door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         yield clock
 
 
-def test_nexus_add_goes_on_at_the_pace_that_its_key_may(slow: Clock, tmp_path: Path, door: Door) -> None:
-    folder = tmp_path / "manuals"
-    folder.mkdir()
+def test_nexus_add_goes_on_at_the_pace_that_its_key_may(
+    slow: Clock, tmp_path_factory: pytest.TempPathFactory, door: Door
+) -> None:
+    folder = tmp_path_factory.mktemp("manuals")
     for n in range(3):
         (folder / f"{n}.md").write_text(f"# Heron {n}\n\nThe heron number {n} lives in Paris.\n")
     done = CliRunner().invoke(app, ["add", str(folder), "--json"])
@@ -142,3 +143,10 @@ def test_nexus_add_goes_on_at_the_pace_that_its_key_may(slow: Clock, tmp_path: P
     (folder / "0.md").unlink()
     done = CliRunner().invoke(app, ["add", str(folder), "--json", "--prune"])
     assert json.loads(done.stdout)["counts"] == {"unchanged": 2, "removed": 1}
+
+
+def test_nexus_add_takes_nothing_of_its_own_home(slow: Clock, tmp_path: Path) -> None:
+    """It holds the secret that tokens are signed with."""
+    (tmp_path / "token-secret").write_text("secret")
+    done = CliRunner().invoke(app, ["add", str(tmp_path)])
+    assert isinstance(done.exception, NotFound) and "there are no files" in str(done.exception)
