@@ -370,17 +370,17 @@ def check(world: AbstractAsyncContextManager[World] | None = None, prefix: str =
 
 
 def table(cells: Sequence[Cell]) -> list[list[str]]:
-    """A line for each route: its name, what it asks for, and each role's status, own/foreign where both were tried."""
-    lines: dict[str, list[str]] = {}
-    for cell in cells:
-        wants = "-" if cell.route.permissions is None else " ".join(sorted(cell.route.permissions)) or "any credential"
-        line = lines.setdefault(str(cell.route), [str(cell.route), wants])
-        shown = f"{cell.status}{'!' if cell.leak else ''}"
-        if cell.whose == "own":
-            line.append(shown)
-        else:
-            line[-1] += f"/{shown}"
-    return list(lines.values())
+    """A line for each route: its name, what it asks for, and each role's status, own/foreign; "-" was not tried."""
+    routes = {str(cell.route): cell.route for cell in cells}
+    shown = {(str(cell.route), cell.role, cell.whose): f"{cell.status}{'!' if cell.leak else ''}" for cell in cells}
+    lines = []
+    for name, route in routes.items():
+        wants = "-" if route.permissions is None else " ".join(sorted(route.permissions)) or "any credential"
+        owners = OWNERS if route.names_something else OWNERS[:1]
+        lines.append(
+            [name, wants, *("/".join(shown.get((name, role, whose), "-") for whose in owners) for role in ROLES)]
+        )
+    return lines
 
 
 def show(cell: Cell) -> dict[str, Any]:

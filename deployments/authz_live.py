@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from deployments.authz import CANARIES, ROLES, SESSION, TENANTS, World, told, values_of
-from nexus.access import PERMISSIONS, KeyRing
+from nexus.access import MOST_PER_MINUTE, PERMISSIONS, KeyRing
 from nexus.errors import Unavailable
 
 SECONDS = 300.0  # for one request; a document is read and embedded in it
@@ -20,7 +20,8 @@ KEY_SECONDS = 3600.0  # a key that was left behind ends by itself
 
 @dataclass(frozen=True)
 class Sent:
-    """Things that their owners sent over HTTP; made once, for nothing that is tried may change them."""
+    """Things that their owners sent over HTTP, made once. Only the session is put right again before each try: a
+    caller who names a stranger's has one of that name in their own tenant."""
 
     client: httpx.AsyncClient
     owners: Mapping[str, str]  # keys by tenant
@@ -32,9 +33,10 @@ class Sent:
             document = await self._ask(tenant, "POST", "/rag/add_document", {"filename": name, "content": told(tenant)})
             file = {"filename": f"to-come-{name}", "digest": "0" * 32, "size": 1}
             job = await self._ask(tenant, "POST", "/rag/jobs", {"files": [file]})
+            self.made[tenant] = values_of(document["document_id"], job["job_id"])
+        if await self._context(tenant) != told(tenant):
             await self._ask(tenant, "DELETE", f"/mcp/{SESSION}/clear_context")
             await self._ask(tenant, "POST", f"/mcp/{SESSION}/add_context", {"content": told(tenant)})
-            self.made[tenant] = values_of(document["document_id"], job["job_id"])
         return self.made[tenant]
 
     async def harm(self, tenant: str, values: Mapping[str, str]) -> str:
@@ -43,8 +45,10 @@ class Sent:
             return "a stranger deleted a document"
         if (await self._ask(tenant, "GET", f"/rag/jobs/{values['job_id']}"))["state"] != "running":
             return "a stranger ended a job"
-        context = (await self._ask(tenant, "GET", f"/mcp/{SESSION}/get_context"))["context"]
-        return "" if context == told(tenant) else "a stranger changed a session"
+        return "" if await self._context(tenant) == told(tenant) else "a stranger changed a session"
+
+    async def _context(self, tenant: str) -> str:
+        return (await self._ask(tenant, "GET", f"/mcp/{SESSION}/get_context"))["context"]
 
     async def remove(self) -> None:
         for tenant, values in self.made.items():
@@ -68,7 +72,7 @@ async def running(url: str, home: Path) -> AsyncIterator[World]:
     ids: list[str] = []
 
     def make(name: str, tenant: str, permissions: frozenset[str]) -> str:
-        text, key = ring.create(name, tenant, permissions, KEY_SECONDS)
+        text, key = ring.create(name, tenant, permissions, KEY_SECONDS, requests_per_minute=MOST_PER_MINUTE)
         ids.append(key.id)
         return text
 

@@ -1,5 +1,6 @@
 """The matrix of who may do what: whole, without a leak, and not blind: leaks that are planted are named."""
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from deployments import authz, authz_live, gateway, middleware
 from deployments.cli import app
 from deployments.gateway import Lent
 from deployments.routes import caller
+from nexus.access import MOST_PER_MINUTE, KeyRing
 from nexus.errors import Forbidden, Unavailable
 from nexus.sessions import Sessions
 from nexus.stores.sqlite import SqliteDocuments
@@ -192,6 +194,33 @@ def test_the_one_that_runs_is_tried_and_left_as_it_was(door: Door, served: str) 
     for tenant in authz.TENANTS:
         assert door.client.get("/rag/documents", headers=door.headers(tenant)).json()["documents"] == []
     assert not [key for key in door.keys.list() if key.revoked_at is None and key.name != "tester"]
+
+
+def test_tenants_with_a_session_of_one_name_are_no_leak(door: Door, served: str) -> None:
+    """Who adds to a stranger's session adds to the one of that name in their own tenant; the next try begins anew."""
+    cells = authz.check(authz_live.running(served, Path(door.lent.config.home)), "/mcp")
+    assert "/mcp/{session_id:path}/add_context" in {c.route.path for c in cells if c.status == 200}
+    assert not [(str(cell.route), cell.role, cell.whose, cell.status, cell.leak) for cell in cells if cell.leak]
+
+
+def test_what_was_not_tried_has_its_column(door: Door, served: str) -> None:
+    cells = authz.check(authz_live.running(served, Path(door.lent.config.home)), "/rag/documents")
+    rows = {row[0]: row[1:] for row in authz.table(cells)}
+    assert rows["DELETE /rag/documents/{document_id}"] == [
+        "documents:write", "401/401", "403/403", "-/404", "403/403", "-/404", "-/404",
+    ]  # fmt: skip
+
+
+def test_the_installation_s_limit_of_a_key_is_not_that_of_the_check(tmp_path: Path) -> None:
+    """In production 20 requests a minute are too few, and a 429 would pass for a refusal."""
+    limits: list[int | None] = []
+
+    async def look() -> None:
+        async with authz_live.running("http://127.0.0.1:9", tmp_path) as world:
+            limits.extend(KeyRing(tmp_path).verify(key).requests_per_minute for key in world.keys.values())
+
+    asyncio.run(look())
+    assert len(limits) == len(authz.ROLES) - 1 and set(limits) == {MOST_PER_MINUTE}
 
 
 def test_one_that_does_not_answer_is_said(tmp_path: Path) -> None:
