@@ -1,10 +1,10 @@
 """The front door: a FastAPI application over whatever it is lent."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -210,7 +210,9 @@ async def _answer_nexus_error(request: Request, error: Exception) -> Response:
 async def _answer_validation(request: Request, error: Exception) -> Response:
     """400 for what is not JSON or has unknown fields, else 422 (400 on OpenAI's routes), with pointers."""
     assert isinstance(error, RequestValidationError)
-    faults = [(_pointer(fault["loc"]), str(fault["msg"]).removeprefix("Value error, ")) for fault in error.errors()]
+    faults = [
+        (_pointer(fault, error.body), str(fault["msg"]).removeprefix("Value error, ")) for fault in error.errors()
+    ]
     kinds = {fault["type"] for fault in error.errors()}
     if "model_attributes_type" in kinds and faults[0][0] == "" and not _is_json(request):
         return _respond(request, 415, "unsupported_media_type", "send the body as application/json")
@@ -225,14 +227,25 @@ def _is_json(request: Request) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
-def _pointer(location: Sequence[object]) -> str:
-    """FastAPI's location as a JSON pointer; an offset into malformed JSON points at nothing."""
-    parts = [
-        str(part)
-        for part in location[1:]
-        if not (location[0] == "body" and len(location) == 2 and isinstance(part, int))
-    ]
-    return "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in parts)
+def _pointer(fault: Mapping[str, Any], body: object) -> str:
+    """FastAPI's location as a JSON pointer; an offset into malformed JSON points at nothing.
+
+    Where a value may be one of several types, the location names the type that was tried, too, in words of the
+    program: only what leads to something in the body is said, and what is missing there.
+    """
+    place, *parts = fault["loc"]
+    if place == "body":
+        parts = list(_steps(parts, body, fault["type"] == "missing"))
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def _steps(parts: Sequence[str | int], value: Any, is_missing: bool) -> Iterator[str | int]:
+    for number, part in enumerate(parts, 1):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and part in range(len(value))):
+            value = value[part]
+            yield part
+        elif is_missing and number == len(parts):
+            yield part
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """Every error of every route has the shape of notes/security.md, section 2: generated from the router."""
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -240,3 +241,26 @@ def test_what_is_out_of_shape_is_seen(name: str) -> None:
     check(answer(GOOD, {}), 404, "/x", {})
     with pytest.raises((AssertionError, KeyError)):
         check(answer(*OUT_OF_SHAPE[name]), 404, "/x", {})
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "stop": ["x"] * 99}, "stop"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "sound"}]}]},
+            "messages.0.content",
+        ),
+        ("/v1/chat/completions", {"messages": [{}]}, "messages.0.role"),
+        ("/v1/embeddings", {"input": [[1, 2]]}, "input"),
+        ("/v1/embeddings", {"input": ["x", 5]}, "input"),
+        ("/v1/rerank", {"query": "x", "documents": [{"txt": "x"}]}, "documents.0"),
+    ],
+)
+def test_a_fault_is_in_the_body_s_own_words(door: Door, path: str, body: dict[str, object], param: str) -> None:
+    """Where a value may be of several types, none of the program's names for them is told."""
+    answer = door.client.post(path, json={"model": "m", **body}, headers=door.headers())
+    said = answer.json()["error"]
+    assert answer.status_code == 400 and said["param"] == param
+    assert not re.search(r"[\[(<]|constrained|0x", said["message"]), said["message"]
