@@ -144,7 +144,7 @@ def _keep(kept: bytearray, message: Message) -> None:
 def _kind(scope: Scope, facts: dict[str, Any], status: int) -> str | None:
     """Denied: also what is not found by those who ask for it by its name; another tenant's is among that."""
     route = scope.get("route")
-    if status in DENIALS or (status == 404 and route is not None):
+    if facts.get("is_denied") or status in DENIALS or (status == 404 and route is not None):
         return "denied"
     is_credential = scope["method"] not in READING and scope["path"].startswith(CREDENTIALS)
     if facts.get("is_privileged") or (is_credential and route is not None):

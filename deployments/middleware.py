@@ -84,13 +84,14 @@ def wrap(
     app = Identity(app, verifier)
     app = Timely(app, http.request_seconds)
     app = Answering(app)
-    app = Audited(app, recorder, config.audit, send_nexus_error)
     if http.allowed_origins:  # outside Identity: a browser's preflight carries no key
         app = CORSMiddleware(
             app, allow_origins=list(http.allowed_origins), allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["authorization", "content-type", "x-api-key"],
         )  # fmt: skip
     app = Hosts(app, http)
+    app = Audited(app, recorder, config.audit, send_nexus_error)
+    app = Safe(app)
     return RequestId(app, says_request_id)
 
 
@@ -302,8 +303,26 @@ SAFE_HEADERS = {
 }  # fmt: skip
 
 
+class Safe:
+    """Has a browser do nothing with what is answered, and nobody keep it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SAFE_HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        await self.app(scope, receive, send_safely)
+
+
 class Hosts:
-    """Refuses what a browser is tricked into asking, and has a browser do nothing with what is answered.
+    """Refuses what a browser is tricked into asking, and has the record say so.
 
     A request names a host that is ours: else a stranger's name was made to resolve to this address (DNS rebinding).
     A page of another origin may not ask unless the settings name it, and no form can: `text/plain` is refused.
@@ -320,20 +339,13 @@ class Hosts:
             await self.app(scope, receive, send)
             return
 
-        async def send_safely(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in SAFE_HEADERS.items():
-                    headers[name] = value
-                headers.setdefault("cache-control", "no-store")
-            await send(message)
-
         try:
             self._check(Headers(scope=scope))
         except NexusError as error:
-            await send_nexus_error(scope, send_safely, error)
+            scope["state"]["audited"]["is_denied"] = True
+            await send_nexus_error(scope, send, error)
         else:
-            await self.app(scope, receive, send_safely)
+            await self.app(scope, receive, send)
 
     def _check(self, headers: Headers) -> None:
         hosts = headers.getlist("host")

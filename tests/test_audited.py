@@ -176,6 +176,25 @@ def test_API1_anothers_object_is_recorded_with_its_id_and_who_asked(door: Door) 
     assert line["action"] == "GET /rag/documents/{document_id}"
 
 
+@pytest.mark.parametrize(
+    ("headers", "status", "reason"),
+    [
+        ({"host": "evil.example"}, 400, "host_not_allowed"),
+        ({"origin": "https://evil.example"}, 403, "origin_not_allowed"),
+        ({"content-type": "text/plain"}, 415, "unsupported_media_type"),
+    ],
+)
+def test_Q14_what_a_browser_was_tricked_into_is_recorded(
+    door: Door, headers: dict[str, str], status: int, reason: str
+) -> None:
+    """Refused before anybody asks who it is, and a denial all the same."""
+    answer = door.client.post("/rag/search", content=b"{}", headers={**door.headers(), **headers})
+    assert answer.status_code == status and answer.headers["x-content-type-options"] == "nosniff"
+    (line,) = lines(door)
+    assert (line["kind"], line["verdict"], line["status"], line["reason"]) == ("denied", "denied", status, reason)
+    assert line["action"] == "POST /rag/search" and "tenant" not in line
+
+
 def test_API2_a_refused_credential_is_recorded_with_the_reason(door: Door) -> None:
     assert door.client.post("/rag/query", json={}, headers={"x-api-key": "x"}).status_code == 401
     (line,) = lines(door)
