@@ -234,7 +234,7 @@ def _pointer(fault: Mapping[str, Any], body: object) -> str:
     program: only what leads to something in the body is said, and what is missing there.
     """
     place, *parts = fault["loc"]
-    if place == "body":
+    if place == "body" and body is not None:
         parts = list(_steps(parts, body, fault["type"] == "missing"))
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
 
