@@ -15,6 +15,7 @@ from cluster.client import Absent
 from cluster.raft import NodeId, Snapshot, Status
 from deployments import middleware
 from deployments.cluster_state import Observing
+from deployments.limiting import PacedRetriever, searches
 from deployments.routes import (
     answers,
     auth,
@@ -137,6 +138,12 @@ class Lent:
         return ByEmbedding(self.embedders[name])
 
 
+def paced(lent: Lent) -> Lent:
+    """The same with no more searches at once than its configuration allows."""
+    retriever = PacedRetriever(lent.retriever, lent.rag.retrieve, searches(lent.config))
+    return replace(lent, retriever=retriever, rag=replace(lent.rag, retrieve=retriever.retrieve))
+
+
 def screened(lent: Lent) -> Lent:
     """The same with the content rules and the guard of its configuration around all that retrieves or answers."""
     screen = open_screen(lent.config.content)
@@ -156,7 +163,7 @@ def screened(lent: Lent) -> Lent:
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
     """The whole HTTP application, its middleware included."""
     verifier = Verifier(lent.keys, lent.tokens, lent.config.access.failures_per_minute)
-    app = application(screened(lent))
+    app = application(screened(paced(lent)))
     return middleware.wrap(app, verifier, lent.audit, lent.config, lent.clock, says_request_id)
 
 

@@ -1,7 +1,9 @@
 """Layers around every request: how long it may take, how much its caller may ask for, and whether it has a place."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 
@@ -9,10 +11,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nexus import telemetry
-from nexus.admission import Admission, Kind
+from nexus.admission import Admission, Kind, Place
 from nexus.config import Config
 from nexus.errors import Overloaded, RateLimited, TimedOut
 from nexus.limits import Level, Limiter, caller_of, spending
+from nexus.screening import Retrieving, Searching
+from nexus.types import Evidence, Principal, SearchRequest, SearchResult
 
 UNHURRIED = frozenset({"/rag/fsck", "/rag/vacuum"})  # which look at all there is, for who administers it
 UNGATED = frozenset({"/metrics"})  # whoever watches must see how bad it is
@@ -108,16 +112,50 @@ class Admitted:
         if principal is None or scope["path"] in UNGATED:
             await self.app(scope, receive, send)
             return
-        try:
-            place = await self.admission.enter(caller_of(principal), kind_of(scope))
-        except Overloaded:
-            telemetry.requests_refused.labels("overload").inc()
-            raise
-        scope["state"]["place"] = place
-        try:
+        async with _placed(self.admission, principal, kind_of(scope)) as place:
+            scope["state"]["place"] = place
             await self.app(scope, receive, send)
-        finally:
-            place.leave()
+
+
+@dataclass(frozen=True, slots=True)
+class PacedRetriever:
+    """Searches of which so many are under way at once.
+
+    A retriever that is asked for more than it can do is late with everything, and what it does for those who have gone
+    by then is lost. Here they wait where a quick no is still possible, and each caller has its turn.
+    """
+
+    searching: Searching
+    retrieving: Retrieving
+    admission: Admission
+
+    async def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
+        async with _placed(self.admission, principal, "interactive"):
+            return await self.searching.search(request, principal)
+
+    async def retrieve(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence:
+        async with _placed(self.admission, principal, "interactive"):
+            return await self.retrieving(request, principal, passages, tokens)
+
+
+@asynccontextmanager
+async def _placed(admission: Admission, principal: Principal, kind: Kind) -> AsyncIterator[Place]:
+    try:
+        place = await admission.enter(caller_of(principal), kind)
+    except Overloaded:
+        telemetry.requests_refused.labels("overload").inc()
+        raise
+    try:
+        yield place
+    finally:
+        place.leave()
+
+
+def searches(config: Config) -> Admission:
+    """The searches that these settings let be under way at once."""
+    limits = config.limits
+    seconds: Mapping[Kind, float] = {"interactive": limits.wait_seconds, "bulk": limits.wait_seconds}
+    return Admission(limits.searches, limits.waiting, limits.share, 1.0, seconds)
 
 
 def admission(config: Config) -> Admission:

@@ -515,8 +515,9 @@ class Limits(Section):
 
     In production a key has 20 requests a minute unless a number or `any` is set. `places` are requests
     worked on at once (none named: 64, and as many as the models take at once), `waiting` those in the queue, for
-    `wait_seconds` at most; past that, 503. One key has no more than `share` of the places. A tenant has no more than
-    `open_jobs` uploads that have not ended; past that, 429.
+    `wait_seconds` at most; past that, 503. No more than `searches` look for passages at once, and others wait as long.
+    One key has no more than `share` of either. A tenant has no more than `open_jobs` uploads that have not ended; past
+    that, 429.
     """
 
     requests_per_minute: PerMinute | Literal["any"] | None = None
@@ -525,6 +526,7 @@ class Limits(Section):
     tenant: Ceiling = Ceiling()
     tenants: dict[str, Ceiling] = {}  # in place of the one for every tenant
     places: Positive | None = None
+    searches: Positive = 8
     waiting: Annotated[int, Field(ge=0)] = 128
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     wait_seconds: Annotated[float, Field(gt=0)] = 1.0

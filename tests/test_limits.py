@@ -25,7 +25,7 @@ from nexus.config import Config, Limits
 from nexus.errors import Overloaded, RateLimited, Unavailable
 from nexus.limits import MOST_TOKENS, Limiter, spender, spending
 from nexus.tokens import Tokens
-from nexus.types import Delta, Principal, SearchRequest, SearchResult, Usage
+from nexus.types import Delta, Evidence, Principal, SearchRequest, SearchResult, Usage
 from tests.conftest import Door, LocalRetriever
 from tests.test_chat_http import ASK, SAID, Parrot
 from tests.test_gateway import check_openai_error, check_problem
@@ -824,6 +824,11 @@ class Held(LocalRetriever):
         await self.go_on.wait()
         return await super().search(request, principal)
 
+    async def retrieve(self, request: SearchRequest, principal: Principal, passages: int, tokens: int) -> Evidence:
+        self.begun += 1
+        await self.go_on.wait()
+        return await super().retrieve(request, principal, passages, tokens)
+
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(30):
@@ -857,6 +862,38 @@ def test_where_every_place_is_taken_there_is_503(door: Door, path: str) -> None:
             held.go_on.set()
             assert (await first).status_code == 200
             assert (await client.get("/pipelines")).status_code == 200
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("path", ["/rag/search", "/rag/query"])
+def test_no_more_searches_are_under_way_than_may_be(door: Door, path: str) -> None:
+    """One waits, the next is refused, and whatever else there is to do goes on."""
+    stock(door)
+    before = refusals("overload")
+
+    async def play() -> None:
+        held = Held(door)
+        config = limited(door, searches=1, waiting=1, wait_seconds=60)
+        lent = replace(door.lent, config=config, retriever=held, clock=Clock())
+        lent = replace(lent, rag=replace(lent.rag, retrieve=held.retrieve))
+        transport = httpx.ASGITransport(build(lent))
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+
+            def ask(headers: dict[str, str]) -> "asyncio.Task[httpx.Response]":
+                return asyncio.create_task(client.post(path, json={"query": "x"}, headers=headers))
+
+            ann = door.headers(name="ann")
+            first = ask(ann)
+            await until(lambda: held.begun)
+            others = [ask(ann), ask(ann)]  # whichever comes second finds the queue full
+            (ended,), (waiting,) = await asyncio.wait(others, return_when=asyncio.FIRST_COMPLETED)
+            refused = await ended
+            assert check_problem(refused, 503, path)["code"] == "overloaded" and refused.headers["retry-after"] == "2"
+            assert (await client.get("/pipelines", headers=ann)).status_code == 200
+            assert held.begun == 1 and refusals("overload") == before + 1
+            held.go_on.set()
+            assert [(await one).status_code for one in (first, waiting)] == [200, 200] and held.begun == 2
 
     asyncio.run(play())
 

@@ -5,7 +5,9 @@
 
 First the capacity is measured: searches a second with few askers, each of whom waits for the answer. Then ten times
 as many come, by several keys, on a clock that does not wait for answers. Every answer is 200, or 503 with Retry-After;
-anything else is counted as `broken`. Goodput is what is answered with 200 and within the patience of an asker. After
+anything else is counted as `broken`. Goodput is what is answered with 200 and within the patience of an asker.
+Whatever a refusal costs the server, and this program, is missing elsewhere where cores are few. So a flood of as many
+requests that need no thought (`/livez`) shows what is possible beside it, and `kept` is the goodput over that. After
 the overload single searches go on, until they take again what they took before: that is the recovery. Last, a steady
 asker is timed alone, and beside one key that asks ten times the capacity: once where each key has a quota, once not.
 """
@@ -19,7 +21,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -110,6 +112,21 @@ class Askers:
             await asyncio.wait(asked)
         return seen
 
+    async def knock_at(self, rate: float, seconds: float) -> None:
+        """So many requests a second that are answered without a thought."""
+        url = f"{self._url.rsplit('/', 2)[0]}/livez"
+
+        async def knock() -> None:
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with self._session.get(url) as answer:
+                    await answer.read()
+
+        begin = time.perf_counter()
+        async with asyncio.TaskGroup() as group:
+            for number in range(int(rate * seconds)):
+                await asyncio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
+                group.create_task(knock())
+
     async def ask_in_turn(self, seconds: float, askers: int = 1) -> Seen:
         """So many askers, each of whom waits for the answer."""
         seen, end = Seen(), time.perf_counter() + seconds
@@ -162,14 +179,21 @@ async def flood(nexus: Running, seconds: float) -> dict[str, float]:
         await askers.ask_in_turn(2.0, ASKERS)  # warm
         before = median((await askers.ask_in_turn(SECONDS_EACH)).seconds())
         capacity = (await askers.ask_in_turn(SECONDS_EACH, ASKERS)).good() / SECONDS_EACH
+        beside, _ = await asyncio.gather(
+            askers.ask_in_turn(SECONDS_EACH, ASKERS), askers.knock_at((TIMES - 1) * capacity, SECONDS_EACH)
+        )
+        possible = beside.good() / SECONDS_EACH / capacity
         seen = await askers.ask_at(TIMES * capacity, seconds)
         after = await askers.ask_until_normal(before)
     taken = seen.answers[-1][0] - min(at - spent for at, _, spent in seen.answers)
     statuses = Counter(status for _, status, _ in seen.answers)
     print(f"capacity {capacity:.0f} searches a second; answers in the overload: {dict(statuses)}")
+    ratio = goodput_ratio(seen, taken, capacity)
     return {
         "capacity_per_second": capacity,
-        "goodput_ratio": goodput_ratio(seen, taken, capacity),
+        "goodput_ratio": ratio,
+        "possible_ratio": possible,
+        "kept": ratio / possible,
         "shed_share": seen.share(503),
         "broken_share": 1 - seen.share(200, 503),
         "shed_ms_p50": 1000 * median(seen.seconds(503) or [0.0]),
