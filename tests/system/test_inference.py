@@ -41,18 +41,6 @@ def nexus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture
-def http(nexus: Running) -> Iterator[httpx.Client]:
-    with nexus.http() as client:
-        yield client
-
-
-@pytest.fixture
-def client(nexus: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{nexus.url}/v1", api_key=nexus.key, max_retries=0, timeout=120) as client:
-        yield client
-
-
 def say(client: openai.OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(**{"model": "tiny", "messages": HELLO, "max_tokens": 12, **fields})
 

@@ -28,18 +28,6 @@ def nexus() -> Iterator[Running]:
         yield running
 
 
-@pytest.fixture
-def http(nexus: Running) -> Iterator[httpx.Client]:
-    with nexus.http() as client:
-        yield client
-
-
-@pytest.fixture
-def client(nexus: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{nexus.url}/v1", api_key=nexus.key, max_retries=0) as client:
-        yield client
-
-
 # ── the newcomer's way ──────────────────────────────────────────────────────────────────────────
 
 
