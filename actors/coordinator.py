@@ -4,7 +4,6 @@ A voter speaks to the others over handles that it holds; `connect` gives the cli
 """
 
 import asyncio
-import itertools
 import json
 import logging
 import os
@@ -26,9 +25,21 @@ from ray.exceptions import PendingCallsLimitExceeded, RayActorError
 
 from cluster.catalog import LONGEST_STEP_MS, Catalog, Clock, Compacted, Event, encode
 from cluster.client import Absent, Client, Doubtful, Elsewhere, Query
-from cluster.raft import ConfChangeRefused, Members, Message, NodeId, NotLeader, ProposalDropped, Role, Snapshot, Status
+from cluster.raft import (
+    ConfChangeRefused,
+    EntryKind,
+    Members,
+    Message,
+    NodeId,
+    NotLeader,
+    ProposalDropped,
+    Role,
+    Snapshot,
+    Status,
+)
 from cluster.raft.storage import Storage
 from cluster.voter import PACE, Pace, Unanswered, Voter, found
+from nexus.archive import beside
 from nexus.background import begin_in_background
 from nexus.errors import AlreadyRunning, ConfigError, Conflict, InvalidRequest, NotFound, OperatorError, Unavailable
 
@@ -405,18 +416,38 @@ def restore(snapshot: Snapshot, data_dir: str | Path, named: Iterable[NodeId] = 
     disk.close()
     retired = {one: _Seat("", is_founded=True, is_retired=True) for one in range(1, id)}
     draft.write({**retired, id: seat})
-    aside = _aside(folder) if folder.exists() else None
+    aside = beside(folder) if folder.exists() else None
     if aside is not None:
         folder.rename(aside)
     draft.folder.rename(folder)
     return aside
 
 
-def _aside(folder: Path) -> Path:
-    """A name beside it, with the time, that nothing has."""
-    dated = f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}"
-    names = itertools.chain([dated], (f"{dated}-{count}" for count in itertools.count(2)))
-    return next(path for path in map(folder.with_name, names) if not path.exists())
+def read_alone(data_dir: str | Path) -> Snapshot | None:
+    """All that a coordinator of one voter holds, off its disk, while it does not run; None where there is none.
+
+    Raises Conflict for one of several voters: what one of them has on its disk, the others may not have agreed to.
+    """
+    folder = Path(data_dir)
+    seats = {id: seat for id, seat in _Register(folder).read().items() if not seat.is_retired}
+    if not seats:
+        return None
+    id, seat = next(iter(seats.items()))
+    disk = Storage(folder / f"voter-{id}", seat.identity) if (folder / f"voter-{id}").is_dir() else None
+    try:
+        saved = None if disk is None else disk.load()
+    finally:
+        if disk is not None:
+            disk.close()
+    if len(seats) > 1 or saved is None:
+        raise Conflict("what several voters agreed on is known only while they run: `nexus up` first")
+    catalog, last = Catalog(), saved.snapshot
+    catalog.restore(last.data)
+    for entry in saved.entries:  # the only voter has agreed to all of its log
+        if entry.kind is EntryKind.COMMAND:
+            catalog.apply(entry.index, entry.data)
+        last = replace(last, index=entry.index, term=entry.term)
+    return replace(last, members=Members(frozenset()), data=catalog.snapshot())
 
 
 class RayVoters:

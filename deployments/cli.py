@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import adding, auditing, nodes, overview, planning, running, upkeep, voters
+from deployments import adding, archiving, auditing, nodes, overview, planning, running, upkeep, voters
 from deployments import client as http
 from deployments.auditing import recorded, recorded_if_possible
 from deployments.doctor import examine
@@ -44,6 +44,8 @@ app.add_typer(config_app, name="config")
 app.add_typer(voters.app, name="coordinator")
 app.add_typer(nodes.app, name="node")
 app.add_typer(auditing.app, name="audit")
+app.command("backup")(archiving.backup)
+app.command("restore")(archiving.restore)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 InCollection = Annotated[str, typer.Option("--collection", "-c", help="The collection.")]

@@ -21,7 +21,7 @@ def fsck(repair: bool) -> dict[str, Any]:
         with Client() as nexus:
             answer: dict[str, Any] = nexus.call("POST", "/rag/fsck", params={"repair": repair}, timeout=None)[1]
             return answer
-    with _stores(config) as (hades, jobs):
+    with opened_stores(config) as (hades, jobs):
         from deployments.shapes import show_faults  # with all of FastAPI: not at every start of the command line
 
         with recorded(config, "nexus fsck --repair") if repair else nullcontext():
@@ -36,14 +36,14 @@ def vacuum(keep_seconds: float) -> dict[str, Any]:
             query = {"keep_seconds": keep_seconds}
             answer: dict[str, Any] = nexus.call("POST", "/rag/vacuum", params=query, timeout=None)[1]
             return answer
-    with _stores(config) as (hades, _), recorded(config, "nexus vacuum"):
+    with opened_stores(config) as (hades, _), recorded(config, "nexus vacuum"):
         from deployments.shapes import show_removed  # with all of FastAPI: not at every start of the command line
 
         return show_removed(hades.vacuum(keep_seconds, keep_staged_seconds=0))
 
 
 @contextmanager
-def _stores(config: Config) -> Iterator[tuple[Hades, Jobs]]:
+def opened_stores(config: Config) -> Iterator[tuple[Hades, Jobs]]:
     """The stores, opened here: nobody else has them open. No model is needed to compare rows."""
     home = Path(config.home)
     bootstrap.prepare_home(home)

@@ -309,6 +309,7 @@ class Hades:
         """Write missing vectors again from the document store, and remove orphans; returns what it cannot mend."""
         for fault in faults:
             if fault.kind == MISSING:
+                self.open_collection(fault.collection)  # its index may be gone altogether
                 self._write_again(fault.ids)
             elif fault.kind == ORPHANS:
                 self.vectors.delete(self.find_collection(fault.collection).index, fault.ids)

@@ -1,0 +1,187 @@
+"""`nexus backup` and `nexus restore`: a home in one file, and a home made of such a file again."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster import backup as snapshots
+from cluster import bootstrap
+from deployments.auditing import recorded
+from deployments.client import Client
+from deployments.upkeep import opened_stores
+from nexus import archive
+from nexus.archive import Contents
+from nexus.config import Config, load_config
+from nexus.errors import AlreadyRunning, ConfigError, Conflict, InvalidRequest, Unprocessable
+from nexus.jobs import examine
+
+SETTINGS = "nexus.yaml"
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore made: from which archive, how many chunks can be found, and where what was there before is."""
+
+    contents: Contents
+    chunks: int
+    aside: Path | None
+
+
+def backup(
+    file: Annotated[Path, typer.Argument(help="The archive to write, outside of the home.")], as_json: Json = False
+) -> None:
+    """Write all stores, as they are at one moment, into one file, running or not. It holds keys: guard it as them."""
+    config = load_config()
+    home = Path(config.home)
+    if not home.is_dir():
+        raise InvalidRequest(f"there is nothing in {home}: no Nexus was started there")
+    _require_own_documents(config)
+    bootstrap.prepare_home(home)
+    with _one_at_a_time(config), recorded(config, "nexus backup", str(file)):
+        contents = archive.pack(home, file, lambda: _snapshot(config))
+    shown = {"file": str(file), "files": len(contents.members), "bytes": contents.size, "made_at": contents.made_at}
+    told = f"{file}: {len(contents.members)} files, {contents.size / 2**20:.1f} MiB"
+    typer.echo(json.dumps(shown) if as_json else told)
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `nexus backup` wrote.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Where there is a Nexus already, move it aside; nothing of it is lost.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a home of an archive, check it as `nexus fsck` does, and only then put it in place. Nexus must be down."""
+    home = Path(load_config().home)
+    made = bring_back(file, home, replace, lambda sentence: typer.echo(sentence, err=True))
+    aside = None if made.aside is None else str(made.aside)
+    if as_json:
+        shown = {"home": str(home), "files": len(made.contents.members), "made_at": made.contents.made_at}
+        typer.echo(json.dumps({**shown, "chunks": made.chunks, "aside": aside}))
+        return
+    typer.echo(f"Restored to {home}: {made.chunks} chunks to be found; checked as `nexus fsck` does, and clean.")
+    if aside:
+        typer.echo(f"What was there before is kept in {aside}")
+    typer.echo("`nexus up` starts it. Of a cluster it has one voter: `nexus coordinator add` adds the others.")
+
+
+def bring_back(file: Path, home: Path, replace: bool, tell: Callable[[str], None]) -> Restored:
+    """Until the new home is whole and checked, the old one stays as it is. Raises NexusError."""
+    if not file.is_file():
+        raise InvalidRequest(f"there is no archive {file}")
+    home.parent.mkdir(parents=True, exist_ok=True)
+    draft = home.with_name(f"{home.name}.restoring")
+    with _alone_in(home.parent):
+        _require_place(home, replace)
+        shutil.rmtree(draft, ignore_errors=True)  # of a restore that was cut short
+        contents = archive.unpack(file, draft)
+        tell(f"unpacked {len(contents.members)} files, all whole; making the index of vectors again …")
+        if not replace and (home / SETTINGS).is_file():
+            shutil.copy(home / SETTINGS, draft / SETTINGS)  # which was put there for this machine
+        config = _settings_of(draft)
+        _require_own_documents(config)
+        _begin_coordinator(config)
+        chunks = _make_index(config)
+        with recorded(config, "nexus restore", str(file)):
+            return Restored(contents, chunks, _put_in_place(draft, home))
+
+
+def _settings_of(draft: Path) -> Config:
+    """The settings that the new home will have, for where it is now."""
+    settings = draft / SETTINGS
+    return load_config(settings if settings.is_file() else None).model_copy(update={"home": draft})
+
+
+def _require_own_documents(config: Config) -> None:
+    if config.stores.documents != "sqlite:":
+        raise ConfigError(
+            f"the documents are in {config.stores.documents.partition(':')[0]}, outside of the home, where an archive"
+            " does not reach: back that store up with its own tools, and the rest of the home as files"
+        )
+
+
+def _snapshot(config: Config) -> bytes | None:
+    """What the machines agree on: asked of the coordinator where Nexus runs, else read from the one voter's disk."""
+    home = Path(config.home)
+    if bootstrap.is_running(home):
+        with Client(config) as nexus:
+            return nexus.download("POST", "/coordinator/snapshot")
+    from actors import coordinator  # with all of Ray: not at every start of the command line
+
+    held = coordinator.read_alone(home / coordinator.FOLDER)
+    return None if held is None else snapshots.write(held)
+
+
+@contextmanager
+def _one_at_a_time(config: Config) -> Iterator[None]:
+    """Nothing is started or stopped meanwhile: the coordinator's disk has one reader."""
+    with bootstrap.lock_home(Path(config.home)):
+        yield
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise AlreadyRunning(f"another `nexus restore` works in {folder}; wait for it") from None
+    finally:
+        os.close(descriptor)
+
+
+def _require_place(home: Path, replace: bool) -> None:
+    if not home.exists():
+        return
+    if bootstrap.is_running(home):
+        raise AlreadyRunning("Nexus runs: `nexus down` first, on every machine")
+    if not replace and archive.has_state(home, besides=(SETTINGS,)):
+        raise Conflict(f"there is a Nexus in {home} already: --replace moves it aside, or set NEXUS_HOME to another")
+    if home.is_mount():
+        raise ConfigError(f"{home} is a mount point, which cannot be moved aside: set NEXUS_HOME to a folder in it")
+
+
+def _begin_coordinator(config: Config) -> None:
+    from actors import coordinator  # with all of Ray
+
+    file = Path(config.home) / archive.SNAPSHOT
+    if file.exists():
+        held = snapshots.read(file.read_bytes())
+        coordinator.restore(held, Path(config.home) / coordinator.FOLDER, config.voters)
+        file.unlink()
+
+
+def _make_index(config: Config) -> int:
+    """Write every vector into the vector store; how many chunks can be found then. Raises Unprocessable."""
+    with opened_stores(config) as (hades, jobs):
+        jobs.revive(jobs.holders())  # whoever held them works in no home of now
+        faults = examine(hades, jobs, repair=True)
+        if faults:
+            named = "; ".join(f"{len(fault.ids)} {fault.kind}" for fault in faults)
+            raise Unprocessable(f"the archive is whole, what it holds is not: {named}. It is laid out in {config.home}")
+        indexes = {collection.index for collection in hades.documents.collections()}
+        return sum(len(hades.documents.chunk_ids(index, published=True)) for index in indexes)
+
+
+def _put_in_place(draft: Path, home: Path) -> Path | None:
+    """The new home by one rename; where the old one was moved to."""
+    aside = None
+    if home.exists():
+        if archive.has_state(home, besides=()):
+            aside = archive.beside(home)
+            home.rename(aside)
+        else:
+            shutil.rmtree(home)
+    draft.rename(home)
+    archive.sync_folder(home.parent)
+    return aside
