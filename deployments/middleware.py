@@ -23,6 +23,7 @@ from nexus.audit import Recorder
 from nexus.config import Config, Http
 from nexus.content import SEVERITY, Finding
 from nexus.errors import (
+    BlockRefused,
     CallerError,
     Conflict,
     ContentRefused,
@@ -56,7 +57,7 @@ FAULT = "something went wrong here; the request id finds it in the log"
 STATUS: dict[type[NexusError], int] = {
     InvalidRequest: 422, Unauthenticated: 401, Forbidden: 403, ContentRefused: 403, NotFound: 404, Conflict: 409,
     TooLarge: 413, RateLimited: 429, UnsupportedMedia: 415, Unprocessable: 422, CallerError: 400, Overloaded: 503,
-    TimedOut: 504, TryAgain: 503, UpstreamInvalid: 502,
+    TimedOut: 504, TryAgain: 503, UpstreamInvalid: 502, BlockRefused: 502,
 }  # fmt: skip
 TITLES = {
     400: "Bad request", 401: "Not authenticated", 403: "Not allowed", 404: "Not found", 405: "Method not allowed",

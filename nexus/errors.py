@@ -20,7 +20,13 @@
     └── OperatorError           whoever runs Nexus must act
         ├── ConfigError         a setting is wrong; nothing was started
         ├── AlreadyRunning      this home is in use by a running Nexus
-        └── UpstreamInvalid     a model or a store answered nonsense
+        ├── UpstreamInvalid     a model or a store answered nonsense
+        └── BlockRefused        a shared block is not what it should be; another machine's copy may be
+            ├── BlockCorrupt    it is damaged, or another one in its place
+            ├── BlockStale      it was good once: there is a newer one
+            ├── WriterUnknown   signed by a machine that is not known, or is one no longer
+            ├── Equivocation    its writer gave its number to another block too: a cloned machine, or a stolen key
+            └── KeyUnknown      sealed under a key that is retired, or not on this machine
 
 Each error carries a `code`, a stable word for programs, and a message for people that says what
 is wrong, where, and what to do. Messages never hold a secret, a path of the server or a query.
@@ -140,3 +146,27 @@ class AlreadyRunning(OperatorError):
 
 class UpstreamInvalid(OperatorError):
     code = "upstream_invalid"
+
+
+class BlockRefused(OperatorError):
+    code = "block_refused"
+
+
+class BlockCorrupt(BlockRefused):
+    code = "block_corrupt"
+
+
+class BlockStale(BlockRefused):
+    code = "block_stale"
+
+
+class WriterUnknown(BlockRefused):
+    code = "writer_unknown"
+
+
+class Equivocation(BlockRefused):
+    code = "equivocation"
+
+
+class KeyUnknown(BlockRefused):
+    code = "key_unknown"

@@ -10,15 +10,25 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from nexus.errors import ConfigError
 
 MOVES = ("accept", "begin", "parse", "embed", "stage", "publish", "finish", "delete", "retire", "purge")
+KEY_MOVES = ("write", "forget")
+BLOCK_MOVES = ("seal", "register", "rename", "rewrap", "delete")
+
+
+def _around(part: str, moves: Iterable[str]) -> set[str]:
+    return {f"{part}.{when}_{move}" for move in moves for when in ("before", "after")}
+
+
 POINTS = frozenset(
-    {f"ingest.{when}_{move}" for move in MOVES for when in ("before", "after")}
+    _around("ingest", MOVES)
     | {"ingest.between_stores", "ingest.inside_publish"}  # rows staged, vectors not; written, not yet committed
+    | _around("keys", KEY_MOVES)
+    | _around("blocks", BLOCK_MOVES)
 )
 _SPEC = re.compile(r"(?P<point>[\w.]+):(?P<action>kill|raise|sleep:(?P<seconds>\d+(?:\.\d+)?))(?:@(?P<nth>[1-9]\d*))?")
 

@@ -1,0 +1,490 @@
+"""The keys that data blocks need: each tenant's, this machine's to sign with, and the others' to verify by.
+
+**The cluster key** is the one secret that an installation's machines share: a text in `share-key` of the home, carried
+to each machine by whoever runs them, or given in the configuration. What machines tell each other of keys goes through
+the coordinator, sealed under it (AES-256-GCM, a key of its own for each purpose): who reads or writes the coordinator
+and has not the cluster key learns no key and can slip none in.
+
+**A tenant's ring** is all keys that its blocks may be under: one `active`, which new blocks get, `readable` ones before
+it, and `retired` ones, of which only the id is passed on. It has a generation, which only grows. A ring is first drafted
+and then, when the coordinator has taken the draft (compare and set: of two, one), installed by every machine.
+
+**Rotation.** Draft and install a ring with one key more; wrap every block anew (blocks.py); then draft and install one
+with the old key retired. A machine that was away meanwhile still holds the retired key when it installs that ring:
+it is good for wrapping what it has anew and for nothing else, and is forgotten after that.
+
+**Machines** introduce themselves with the Ed25519 key that they sign with. One that is lost stays known, or its blocks
+would be worth nothing; one that is removed never comes back under the same key. Records of a machine only ever gain:
+they may be met in any order, and twice.
+
+Every file here is its owner's alone and written whole, or not at all.
+"""
+
+import json
+import os
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from nexus.access import NAME
+from nexus.errors import ConfigError, Conflict, InvalidRequest, KeyUnknown, NotFound, UpstreamInvalid, WriterUnknown
+from nexus.failpoints import pass_through
+from nexus.private_files import require_private
+from nexus.signing import fault_of_secret
+
+SECRET_FILE, FOLDER, SIGNING_FILE, PART = "share-key", "share", "signing-key", ".part"
+MAGIC = b"NXKEYS\0\x01"
+ID_BYTES, NONCE_BYTES, SECRET_BYTES = 8, 12, 32
+FINGERPRINT_DIGITS = 32
+
+State = Literal["active", "readable", "retired"]
+Purpose = Literal["ring", "machine"]
+
+_P = 2**255 - 19
+# y of the points whose order divides 8: under such a key one signature verifies for many messages. Chalkias, Garillot,
+# Nikolaenko (2020), "Taming the many EdDSAs", table 1.
+_SMALL_ORDER = frozenset(
+    {
+        0, 1, _P - 1,
+        int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little"),
+        int.from_bytes(bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"), "little")
+        & (2**255 - 1),
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A machine's key, by its fingerprint (32 hexadecimal digits), and whether blocks under it still count."""
+
+    node: str
+    fingerprint: str
+    is_removed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TenantKey:
+    """What wraps the keys of a tenant's blocks. `secret` is None where this machine has it no more, or never had."""
+
+    key_id: str
+    number: int
+    state: State
+    secret: bytes | None = field(repr=False)
+
+    @property
+    def is_held(self) -> bool:
+        return self.secret is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """All keys of one tenant, oldest first."""
+
+    tenant: str
+    generation: int
+    keys: tuple[TenantKey, ...]
+
+    @property
+    def active(self) -> TenantKey:
+        return next(key for key in self.keys if key.state == "active")
+
+    def find(self, key_id: str) -> TenantKey | None:
+        return next((key for key in self.keys if key.key_id == key_id), None)
+
+
+class ClusterKey:
+    """Seals what is kept of keys, and what machines tell each other of them."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret.encode()
+        self.key_id = self._derive("id")[:ID_BYTES].hex()
+
+    def seal(self, purpose: Purpose, value: Mapping[str, Any]) -> bytes:
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        start = MAGIC + bytes.fromhex(self.key_id)
+        plain = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+        return start + nonce + AESGCM(self._derive(purpose)).encrypt(nonce, plain, start + purpose.encode())
+
+    def unseal(self, purpose: Purpose, sealed: bytes) -> dict[str, Any]:
+        """Raises UpstreamInvalid where it is sealed otherwise, or changed."""
+        start, rest = sealed[: len(MAGIC) + ID_BYTES], sealed[len(MAGIC) + ID_BYTES :]
+        if not start.startswith(MAGIC) or len(rest) < NONCE_BYTES:
+            raise UpstreamInvalid("a record of keys is damaged: it does not begin as one does")
+        if start[len(MAGIC) :].hex() != self.key_id:
+            raise UpstreamInvalid(
+                f"a record of keys is sealed under cluster key {start[len(MAGIC) :].hex()}; this machine has {self.key_id}"
+            )
+        try:
+            plain = AESGCM(self._derive(purpose)).decrypt(
+                rest[:NONCE_BYTES], rest[NONCE_BYTES:], start + purpose.encode()
+            )
+        except InvalidTag:
+            raise UpstreamInvalid(f"a record of keys under cluster key {self.key_id} is damaged, or forged") from None
+        value: dict[str, Any] = json.loads(plain)
+        return value
+
+    def _derive(self, purpose: str) -> bytes:
+        info = f"nexus-cluster-v1 {purpose}".encode()
+        return HKDF(hashes.SHA256(), SECRET_BYTES, salt=None, info=info).derive(self._secret)
+
+
+class Keyring:
+    """This machine's keys, under `share/` of its home, and the cluster key. Safe to call from several threads."""
+
+    def __init__(self, home: Path, node: str, given: str | None = None, create: bool = True) -> None:
+        """`given` is the cluster key where the configuration has it; without one and with `create` it is made.
+
+        Raises ConfigError for keys that are lost, wrong, damaged, or that other users of the machine may read.
+        """
+        _check_name("a machine", node)
+        self.node = node
+        self._folder = home / FOLDER
+        for folder in (self._folder, self._folder / "keys", self._folder / "nodes"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            require_private(folder)
+        self._cluster = ClusterKey(_cluster_secret(home, given, create))
+        self._lock = threading.RLock()
+        self._rings = {ring.tenant: ring for ring in map(_decode_ring, self._load("keys", "ring"))}
+        self._known = dict(
+            map(_decode_machine, self._load("nodes", "machine"))
+        )  # {machine: {public key: is it removed}}
+        self._signing = Ed25519PrivateKey.from_private_bytes(_signing_secret(self._folder / SIGNING_FILE))
+        self._public = self._signing.public_key().public_bytes_raw().hex()
+        self.fingerprint = fingerprint_of(self._public)
+        self._check_own_key()
+        self.meet(self.introduction())
+
+    @property
+    def cluster_key_id(self) -> str:
+        """A public name of the cluster key: equal for equal keys."""
+        return self._cluster.key_id
+
+    # ── machines ────────────────────────────────────────────────────────────────────────────────
+
+    def introduction(self, known: bytes | None = None) -> bytes:
+        """What makes other machines take this one's signature, and what `known`, the record of it before, says.
+
+        Raises ConfigError where the key was removed, and UpstreamInvalid for a record that is none of it.
+        """
+        keys = {}
+        if known is not None:
+            name, keys = _decode_machine(self._cluster.unseal("machine", known))
+            if name != self.node:
+                raise UpstreamInvalid(f"the record of machine {self.node} is that of {name}")
+        if keys.get(self._public) or self._known.get(self.node, {}).get(self._public):
+            raise ConfigError(
+                f"this machine, {self.node}, was removed: its signing key {self.fingerprint} counts no more. To let it"
+                f" come back, remove {FOLDER}/{SIGNING_FILE} from its home: it makes another"
+            )
+        return self._cluster.seal("machine", _encode_machine(self.node, {**keys, self._public: False}))
+
+    def removal(self, node: str) -> bytes:
+        """What makes machines refuse all that was signed with a machine's keys so far. Raises NotFound, Conflict."""
+        with self._lock:
+            if node == self.node:
+                raise Conflict(f"machine {node} cannot remove itself: do it on another one")
+            if node not in self._known:
+                raise NotFound(f"no machine {node} is known here")
+            return self._cluster.seal("machine", _encode_machine(node, dict.fromkeys(self._known[node], True)))
+
+    def meet(self, record: bytes) -> tuple[Writer, ...]:
+        """Learn of a machine's keys, or that they are removed, for good. Returns all that is known of the machine.
+
+        Raises UpstreamInvalid for a record that was not made under the cluster key, or with a key that is none.
+        """
+        node, keys = _decode_machine(self._cluster.unseal("machine", record))
+        with self._lock:
+            for other, theirs in self._known.items():
+                if other != node and (shared := theirs.keys() & keys.keys()):
+                    raise UpstreamInvalid(
+                        f"machines {other} and {node} have one signing key, {fingerprint_of(min(shared))}: one is a copy"
+                        f" of the other. Remove {FOLDER}/ from the home of the copy"
+                    )
+            before = self._known.get(node, {})
+            after = {key: keys.get(key, False) or before.get(key, False) for key in (*before, *keys)}
+            if after != before:
+                sealed = self._cluster.seal("machine", _encode_machine(node, after))
+                write_private(self._folder / "nodes" / node, sealed)
+                self._known[node] = after
+            return _writers_of(node, after)
+
+    def writers(self) -> tuple[Writer, ...]:
+        with self._lock:
+            return tuple(writer for node in sorted(self._known) for writer in _writers_of(node, self._known[node]))
+
+    def verify_key(self, node: str, fingerprint: str) -> Ed25519PublicKey:
+        """The key that this machine signs with. Raises WriterUnknown for a removed one too."""
+        with self._lock:
+            for public, is_removed in self._known.get(node, {}).items():
+                if fingerprint_of(public) == fingerprint:
+                    if is_removed:
+                        raise WriterUnknown(f"machine {node} was removed: what it signed with {fingerprint} is refused")
+                    return Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
+        raise WriterUnknown(f"no machine {node} is known here to sign with key {fingerprint}")
+
+    def sign(self, message: bytes) -> bytes:
+        """Ed25519, 64 bytes. Each kind of message begins with words of its own, so that none passes for another."""
+        return self._signing.sign(message)
+
+    # ── tenants ─────────────────────────────────────────────────────────────────────────────────
+
+    def ring(self, tenant: str) -> Ring | None:
+        """The tenant's keys as this machine uses them."""
+        with self._lock:
+            return self._rings.get(tenant)
+
+    def tenants(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(sorted(self._rings))
+
+    def draft_key(self, tenant: str) -> bytes:
+        """The tenant's ring with another, active key; not in use before it is installed."""
+        _check_name("a tenant", tenant)
+        ring = self.ring(tenant) or Ring(tenant, 0, ())
+        before = tuple(replace(key, state="readable") if key.state == "active" else key for key in ring.keys)
+        number = max((key.number for key in before), default=0) + 1
+        new = TenantKey(secrets.token_hex(ID_BYTES), number, "active", secrets.token_bytes(SECRET_BYTES))
+        return self._sealed(Ring(tenant, ring.generation + 1, (*before, new)))
+
+    def draft_retirement(self, tenant: str, key_id: str) -> bytes:
+        """The tenant's ring with this key retired. Raises NotFound, and Conflict for the active key."""
+        ring = self._ring_with(tenant, key_id)
+        if ring.active.key_id == key_id:
+            raise Conflict(f"key {key_id} of tenant {tenant} is the one that new blocks get: make another first")
+        keys = tuple(replace(key, state="retired") if key.key_id == key_id else key for key in ring.keys)
+        return self._sealed(Ring(tenant, ring.generation + 1, keys))
+
+    def install(self, sealed: bytes) -> Ring:
+        """Use this ring from now on, if it is newer than the one in use; returns the one in use then.
+
+        A retired key that this machine has stays with it until `forget`. Raises UpstreamInvalid for a ring that was not
+        made under the cluster key, and Conflict for another one of the same generation.
+        """
+        ring = _decode_ring(self._cluster.unseal("ring", sealed))
+        with self._lock:
+            used = self._rings.get(ring.tenant)
+            if used is not None and ring.generation == used.generation and _passed_on(ring) != _passed_on(used):
+                raise Conflict(
+                    f"two different rings of keys of tenant {ring.tenant} have generation {ring.generation}: take the one"
+                    " that the coordinator has, and draft anew"
+                )
+            if used is not None and ring.generation <= used.generation:
+                return used
+            held = {key.key_id: key.secret for key in used.keys} if used is not None else {}
+            keys = tuple(replace(key, secret=key.secret or held.get(key.key_id)) for key in ring.keys)
+            return self._use(replace(ring, keys=keys))
+
+    def export(self, tenant: str) -> bytes | None:
+        """The ring as another machine installs it."""
+        ring = self.ring(tenant)
+        return None if ring is None else self._sealed(ring)
+
+    def forget(self, tenant: str, key_id: str) -> None:
+        """Destroy a retired key on this machine. Raises NotFound, and Conflict for one that is not retired."""
+        with self._lock:
+            ring = self._ring_with(tenant, key_id)
+            key = ring.find(key_id)
+            if key is None or key.state != "retired":
+                raise Conflict(f"key {key_id} of tenant {tenant} is in use: only a retired one may be forgotten")
+            pass_through("keys.before_forget")
+            keys = tuple(replace(each, secret=None) if each.key_id == key_id else each for each in ring.keys)
+            self._use(replace(ring, keys=keys))
+            pass_through("keys.after_forget")
+
+    def active_key(self, tenant: str) -> tuple[str, bytes]:
+        """(id, key) for new blocks. Raises KeyUnknown where the tenant has none."""
+        ring = self.ring(tenant)
+        if ring is None or ring.active.secret is None:
+            raise KeyUnknown(f"tenant {tenant} has no key on this machine yet")
+        return ring.active.key_id, ring.active.secret
+
+    def opening_key(self, tenant: str, key_id: str, to_rewrap: bool = False) -> bytes:
+        """The key with this id; a retired one only to wrap anew what is still under it. Raises KeyUnknown."""
+        ring = self.ring(tenant)
+        key = ring.find(key_id) if ring is not None else None
+        if key is None:
+            raise KeyUnknown(
+                f"key {key_id} of tenant {tenant} is not on this machine, and nothing under it can be read"
+            )
+        if key.secret is None or (key.state == "retired" and not to_rewrap):
+            raise KeyUnknown(f"key {key_id} of tenant {tenant} is retired: what is still under it is refused")
+        return key.secret
+
+    # ── files ───────────────────────────────────────────────────────────────────────────────────
+
+    def _ring_with(self, tenant: str, key_id: str) -> Ring:
+        ring = self.ring(tenant)
+        if ring is None or ring.find(key_id) is None:
+            raise NotFound(f"tenant {tenant} has no key {key_id}")
+        return ring
+
+    def _use(self, ring: Ring) -> Ring:
+        sealed = self._cluster.seal("ring", _encode_ring(ring))
+        write_private(self._folder / "keys" / ring.tenant, sealed)
+        self._rings[ring.tenant] = ring
+        return ring
+
+    def _sealed(self, ring: Ring) -> bytes:
+        return self._cluster.seal("ring", _encode_ring(_passed_on(ring)))
+
+    def _load(self, folder: str, purpose: Purpose) -> list[dict[str, Any]]:
+        """What was kept in a folder. Raises ConfigError for what is not this installation's, or damaged."""
+        found = []
+        for file in sorted((self._folder / folder).iterdir()):
+            require_private(file)
+            if file.suffix == PART:
+                continue  # a crash left it: what it was to replace is whole
+            try:
+                found.append(self._cluster.unseal(purpose, file.read_bytes()))
+            except UpstreamInvalid as error:
+                raise ConfigError(
+                    f"{FOLDER}/{folder}/{file.name} in the home: {error.message}. Give this machine the installation's"
+                    f" {SECRET_FILE}; or put the file back, or remove it: the coordinator has it too"
+                ) from None
+        return found
+
+    def _check_own_key(self) -> None:
+        for node, keys in self._known.items():
+            if node != self.node and self._public in keys:
+                raise ConfigError(
+                    f"this machine is {self.node}, but signs with the key of machine {node}: give it back that name, or"
+                    f" remove {FOLDER}/{SIGNING_FILE} from its home for a key of its own"
+                )
+
+
+def fingerprint_of(public: str) -> str:
+    """The name of a verify key, of its 64 hexadecimal digits."""
+    return sha256(b"nexus-signer-v1\0" + bytes.fromhex(public)).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def is_weak(public: bytes) -> bool:
+    """Whether an Ed25519 key is of small order, or no canonical encoding of a point (RFC 8032, 5.1.3)."""
+    y = int.from_bytes(public, "little") & (2**255 - 1)
+    return len(public) != 32 or y >= _P or y in _SMALL_ORDER
+
+
+def write_private(file: Path, content: bytes) -> None:
+    """All of it or nothing, on disk when this returns, for its owner alone."""
+    part = file.with_name(f".{file.name}{PART}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as writer:
+        writer.write(content)
+        writer.flush()
+        os.fsync(descriptor)
+    pass_through("keys.before_write")
+    part.replace(file)
+    sync_folder(file.parent)
+    pass_through("keys.after_write")
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on disk which files a folder has."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cluster_secret(home: Path, given: str | None, create: bool) -> str:
+    """The installation's secret. Raises ConfigError where it is lost, weak, not private, or two differ."""
+    file = home / SECRET_FILE
+    if not file.exists() and given is None:
+        if kept := [file for name in ("nodes", "keys") for file in (home / FOLDER / name).iterdir()]:
+            key_id = kept[0].read_bytes()[len(MAGIC) : len(MAGIC) + ID_BYTES].hex()
+            raise ConfigError(
+                f"{SECRET_FILE} is not in the home, and the keys of shared data are sealed under it (cluster key"
+                f" {key_id}): copy it from another machine or a backup. Without it no shared block can be read"
+            )
+        if not create:
+            raise ConfigError(
+                f"{SECRET_FILE} is not in the home: copy it from the home of the machine that leads the cluster"
+            )
+        _make_once(file, (secrets.token_urlsafe(48) + "\n").encode())
+    found = given
+    if file.exists():
+        require_private(file)
+        found = file.read_text(errors="replace").strip()
+        if given is not None and found != given:
+            raise ConfigError(
+                f"the cluster key is given twice and differs: {SECRET_FILE} in the home is"
+                f" {ClusterKey(found).key_id}, the configured one {ClusterKey(given).key_id}: remove the wrong one"
+            )
+    if fault := fault_of_secret(found or ""):
+        raise ConfigError(f"the cluster key ({SECRET_FILE} in the home, or the configured one): {fault}")
+    return found or ""
+
+
+def _signing_secret(file: Path) -> bytes:
+    if not file.exists():
+        _make_once(file, secrets.token_bytes(SECRET_BYTES))
+    require_private(file)
+    secret = file.read_bytes()
+    if len(secret) != SECRET_BYTES:
+        raise ConfigError(
+            f"{FOLDER}/{SIGNING_FILE} in the home is damaged: put it back, or remove it and have this machine make another"
+        )
+    return secret
+
+
+def _make_once(file: Path, content: bytes) -> None:
+    """Of two processes that begin together, one makes the file and both read the same."""
+    draft = file.with_name(f".{file.name}.{os.getpid()}{PART}")
+    write_private(draft, content)
+    try:
+        os.link(draft, file)
+    except FileExistsError:
+        pass  # the other one was first
+    finally:
+        draft.unlink()
+    sync_folder(file.parent)
+
+
+def _check_name(what: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"the name of {what} is 1 to 64 letters, digits, '_', '.' or '-', and begins with none of those three"
+        )
+
+
+def _passed_on(ring: Ring) -> Ring:
+    """The ring as others may have it: a retired key is only a name."""
+    keys = tuple(replace(key, secret=None) if key.state == "retired" else key for key in ring.keys)
+    return replace(ring, keys=keys)
+
+
+def _encode_ring(ring: Ring) -> dict[str, Any]:
+    keys = [[key.key_id, key.number, key.state, key.secret.hex() if key.secret else None] for key in ring.keys]
+    return {"tenant": ring.tenant, "generation": ring.generation, "keys": keys}
+
+
+def _decode_ring(value: Mapping[str, Any]) -> Ring:
+    """Sealed under the cluster key, it is one that this code wrote."""
+    keys = (TenantKey(*start, bytes.fromhex(secret) if secret else None) for *start, secret in value["keys"])
+    return Ring(value["tenant"], value["generation"], tuple(keys))
+
+
+def _encode_machine(node: str, keys: Mapping[str, bool]) -> dict[str, Any]:
+    return {"node": node, "keys": dict(keys)}
+
+
+def _decode_machine(value: Mapping[str, Any]) -> tuple[str, dict[str, bool]]:
+    """Raises UpstreamInvalid for a key under which others than its owner could sign."""
+    for public in value["keys"]:
+        if is_weak(bytes.fromhex(public)):
+            raise UpstreamInvalid(f"machine {value['node']} has a signing key that is none: {fingerprint_of(public)}")
+    return value["node"], dict(value["keys"])
+
+
+def _writers_of(node: str, keys: Mapping[str, bool]) -> tuple[Writer, ...]:
+    return tuple(Writer(node, fingerprint_of(public), is_removed) for public, is_removed in keys.items())
