@@ -6,8 +6,8 @@ the coordinator, sealed under it (AES-256-GCM, a key of its own for each purpose
 and has not the cluster key learns no key and can slip none in.
 
 **A tenant's ring** is all keys that its blocks may be under: one `active`, which new blocks get, `readable` ones before
-it, and `retired` ones, of which only the id is passed on. It has a generation, which only grows. A ring is first drafted
-and then, when the coordinator has taken the draft (compare and set: of two, one), installed by every machine.
+it, and `retired` ones, of which only the id is passed on. It has a generation, which only grows. A ring is drafted
+first and then, when the coordinator has taken the draft (compare and set: of two, one), installed by every machine.
 
 **Rotation.** Draft and install a ring with one key more; wrap every block anew (blocks.py); then draft and install one
 with the old key retired. A machine that was away meanwhile still holds the retired key when it installs that ring:
@@ -24,7 +24,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -120,9 +120,9 @@ class ClusterKey:
         start, rest = sealed[: len(MAGIC) + ID_BYTES], sealed[len(MAGIC) + ID_BYTES :]
         if not start.startswith(MAGIC) or len(rest) < NONCE_BYTES:
             raise UpstreamInvalid("a record of keys is damaged: it does not begin as one does")
-        if start[len(MAGIC) :].hex() != self.key_id:
+        if (key_id := start[len(MAGIC) :].hex()) != self.key_id:
             raise UpstreamInvalid(
-                f"a record of keys is sealed under cluster key {start[len(MAGIC) :].hex()}; this machine has {self.key_id}"
+                f"a record of keys is sealed under cluster key {key_id}; this machine has {self.key_id}"
             )
         try:
             plain = AESGCM(self._derive(purpose)).decrypt(
@@ -176,7 +176,7 @@ class Keyring:
 
         Raises ConfigError where the key was removed, and UpstreamInvalid for a record that is none of it.
         """
-        keys = {}
+        keys: dict[str, bool] = {}
         if known is not None:
             name, keys = _decode_machine(self._cluster.unseal("machine", known))
             if name != self.node:
@@ -207,8 +207,8 @@ class Keyring:
             for other, theirs in self._known.items():
                 if other != node and (shared := theirs.keys() & keys.keys()):
                     raise UpstreamInvalid(
-                        f"machines {other} and {node} have one signing key, {fingerprint_of(min(shared))}: one is a copy"
-                        f" of the other. Remove {FOLDER}/ from the home of the copy"
+                        f"machines {other} and {node} have one signing key, {fingerprint_of(min(shared))}: one is a"
+                        f" copy of the other. Remove {FOLDER}/ from the home of the copy"
                     )
             before = self._known.get(node, {})
             after = {key: keys.get(key, False) or before.get(key, False) for key in (*before, *keys)}
@@ -275,8 +275,8 @@ class Keyring:
             used = self._rings.get(ring.tenant)
             if used is not None and ring.generation == used.generation and _passed_on(ring) != _passed_on(used):
                 raise Conflict(
-                    f"two different rings of keys of tenant {ring.tenant} have generation {ring.generation}: take the one"
-                    " that the coordinator has, and draft anew"
+                    f"two different rings of keys of tenant {ring.tenant} have generation {ring.generation}: take the"
+                    " one that the coordinator has, and draft anew"
                 )
             if used is not None and ring.generation <= used.generation:
                 return used
@@ -340,10 +340,8 @@ class Keyring:
     def _load(self, folder: str, purpose: Purpose) -> list[dict[str, Any]]:
         """What was kept in a folder. Raises ConfigError for what is not this installation's, or damaged."""
         found = []
-        for file in sorted((self._folder / folder).iterdir()):
+        for file in _kept_in(self._folder / folder):
             require_private(file)
-            if file.suffix == PART:
-                continue  # a crash left it: what it was to replace is whole
             try:
                 found.append(self._cluster.unseal(purpose, file.read_bytes()))
             except UpstreamInvalid as error:
@@ -396,11 +394,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _kept_in(folder: Path) -> list[Path]:
+    """The files of a folder, but those that a crash left: what they were to replace is whole."""
+    return sorted(file for file in folder.iterdir() if file.suffix != PART or not file.name.startswith("."))
+
+
 def _cluster_secret(home: Path, given: str | None, create: bool) -> str:
     """The installation's secret. Raises ConfigError where it is lost, weak, not private, or two differ."""
     file = home / SECRET_FILE
     if not file.exists() and given is None:
-        if kept := [file for name in ("nodes", "keys") for file in (home / FOLDER / name).iterdir()]:
+        if kept := [*_kept_in(home / FOLDER / "nodes"), *_kept_in(home / FOLDER / "keys")]:
             key_id = kept[0].read_bytes()[len(MAGIC) : len(MAGIC) + ID_BYTES].hex()
             raise ConfigError(
                 f"{SECRET_FILE} is not in the home, and the keys of shared data are sealed under it (cluster key"
@@ -432,7 +435,7 @@ def _signing_secret(file: Path) -> bytes:
     secret = file.read_bytes()
     if len(secret) != SECRET_BYTES:
         raise ConfigError(
-            f"{FOLDER}/{SIGNING_FILE} in the home is damaged: put it back, or remove it and have this machine make another"
+            f"{FOLDER}/{SIGNING_FILE} in the home is damaged: put it back, or remove it and this machine makes another"
         )
     return secret
 
@@ -470,7 +473,10 @@ def _encode_ring(ring: Ring) -> dict[str, Any]:
 
 def _decode_ring(value: Mapping[str, Any]) -> Ring:
     """Sealed under the cluster key, it is one that this code wrote."""
-    keys = (TenantKey(*start, bytes.fromhex(secret) if secret else None) for *start, secret in value["keys"])
+    keys = (
+        TenantKey(key_id, number, state, bytes.fromhex(secret) if secret else None)
+        for key_id, number, state, secret in value["keys"]
+    )
     return Ring(value["tenant"], value["generation"], tuple(keys))
 
 
