@@ -271,9 +271,10 @@ class BlockStore:
             raise Conflict(f"key {key_id} of tenant {tenant} is {key.state}: retire it in the tenant's ring first")
         rewrapped = self.rewrap(tenant)
         if left := self.under_key(tenant, key_id):
+            why = f" ({rewrapped.failed[0][1]})" if rewrapped.failed else ""
             raise Conflict(
-                f"{left} blocks of tenant {tenant} are still under key {key_id}, {len(rewrapped.failed)} of them because"
-                " they are damaged: repair those, wait for those being written, and do this again"
+                f"{left} blocks of tenant {tenant} are still under key {key_id}, being written or not to be opened{why}"
+                ": repair or discard those, and do this again"
             )
         self.keyring.forget(tenant, key_id)
         return rewrapped
@@ -294,36 +295,34 @@ class BlockStore:
     def wrap(self, key: BlockKey, prelude: bytes, under: tuple[str, bytes]) -> Wrap:
         return key.wrap(under[1], under[0], prelude, self._random)
 
-    def open_draft(self) -> BinaryIO:
-        with _disk():
-            descriptor = os.open(self._drafts / secrets.token_hex(16), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-            return os.fdopen(descriptor, "w+b")
+    def draft_path(self) -> Path:
+        return self._drafts / secrets.token_hex(16)
 
-    def accept(self, draft: BinaryIO, block: BlockId, digest: str | None) -> Stored:
+    def accept(self, draft: "Draft", block: BlockId, digest: str | None) -> Stored:
         """Verify a draft that came from elsewhere, wrap it under the active key, and put it in its place."""
-        envelope = self._verified(draft, block, digest)
+        envelope = self._verified(draft.file, block, digest)
         key = unwrap(envelope, self.keyring.opening_key(block.tenant, envelope.wrap.key_id))
         active = self.take_key(block.tenant)
         try:
             if envelope.wrap.key_id != active[0]:
-                envelope = replace_wrap(draft, envelope, self.wrap(key, envelope.prelude, active))
+                envelope = replace_wrap(draft.file, envelope, self.wrap(key, envelope.prelude, active))
             return self.keep(draft, envelope, is_new=False)
         finally:
             self.give_back(block.tenant, active[0])
 
-    def keep(self, draft: BinaryIO, envelope: Envelope, is_new: bool) -> Stored:
+    def keep(self, draft: "Draft", envelope: Envelope, is_new: bool) -> Stored:
         """Put a whole draft in its place. Raises Equivocation, and Conflict for a new one whose version is there."""
         name = self.name_of(envelope.header.block)
         with _disk():
-            draft.flush()
-            os.fsync(draft.fileno())
+            draft.file.flush()
+            os.fsync(draft.file.fileno())
             pass_through("blocks.after_seal")
             self._register.note(envelope)
             with self._locked(name):
                 path = self._path_of(name)
                 if is_new and path.exists():
                     raise Conflict(f"{_called(envelope.header.block)} is here already: take a newer version")
-                self._put(Path(draft.name), path, "blocks.before_rename", "blocks.after_rename")
+                self._put(draft.path, path, "blocks.before_rename", "blocks.after_rename")
         return self._stored(envelope)
 
     def _put(self, draft: Path, path: Path, before: str, after: str) -> None:
@@ -352,7 +351,7 @@ class BlockStore:
         return envelope
 
     def _rewrap_file(self, name: str) -> bool:
-        """Whether this block was under another key than the active one, and is under that now. Raises as `open` does."""
+        """Whether this block was under another key than the active one and now is under that. Raises as `open` does."""
         with self._locked(name), self._open_file(name) as file, _disk():
             envelope = read_envelope(file)
             tenant = envelope.header.tenant
@@ -368,7 +367,7 @@ class BlockStore:
                     replace_wrap(draft.file, envelope, wrap)
                     draft.file.flush()
                     os.fsync(draft.file.fileno())
-                    self._put(Path(draft.file.name), self._path_of(name), "blocks.before_rewrap", "blocks.after_rewrap")
+                    self._put(draft.path, self._path_of(name), "blocks.before_rewrap", "blocks.after_rewrap")
                 return True
             finally:
                 self.give_back(tenant, active[0])
@@ -390,6 +389,7 @@ class BlockStore:
                     block = named
                 envelope = self._verified(file, block, None)
                 unwrap(envelope, self.keyring.opening_key(block.tenant, envelope.wrap.key_id, to_rewrap=True))
+                self._register.note(envelope)  # where the register was lost
             except BlockRefused as refused:
                 return Scrubbed(name, block, size, refused)
         return Scrubbed(name, block, size, None)
@@ -434,7 +434,9 @@ class Draft:
     """A file that is not there yet: what leaves the `with` block without it was kept leaves nothing behind."""
 
     def __init__(self, store: BlockStore) -> None:
-        self.store, self.file = store, store.open_draft()
+        self.store, self.path = store, store.draft_path()
+        with _disk():
+            self.file = open(self.path, "x+b", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
 
     def __enter__(self) -> Self:
         return self
@@ -444,7 +446,7 @@ class Draft:
 
     def close(self) -> None:
         self.file.close()
-        Path(self.file.name).unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 class Writing(Draft):
@@ -478,7 +480,7 @@ class Writing(Draft):
                 if active[0] != self._under[0]:  # the tenant got another while this was written
                     wrap = self.store.wrap(self._key, envelope.prelude, active)
                     envelope = replace_wrap(self.file, envelope, wrap)
-            return self.store.keep(self.file, envelope, is_new=True)
+            return self.store.keep(self, envelope, is_new=True)
         finally:
             self.store.give_back(self._header.tenant, active[0])
 
@@ -503,7 +505,7 @@ class Receiving(Draft):
 
     def commit(self) -> Stored:
         """The block, once all of it is verified and on disk for good. Raises BlockRefused, and keeps nothing then."""
-        return self.store.accept(self.file, self._block, self._digest)
+        return self.store.accept(self, self._block, self._digest)
 
 
 class Reading:
@@ -538,12 +540,13 @@ class Register(Database):
         """For good. Raises Equivocation where another block has the number."""
         header = envelope.header
         row = (header.writer, header.epoch, header.sequence, envelope.digest)
-        with self._transaction() as db:
-            db.execute("INSERT INTO numbers VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
-        self.check(envelope)
+        if not self.check(envelope):
+            with self._transaction() as db:
+                db.execute("INSERT INTO numbers VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING", row)
+            self.check(envelope)
 
-    def check(self, envelope: Envelope) -> None:
-        """Raises Equivocation where another block has the number."""
+    def check(self, envelope: Envelope) -> bool:
+        """Whether the block's number is here. Raises Equivocation where another block has it."""
         header = envelope.header
         with self._reading() as db:
             found = db.execute(
@@ -556,6 +559,7 @@ class Register(Database):
                 f" {_called(header.block)} one of them: it is a clone, or its signing key is in other hands. Remove it,"
                 " and give it a new key"
             )
+        return found is not None
 
     def highest_epoch(self, writer: str) -> int:
         """Of this writer; 0 where nothing of it was ever here."""
