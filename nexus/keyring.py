@@ -343,7 +343,10 @@ class Keyring:
         for file in _kept_in(self._folder / folder):
             require_private(file)
             try:
-                found.append(self._cluster.unseal(purpose, file.read_bytes()))
+                value = self._cluster.unseal(purpose, file.read_bytes())
+                if file.name not in (value.get("tenant"), value.get("node")):
+                    raise UpstreamInvalid("it is of another tenant, or another machine")
+                found.append(value)
             except UpstreamInvalid as error:
                 raise ConfigError(
                     f"{FOLDER}/{folder}/{file.name} in the home: {error.message}. Give this machine the installation's"
