@@ -136,10 +136,14 @@ class BlockStore:
         except BlockingIOError:
             self._lock_file.close()
             raise AlreadyRunning("another process of Nexus has this machine's blocks: stop it first") from None
-        for draft in self._drafts.iterdir():
-            draft.unlink()
         self._register = Register(folder / "register.db")
-        self.epoch = _begin_epoch(folder / "epoch", max(after_epoch, self._register.highest_epoch(keyring.node)))
+        try:
+            for draft in self._drafts.iterdir():
+                draft.unlink()
+            self.epoch = _begin_epoch(folder / "epoch", max(after_epoch, self._register.highest_epoch(keyring.node)))
+        except BaseException:
+            self.close()
+            raise
         self._numbers = count(1)
         self._locks = [threading.Lock() for _ in range(LOCKS)]  # of files, while what is in their place changes
         self._holding = threading.Lock()
@@ -445,7 +449,8 @@ class Draft:
         self.close()
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):  # a full disk: what is not written yet, nobody wants any more
+            self.file.close()
         self.path.unlink(missing_ok=True)
 
 
