@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -130,28 +130,20 @@ class BlockStore:
         self._files, self._drafts = folder / "files", folder / "drafts"
         for each in (folder, self._files, self._drafts):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_file = (folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
-            raise AlreadyRunning("another process of Nexus has this machine's blocks: stop it first") from None
-        self._register = Register(folder / "register.db")
-        try:
+        with ExitStack() as opening:
+            opening.enter_context(_take_lock(folder / "lock"))
+            self._register = opening.enter_context(closing(Register(folder / "register.db")))
             for draft in self._drafts.iterdir():
                 draft.unlink()
             self.epoch = _begin_epoch(folder / "epoch", max(after_epoch, self._register.highest_epoch(keyring.node)))
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opening.pop_all()
         self._numbers = count(1)
         self._locks = [threading.Lock() for _ in range(LOCKS)]  # of files, while what is in their place changes
         self._holding = threading.Lock()
         self._in_use: Counter[tuple[str, str]] = Counter()  # (tenant, key id) of what is being written
 
     def close(self) -> None:
-        self._register.close()
-        self._lock_file.close()
+        self._opened.close()
 
     # ── in ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -578,6 +570,17 @@ def replace_wrap(file: BinaryIO, envelope: Envelope, wrap: Wrap) -> Envelope:
     file.seek(len(envelope.prelude))
     file.write(wrap.encode())
     return replace(envelope, wrap=wrap)
+
+
+def _take_lock(path: Path) -> BinaryIO:
+    """Held while the file is open, and by one process. Raises AlreadyRunning."""
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise AlreadyRunning("another process of Nexus has this machine's blocks: stop it first") from None
+    return file
 
 
 def _begin_epoch(file: Path, after: int) -> int:
