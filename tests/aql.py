@@ -18,9 +18,12 @@ PARSE, REDECLARED, NO_COLLECTION, NO_FUNCTION, BIND_MISSING, BIND_UNKNOWN, AFTER
     1501, 1511, 1203, 1540, 1551, 1552, 1579, 1577, 1563
 )  # fmt: skip
 KEYWORDS = frozenset(
-    "AGGREGATE ALL ALL_SHORTEST_PATHS AND ANY ASC COLLECT DESC DISTINCT FALSE FILTER FOR GRAPH IN INBOUND INSERT INTO"
-    " K_PATHS K_SHORTEST_PATHS LET LIKE LIMIT NONE NOT NULL OR OUTBOUND REMOVE REPLACE RETURN SHORTEST_PATH SORT TRUE"
-    " UPDATE UPSERT WINDOW WITH".split()
+    re.findall(
+        r"\w+",
+        """AGGREGATE ALL ALL_SHORTEST_PATHS AND ANY ASC COLLECT DESC DISTINCT FALSE FILTER FOR GRAPH IN INBOUND INSERT
+        INTO K_PATHS K_SHORTEST_PATHS LET LIKE LIMIT NONE NOT NULL OR OUTBOUND REMOVE REPLACE RETURN SHORTEST_PATH
+        SORT TRUE UPDATE UPSERT WINDOW WITH""",
+    )
 )
 STARTS = ("FOR", "LET", "RETURN", "INSERT", "REMOVE", "UPDATE")
 TOKEN = re.compile(
@@ -174,6 +177,7 @@ def tokens(query: str) -> list[Token]:
 
 Node = tuple[Any, ...]
 LEVELS = (("||", "OR"), ("&&", "AND"), ("==", "!="), ("IN", "NOT"), ("<", "<=", ">", ">="), ("+", "-"), ("*", "/", "%"))
+BEYOND_IN = 4
 
 
 @dataclass(slots=True)
@@ -221,7 +225,7 @@ class Parser:
             operations.append(self.operation(names))
             if operations[-1][0] == "return":
                 break
-        if end == ")" and not self.peek(")") or end == "" and self.found[self.at].kind != "end":
+        if not (self.peek(")") if end else self.found[self.at].kind == "end"):
             raise AqlError(PARSE, f"the query should end before {self.found[self.at].text!r}")
         if not operations or operations[-1][0] not in ("return", "insert", "remove", "update"):
             raise AqlError(PARSE, "a query ends with RETURN, or with writing")
@@ -298,11 +302,11 @@ class Parser:
         return name, self.expression(names)
 
     def writing(self, word: str, names: set[str]) -> Node:
-        value = self.expression(names)
+        value = self.level(names, BEYOND_IN)  # what comes next is the IN of this operation
         change = None
         if word == "UPDATE":
             self.need("WITH")
-            change = self.expression(names)
+            change = self.level(names, BEYOND_IN)
         if not self.take("INTO"):
             self.need("IN")
         name = self.name()
@@ -728,6 +732,5 @@ def read(query: str) -> Query:
     operations = parser.query(set(), "")
     flat = json.dumps(operations, default=list)
     reads = frozenset(re.findall(r'\["each", "\w+", "(\w+)"\]', flat))
-    return Query(
-        planned(operations), frozenset(parser.binds), frozenset(parser.written), reads, '["exclusive", ["value", true]]' in flat
-    )  # fmt: skip
+    exclusive = '["exclusive", ["value", true]]' in flat
+    return Query(planned(operations), frozenset(parser.binds), frozenset(parser.written), reads, exclusive)

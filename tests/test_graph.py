@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -21,6 +22,27 @@ from nexus.retrieval import GRAPH_WEIGHT, RetrievalSettings
 from nexus.stores import memory, sqlite
 from nexus.types import Document, Principal, SearchRequest, SearchResult, Upload
 from tests.conftest import ALICE, BOB, MALLORY, Door, House, build_house, build_steps
+from tests.document_stores import MODULES, STORES, edges, place
+from tests.document_stores import sources as sources_of
+
+every_store = pytest.mark.parametrize("house", [kind for kind in STORES if kind != "disk"], indirect=True)
+
+
+@pytest.fixture
+def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+    """Over SQLite in memory, where a test does not ask for every store."""
+    with place(getattr(request, "param", "memory"), tmp_path) as store:
+        documents = store()
+        house = build_house(documents, memory.open("memory:"))
+        yield house
+        house.retriever.close()
+        documents.close()
+
+
+@pytest.fixture
+def module(request: pytest.FixtureRequest) -> ModuleType:
+    """The store's own, for its bounds."""
+    return MODULES[request.node.callspec.params["house"]]
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +160,14 @@ def reach(
     sequence = documents.collection("default", who.tenant).sequence if as_of is None else as_of
     seeds = [document_id_of(who.tenant, "default", source) for source in sources]
     found = documents.connected("default", who, seeds, hops, sequence, limit)
-    with documents._reading() as db:
-        names = dict(db.execute("SELECT document_id, source FROM versions").fetchall())
+    names = sources_of(documents)
     return {names[document_id]: how for document_id, how in found.items()}
-
-
-def edges(house: House) -> set[tuple[str, str]]:
-    with house.hades.documents._reading() as db:
-        return set(db.execute("SELECT kind, target FROM edges").fetchall())
 
 
 # The walk
 
 
+@every_store
 @pytest.mark.parametrize("hops", [1, 2, 3])
 def test_a_walk_goes_as_far_as_it_is_told(house: House, hops: int) -> None:
     for source, link in ("ab", "bc", "cd", "de"):
@@ -160,6 +177,7 @@ def test_a_walk_goes_as_far_as_it_is_told(house: House, hops: int) -> None:
     assert reach(house, "a", hops=hops) == {name: how for name, how in expected.items() if how[0] <= hops}
 
 
+@every_store
 def test_a_link_is_walked_in_both_directions(house: House) -> None:
     put(house, "a", "b")
     put(house, "b")
@@ -168,6 +186,7 @@ def test_a_link_is_walked_in_both_directions(house: House) -> None:
     assert reach(house, "a", hops=2) == {"b": (1, "link"), "c": (2, "link")}
 
 
+@every_store
 def test_a_cycle_ends_and_its_seeds_are_left_out(house: House) -> None:
     for source, link in ("ab", "bc", "ca"):
         put(house, source, link)
@@ -175,6 +194,7 @@ def test_a_cycle_ends_and_its_seeds_are_left_out(house: House) -> None:
     assert reach(house, "a", "b") == {"c": (1, "link")}
 
 
+@every_store
 def test_the_fewest_hops_count_and_a_link_before_a_shared_value(house: House) -> None:
     put(house, "a", "b", "c", metadata={"robot_id": "HX-3"})
     put(house, "b", "c")
@@ -184,6 +204,7 @@ def test_the_fewest_hops_count_and_a_link_before_a_shared_value(house: House) ->
     assert reach(house, "a", hops=3) == {"b": (1, "link"), "c": (1, "link"), "d": (1, "shared")}
 
 
+@every_store
 def test_the_nearest_are_kept_where_not_all_may_be(house: House) -> None:
     put(house, "a", "b")
     put(house, "b", *"cdefgh")
@@ -193,6 +214,7 @@ def test_the_nearest_are_kept_where_not_all_may_be(house: House) -> None:
     assert len(found) == 3 and found["b"] == (1, "link")
 
 
+@every_store
 @pytest.mark.parametrize(
     ("ours", "theirs", "connected"),
     [
@@ -219,28 +241,32 @@ def test_which_fields_connect_is_a_setting(tmp_path: Path) -> None:
     documents.close()
 
 
-def test_a_hub_is_not_followed_to_all_it_connects(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "FAN_OUT", 3)
+@every_store
+def test_a_hub_is_not_followed_to_all_it_connects(
+    house: House, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FAN_OUT", 3)
     for n in range(20):
         put(house, f"{n}", "hub", metadata={"robot_id": "HX-3"})
     put(house, "hub", *map(str, range(20)))
     assert len(reach(house, "hub", hops=1)) <= 2 * 3  # what it refers to, and what refers to it
     put(house, "x", metadata={"robot_id": "HX-3"})
     assert len(reach(house, "x", hops=1)) == 3
-    monkeypatch.setattr(sqlite, "LOOKED_AT", 2)
+    monkeypatch.setattr(module, "LOOKED_AT", 2)
     assert len(reach(house, "x", hops=1)) <= 2
 
 
+@every_store
 def test_neither_other_tenants_nor_a_document_itself_take_its_neighbours_places(
-    house: House, monkeypatch: pytest.MonkeyPatch
+    house: House, module: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(20):
         put(house, f"{n}", who=MALLORY, metadata={"robot_id": "HX-3"})
         put(house, f"{n}", collection="other", metadata={"robot_id": "HX-3"})
     put(house, "a", metadata={"robot_id": "HX-3"})
     put(house, "b", metadata={"robot_id": "HX-3"})
-    monkeypatch.setattr(sqlite, "LOOKED_AT", 2)
-    monkeypatch.setattr(sqlite, "FAN_OUT", 1)
+    monkeypatch.setattr(module, "LOOKED_AT", 2)
+    monkeypatch.setattr(module, "FAN_OUT", 1)
     assert (reach(house, "a"), reach(house, "b")) == ({"b": (1, "shared")}, {"a": (1, "shared")})
 
 
@@ -262,6 +288,7 @@ def test_a_hub_of_thousands_is_walked_in_a_moment(house: House) -> None:
 # What may not be seen is neither found nor walked through
 
 
+@every_store
 def test_a_document_that_is_not_there_is_not_found_until_it_comes(house: House) -> None:
     put(house, "a", "b")
     assert reach(house, "a") == {}
@@ -269,6 +296,7 @@ def test_a_document_that_is_not_there_is_not_found_until_it_comes(house: House) 
     assert reach(house, "a") == {"b": (1, "link")}
 
 
+@every_store
 def test_a_deleted_document_is_neither_found_nor_walked_through_but_in_the_past(house: House) -> None:
     put(house, "a", "b")
     between = put(house, "b", "c")
@@ -278,6 +306,7 @@ def test_a_deleted_document_is_neither_found_nor_walked_through_but_in_the_past(
     assert reach(house, "a", as_of=3) == {"b": (1, "link"), "c": (2, "link")}
 
 
+@every_store
 def test_before_its_publication_a_document_is_neither_found_nor_walked_through(house: House) -> None:
     put(house, "a", "b", metadata={"robot_id": "HX-3"})
     put(house, "c", metadata={"robot_id": "KM-6"})
@@ -287,15 +316,17 @@ def test_before_its_publication_a_document_is_neither_found_nor_walked_through(h
     assert reach(house, "b", as_of=2) == {}  # nor does a walk begin at one
 
 
+@every_store
 def test_a_staged_version_is_neither_found_nor_walked_through(house: House) -> None:
     put(house, "a", "b")
     put(house, "c")
     staged = describe(house, "b", "c")
     house.stage(staged, ["gripper b"])
     assert reach(house, "a") == {}
-    assert ("link", document_id_of("acme", "default", "c")) in edges(house)
+    assert ("link", document_id_of("acme", "default", "c")) in edges(house.hades.documents)
 
 
+@every_store
 def test_what_another_may_read_is_neither_found_nor_walked_through(house: House) -> None:
     put(house, "a", "b", metadata={"robot_id": "HX-3"})
     put(house, "b", "c", readers=frozenset({"alice"}), metadata={"robot_id": "HX-3"})
@@ -306,6 +337,7 @@ def test_what_another_may_read_is_neither_found_nor_walked_through(house: House)
     assert reach(house, "b", who=BOB) == {}
 
 
+@every_store
 def test_another_tenants_documents_are_never_met(house: House) -> None:
     ours = put(house, "a", metadata={"robot_id": "HX-3"})
     theirs = put(house, "x", who=MALLORY, metadata={"robot_id": "HX-3"})
@@ -317,12 +349,14 @@ def test_another_tenants_documents_are_never_met(house: House) -> None:
     assert documents.connected("default", ALICE, [theirs.document_id, spy.document_id], 3, 3, 200) == {}
 
 
+@every_store
 def test_another_collections_documents_are_never_met(house: House) -> None:
     put(house, "a", metadata={"robot_id": "HX-3"})
     put(house, "b", metadata={"robot_id": "HX-3"}, collection="other")
     assert reach(house, "a", as_of=1) == {}
 
 
+@every_store
 def test_vectors_are_those_of_visible_versions_and_each_document_gets_its_share(house: House) -> None:
     long = house.put("long", *(f"gripper {n}" for n in range(9)))
     note = house.put("note", "gripper note")
@@ -340,15 +374,17 @@ def test_vectors_are_those_of_visible_versions_and_each_document_gets_its_share(
 # Edges belong to a version
 
 
+@every_store
 def test_staging_again_replaces_the_edges(house: House) -> None:
     document = describe(house, "a", "b", "c", metadata={"robot_id": "HX-3"})
     house.stage(document, ["gripper a"])
     again = replace(document, links=linked(document, ["c", "d"]), metadata={"robot_id": "HX-4"})
     house.stage(again, ["gripper a"])
     targets = {("link", document_id_of("acme", "default", source)) for source in "cd"}
-    assert edges(house) == targets | {("shared", "robot_id=HX-4")}
+    assert edges(house.hades.documents) == targets | {("shared", "robot_id=HX-4")}
 
 
+@every_store
 def test_a_new_version_has_its_own_edges_and_the_old_one_keeps_its(house: House) -> None:
     for source in "bc":
         put(house, source)
@@ -359,6 +395,7 @@ def test_a_new_version_has_its_own_edges_and_the_old_one_keeps_its(house: House)
     assert (reach(house, "a", as_of=3), reach(house, "a")) == ({"b": (1, "link")}, {"c": (1, "link")})
 
 
+@every_store
 def test_new_metadata_of_the_same_content_move_the_shared_edges_alone(house: House) -> None:
     put(house, "a", "b", metadata={"robot_id": "HX-3"})
     put(house, "b")
@@ -371,10 +408,11 @@ def test_new_metadata_of_the_same_content_move_the_shared_edges_alone(house: Hou
     assert reach(house, "c", hops=1) == {"a": (1, "shared"), "d": (1, "shared")}
 
 
+@every_store
 def test_a_fenced_maker_changes_no_edges(house: House) -> None:
     document = describe(house, "a", "b", metadata={"robot_id": "HX-3"})
     epoch = house.stage(document, ["gripper a"])
-    before = edges(house)
+    before = edges(house.hades.documents)
     house.hades.begin(document)
     late = replace(document, links=(), metadata={})
     for move in (
@@ -383,15 +421,16 @@ def test_a_fenced_maker_changes_no_edges(house: House) -> None:
     ):
         with pytest.raises(Fenced):
             move()
-    assert edges(house) == before
+    assert edges(house.hades.documents) == before
 
 
+@every_store
 def test_what_is_vacuumed_takes_its_edges_along(house: House) -> None:
     document = put(house, "a", "b", metadata={"robot_id": "HX-3"})
     house.hades.delete([document.document_id], ALICE)
-    assert edges(house)
+    assert edges(house.hades.documents)
     house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
-    assert edges(house) == set()
+    assert edges(house.hades.documents) == set()
 
 
 def test_a_store_of_before_the_graph_gets_its_edges_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,8 @@ RENDERERS = {
     ("nexus/database.py", "_migrate"): "the scripts of the stores, and a number counted here",
     ("nexus/database.py", "_transaction"): "one of three modes named in the code",
     ("nexus/stores/sqlite.py", "matching"): "a filter's tree, of which `_condition` makes placeholders",
+    ("nexus/arangodb.py", "_run"): "the statements of the stores, each looked at where it is given to `aql`",
+    ("nexus/stores/arango.py", "matching"): "a filter's tree, of which `_condition` makes bind parameters",
     ("nexus/stores/milvus.py", "_restrict"): "Lite has no parameters: values go through `literal`",
 }
 

@@ -1,4 +1,4 @@
-"""The five moves of HADES: what is visible, to whom, when; over SQLite in memory and on disk."""
+"""The five moves of HADES: what is visible, to whom, when; over every document store (document_stores.py)."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,12 +12,18 @@ from nexus.ports import IndexRow, Scope, Staged
 from nexus.stores import memory, sqlite
 from nexus.types import Piece, Principal, SearchRequest
 from tests.conftest import ALICE, BOB, MALLORY, House, build_house
+from tests.document_stores import STORES, Open, lose_chunk, place, spoil_vector
 
 
-@pytest.fixture(params=["memory", "disk"])
-def house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
-    address = "sqlite::memory:" if request.param == "memory" else "sqlite:"
-    documents = sqlite.open(address, home=tmp_path)
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    with place(request.param, tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def house(store: Open) -> Iterator[House]:
+    documents = store()
     house = build_house(documents, memory.open("memory:"))
     yield house
     house.retriever.close()
@@ -220,11 +226,9 @@ def test_repair_writes_missing_vectors_again_and_removes_orphans_without_a_model
 def test_fsck_names_chunks_that_are_not_whole(house: House) -> None:
     document = house.put("a.txt", "gripper one", "gripper two")
     first, second = house.hades.documents.chunk_ids_of(document.document_id, document.version)
-    with house.hades.documents._transaction() as db:
-        db.execute("UPDATE chunks SET vector = zeroblob(256) WHERE chunk_id = ?", (first,))
+    spoil_vector(house.hades.documents, first)
     assert [fault.ids for fault in house.hades.fsck()] == [(first,)]
-    with house.hades.documents._transaction() as db:
-        db.execute("DELETE FROM chunks WHERE chunk_id = ?", (second,))
+    lose_chunk(house.hades.documents, second)
     assert {i for fault in house.hades.fsck() for i in fault.ids} == {document.document_id, first, second}
 
 
@@ -296,13 +300,14 @@ def test_a_store_of_a_newer_nexus_is_refused(tmp_path: Path) -> None:
         sqlite.open("sqlite:", home=tmp_path)
 
 
-def test_what_was_published_survives_reopening(tmp_path: Path) -> None:
-    first = sqlite.open("sqlite:", home=tmp_path)
+@pytest.mark.parametrize("store", [kind for kind in STORES if kind != "memory"], indirect=True)
+def test_what_was_published_survives_reopening(store: Open) -> None:
+    first = store()
     vectors = memory.open("memory:")
     house = build_house(first, vectors)
     document = house.put("a.txt", "gripper", metadata={"pages": 3})
     first.close()
-    second = sqlite.open("sqlite:", home=tmp_path)
+    second = store()
     reopened = build_house(second, vectors)
     assert found(reopened, "gripper") == ["gripper"]
     assert second.current(document.document_id, ALICE) == replace(
