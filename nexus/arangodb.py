@@ -273,7 +273,8 @@ def _client(url: str) -> ArangoClient:
 
 def _run(database: Database, query: str, values: Mapping[str, object], page: int) -> list[Any]:
     try:
-        cursor: Any = database.aql.execute(query, bind_vars=dict(values), batch_size=page, fail_on_warning=True)
+        bound: dict[str, Any] = {**values}
+        cursor: Any = database.aql.execute(query, bind_vars=bound, batch_size=page, fail_on_warning=True)
         return list(cursor)
     except (KeyError, TypeError) as error:  # the driver takes for granted what only ArangoDB answers
         raise _nonsense("the document store", error) from error

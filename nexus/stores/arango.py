@@ -473,7 +473,7 @@ class ArangoDocuments:
 
     def needless(self, closed_before: float, staged_before: float) -> list[Document]:
         rows = self._database.aql(NEEDLESS, closed_before=_finite(closed_before), staged_before=_finite(staged_before))
-        return [_document(row) for row in rows]
+        return [_document(row) for row in sorted(rows, key=lambda row: row["_key"])]
 
     def retire(self, document: Document, closed_before: float, staged_before: float) -> list[str] | None:
         def change(records: _Records) -> list[str] | None:
