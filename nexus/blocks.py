@@ -313,7 +313,9 @@ class BlockStore:
             draft.file.flush()
             os.fsync(draft.file.fileno())
             pass_through("blocks.after_seal")
+            pass_through("blocks.before_register")
             self._register.note(envelope)
+            pass_through("blocks.after_register")
             with self._locked(name):
                 path = self._path_of(name)
                 if is_new and path.exists():
