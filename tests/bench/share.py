@@ -56,19 +56,9 @@ class Bench:
         self.sealings += 1
         key = BlockKey(secrets.token_bytes(32))
         header = Header(
-            TENANT,
-            "b",
-            1,
-            "bench",
-            self.keyring.fingerprint,
-            1,
-            1,
-            "data",
-            0.0,
-            {},
-            secrets.token_hex(7),
-            key.commitment,
-        )
+            TENANT, "sent", 1, "bench", self.keyring.fingerprint, 0, self.sealings, "data", 0.0, {},
+            secrets.token_hex(7), key.commitment,
+        )  # fmt: skip
         key_id, secret = self.keyring.active_key(TENANT)
         sealer = Sealer(
             header, key, lambda prelude: key.wrap(secret, key_id, prelude, secrets.token_bytes), self.keyring.sign
