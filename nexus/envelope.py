@@ -163,8 +163,8 @@ class Sealer:
         self._key, self._sign = key, sign
         self._begin: bytes | None = self.prelude + wrap(self.prelude).encode()
         self._prefix = bytes.fromhex(header.nonce)
-        self._held = bytearray()
-        self._number = self._length = 0
+        self._buffer = memoryview(bytearray(SEGMENT_BYTES))
+        self._held = self._number = self._length = 0  # bytes in the buffer, segments, and bytes sealed
         self._hash = sha256()
         self.digest = ""  # once it is finished
 
@@ -174,26 +174,33 @@ class Sealer:
             yield self._begin
             self._begin = None
         view = memoryview(data)
-        while len(self._held) + len(view) > SEGMENT_BYTES:
-            room = SEGMENT_BYTES - len(self._held)
-            if not self._held:  # without a copy
-                yield self._seal(view[:room], is_last=False)
+        while self._held + len(view) > SEGMENT_BYTES:
+            room = SEGMENT_BYTES - self._held
+            if room == SEGMENT_BYTES:
+                yield self._seal(view[:room], is_last=False)  # without a copy
             else:
-                self._held += view[:room]
-                yield self._seal(self._held, is_last=False)
-                self._held = bytearray()
+                self._hold(view[:room])
+                yield self._seal(self._take_held(), is_last=False)
             view = view[room:]
-        self._held += view
+        self._hold(view)
 
     def finish(self) -> Iterator[bytes]:
         """The rest. The block is whole with it."""
         yield from self.feed(b"")
-        yield self._seal(self._held, is_last=True)
+        yield self._seal(self._take_held(), is_last=True)
         digest = digest_of(self.prelude, self._length, self._hash.digest())
         self.digest = digest.hex()
         yield TRAILER.pack(self._length, digest, self._sign(signed_message(digest)))
 
-    def _seal(self, segment: bytearray | memoryview, is_last: bool) -> bytes:
+    def _hold(self, data: memoryview) -> None:
+        self._buffer[self._held : self._held + len(data)] = data
+        self._held += len(data)
+
+    def _take_held(self) -> memoryview:
+        segment, self._held = self._buffer[: self._held], 0
+        return segment
+
+    def _seal(self, segment: memoryview, is_last: bool) -> bytes:
         nonce = _nonce(self._prefix, self._number, is_last)
         sealed = self._key.cipher.encrypt(nonce, segment, self.prelude)
         self._number += 1
