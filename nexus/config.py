@@ -576,6 +576,22 @@ class Coordinator(Section):
     tick_seconds: Annotated[float, Field(ge=0.01, le=1)] = 0.05  # an election begins after 10 to 20 without a leader
 
 
+class Sharing(Section):
+    """Blocks shared between the machines. A block is acknowledged when so many `copies` of it are on disks and verified.
+
+    On fewer machines there are as many copies as machines. `nodes` are those that keep blocks; none named: all. One
+    that is silent for `gone_seconds` has its blocks copied anew, elsewhere. Every copy is verified in `scrub_hours`.
+    `key` is the cluster key; without it `share-key` in each machine's home is, which the head makes.
+    """
+
+    copies: Annotated[int, Field(ge=1, le=16)] = 2
+    nodes: tuple[str, ...] = ()
+    max_block_bytes: Annotated[int, Field(gt=0, le=2**40)] = 4 * 2**30
+    gone_seconds: Annotated[float, Field(ge=1)] = 60.0
+    scrub_hours: Annotated[float, Field(gt=0)] = 24.0
+    key: SecretStr | None = None
+
+
 class Config(BaseSettings):
     """Every setting of one Nexus installation."""
 
@@ -607,6 +623,7 @@ class Config(BaseSettings):
     hades: Hades = Hades()
     scaling: Scaling = Scaling()
     coordinator: Coordinator = Coordinator()
+    sharing: Sharing = Sharing()
     telemetry: Telemetry = Telemetry()
 
     @field_validator("home")
@@ -620,6 +637,7 @@ class Config(BaseSettings):
             raise ValueError("ray.head names the machine of `nodes` that Ray's head runs on: set both, or neither")
         named = [("ray.head", self.ray.head)] if self.ray.head is not None else []
         named += [("models.embedder_nodes", name) for name in self.models.embedder_nodes]
+        named += [("sharing.nodes", name) for name in self.sharing.nodes]
         named += [(f"nodes of {model.called!r}", name) for model in self.models.served for name in model.nodes]
         for setting, name in named:
             if name not in self.nodes:

@@ -48,6 +48,14 @@ content_verdicts = _counter(
     "content_verdicts_total", "Texts in which a rule on content, the guard or the filter found something.",
     ["where", "rule", "action"],
 )  # fmt: skip
+data_shared = _counter("mcp_data_shared_total", "Blocks that were shared and acknowledged.", ["node_id", "data_type"])
+replication = _histogram(
+    "mcp_replication_duration_seconds", "From a block on its steward's disk to verified copies on others.", ["node_id"]
+)
+blocks_refused = _counter(
+    "share_blocks_refused_total", "Copies that were missing, damaged or not what they should be.", ["node_id", "reason"]
+)
+blocks_repaired = _counter("share_blocks_repaired_total", "Such copies that were replaced by good ones.", ["node_id"])
 gpu_memory = _gauge(
     "gpu_memory_bytes", "Of each GPU: total, planned, or taken by others, as of the last look.", ["node", "gpu", "kind"]
 )
