@@ -90,7 +90,7 @@ class StewardProcess:
 
 
 class RayStewards:
-    """The named actors, for whoever asks one: a port of cluster/steward.py. `config` is for those who may start them."""
+    """The named actors, for whoever asks one; `config` is for those who may start them."""
 
     def __init__(self, config: Config | None = None) -> None:
         self._config = config

@@ -15,7 +15,7 @@ from cluster.steward import Opened, Reach, Settings, Shared, Standing, pieces_of
 from nexus import telemetry
 from nexus.background import begin_in_background
 from nexus.envelope import BlockId
-from nexus.errors import BlockRefused, NexusError, NotFound, TryAgain, Unavailable
+from nexus.errors import BlockRefused, Conflict, NexusError, NotFound, TryAgain, Unavailable
 
 PIECE_BYTES = 2**20
 LOOKS = 3  # at the record, which may change while it is read
@@ -193,7 +193,9 @@ class Sharing:
         block = BlockId(tenant, data_id, entry.record.version)
         view = await self._directory.view()
         there = [node for node in entry.record.copies if node in view.living]
-        dropped = await asyncio.gather(*(self._stewards.call(one, "drop", block) for one in there), return_exceptions=True)
+        dropped = await asyncio.gather(
+            *(self._stewards.call(one, "drop", block) for one in there), return_exceptions=True
+        )
         return Removal(entry.record.version, len(entry.record.copies), sum(one is True for one in dropped))
 
     # For operators

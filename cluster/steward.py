@@ -1,10 +1,10 @@
 """The steward of one machine: seals what is shared there, keeps copies, and sees to it that there are enough of them.
 
-**Sharing.** A version is reserved with the voters, the block is sealed under it on this disk, peers pull their copies and
-verify them, and only when the wanted number of copies is on disks does the record with version, digest and machines go
-to the voters. Then it is acknowledged, never before: of what was acknowledged a copy is on every machine that the record
-names. Whoever dies on the way leaves files that no record names; they are swept a day later. An older version gives way
-after the new one is on record.
+**Sharing.** A version is reserved with the voters, the block is sealed under it on this disk, peers pull their copies
+and verify them, and only when the wanted number of copies is on disks does the record with version, digest and machines
+go to the voters. Then it is acknowledged, never before: of what was acknowledged a copy is on every machine that the
+record names. Whoever dies on the way leaves files that no record names; they are swept a day later. An older version
+gives way after the new one is on record.
 
 **Reading.** The voters say which version is the newest and what its digest is. The store verifies the whole block
 against both before it gives out the first byte. Where the local copy is missing, damaged, older or another's, a copy is
@@ -19,8 +19,8 @@ record still names it.
 **Scrubbing.** Every copy is verified once in `scrub_seconds`, and repaired as in reading.
 
 **Keys.** Machines and tenants' keys are introduced through the voters, sealed (nexus/keyring.py). A new key of a tenant
-is active at once; every steward re-wraps what it keeps; when no machine that is there has anything under the old key any
-more, that is retired, and every steward destroys it. One that was away does the same when it returns.
+is active at once; every steward re-wraps what it keeps; when no machine that is there has anything under the old key
+any more, that is retired, and every steward destroys it. One that was away does the same when it returns.
 
 What is asked of a steward is asked through a `Reach`: by pieces, in order, each answered before the next is sent, so
 that a slow disk holds back whoever sends, and no block is ever whole in memory.
@@ -33,20 +33,21 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 from cluster.directory import KEYS, LEASE_SECONDS, NODES, Directory, Entry, Record, View
 from nexus import telemetry
 from nexus.background import begin_in_background
-from nexus.blocks import BlockStore, Draft, Reading, Sending
+from nexus.blocks import BlockStore, Draft, Reading
 from nexus.envelope import BlockId
 from nexus.errors import (
     BlockRefused,
+    BlockStale,
     Conflict,
     Equivocation,
     KeyUnknown,
@@ -70,14 +71,12 @@ SHARING_SECONDS = 3_600.0  # that sharing a block may take; what nobody has on r
 ORPHAN_SECONDS = 86_400.0
 TEND_SECONDS = 2.0
 
-Kind = TypeVar("Kind")
-
 
 class Reach(Protocol):
     """How a steward is reached, by whoever asks it."""
 
     async def call(self, node: str, method: str, *arguments: object) -> Any:
-        """A call that cannot be made, or is not answered, raises ConnectionError; what the steward raises, it raises."""
+        """Raises ConnectionError where it cannot be asked or does not answer, and what the steward raises."""
         ...
 
 
@@ -96,12 +95,14 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A block as it is acknowledged: its record, the copies wanted, and the seconds that copying took."""
+    """A block as it is acknowledged: its record, the copies wanted, the seconds that copying took, and whether there
+    was a version before."""
 
     data_id: str
     record: Record
     wanted: int
     replication_seconds: float = 0.0
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +129,12 @@ class Standing:
 
 @dataclass(slots=True)
 class _Stream:
-    """A draft, a reading or a sending that is open, and which piece is next."""
+    """A draft or a reading that is open, and which piece is next."""
 
     source: Any
     touched: float
     block: BlockId
+    pieces: Iterator[bytes]
     about: Mapping[str, str] = field(default_factory=dict)
     number: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -144,7 +146,7 @@ def rank(nodes: Iterable[str], tenant: str, data_id: str) -> list[str]:
 
 
 async def pieces_of(reach: Reach, node: str, handle: str) -> AsyncGenerator[bytes, None]:
-    """All pieces of what is open there, the next one on its way while one is used. Closes it. Raises ConnectionError."""
+    """All pieces of what is open there, one ahead of who uses them; closed at the end. Raises ConnectionError."""
     ahead = begin_in_background(reach.call(node, "piece", handle, 0))
     try:
         for number in itertools.count(1):
@@ -233,7 +235,7 @@ class Steward:
         if replaced is not None:
             older = BlockId(block.tenant, block.data_id, replaced.version)
             begin_in_background(self._drop_at(replaced.copies, older))
-        return Shared(block.data_id, record, self._settings.copies, seconds)
+        return Shared(block.data_id, record, self._settings.copies, seconds, replaced is not None)
 
     def _require_enough(self, view: View) -> int:
         """The copies that a block needs. Raises Unavailable where fewer machines are there."""
@@ -321,10 +323,10 @@ class Steward:
 
     async def piece(self, handle: str, number: int) -> bytes:
         """The next one, numbered from 0; empty after the last."""
-        stream = self._stream(handle, Reading, Sending)
+        stream = self._stream(handle, Reading)
         async with stream.lock:
             self._advance(stream, number)
-            return await asyncio.to_thread(next, stream.source, b"")
+            return await asyncio.to_thread(next, stream.pieces, b"")
 
     async def close(self, handle: str) -> None:
         """Whatever it is, it is over."""
@@ -399,14 +401,14 @@ class Steward:
         if len(self._streams) >= STREAMS:
             raise Overloaded(f"{STREAMS} blocks are being shared or read here at once; try again in a moment")
 
-    def _keep(self, source: Draft | Reading | Sending, block: BlockId, about: Mapping[str, str] | None = None) -> str:
-        handle = uuid.uuid4().hex
-        self._streams[handle] = _Stream(source, self._time(), block, about or {})
+    def _keep(self, source: Draft | Reading, block: BlockId, about: Mapping[str, str] | None = None) -> str:
+        handle, pieces = uuid.uuid4().hex, iter(source) if isinstance(source, Reading) else iter(())
+        self._streams[handle] = _Stream(source, self._time(), block, pieces, about or {})
         return handle
 
-    def _stream(self, handle: str, *kinds: type[Kind]) -> _Stream:
+    def _stream(self, handle: str, kind: type) -> _Stream:
         stream = self._streams.get(handle)
-        if stream is None or not isinstance(stream.source, kinds):
+        if stream is None or not isinstance(stream.source, kind):
             raise Unavailable("the transfer is over: it failed, or nobody went on with it; begin again")
         stream.touched = self._time()
         return stream
@@ -565,10 +567,11 @@ class Steward:
             if one is None:
                 break
             if one.name in named:
-                if one.refused is not None:
+                fault = one.refused or await asyncio.to_thread(self._differs, named[one.name])
+                if fault is not None:
                     faults += 1
                     with suppress(TryAgain, BlockRefused):  # it is on record, and tried again at the next reading
-                        await self._repair(named[one.name], one.refused)
+                        await self._repair(named[one.name], fault)
             elif one.block is None:
                 await asyncio.to_thread(self.store.discard, one.name)
             elif await self._is_orphan(one.block, entries.get((one.block.tenant, one.block.data_id))):
@@ -576,6 +579,13 @@ class Steward:
             await asyncio.sleep(pace * (self._time() - started))
         self._scrubbed_at, self._settled = self._now(), None
         return faults
+
+    def _differs(self, entry: Entry) -> BlockStale | None:
+        """Why a copy that is sound is not the one on record, if it is not."""
+        stored = self.store.find(_block(entry))
+        if stored is None or stored.digest == entry.record.digest:
+            return None
+        return BlockStale(f"{_shown(_block(entry))} is here with another content than is on record")
 
     async def _is_orphan(self, block: BlockId, entry: Entry | None) -> bool:
         """Whether no record can come to name this copy any more."""

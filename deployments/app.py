@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 from starlette.types import ASGIApp
 
-from actors import coordinator
+from actors import coordinator, steward
 from actors.coordinator import Operator, Placement
 from actors.ingestor import Ingestor
 from actors.pressure import Pressure
@@ -106,6 +106,7 @@ class Gateway:
                 triton=open_triton(config.triton),
                 operator=Operator(home / coordinator.FOLDER, pace(config)),
                 observer=RayObserver(config),
+                sharing=steward.open_sharing(config),
                 fetch_picture=ImageHosts(config.models.image_hosts).fetch,
             ),
             says_request_id=False,
@@ -231,6 +232,8 @@ def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
     config = load_config(Path(config_file) if config_file else None)
     ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
     asyncio.run(start_voters(config))
+    if config.nodes or steward.has_blocks(config):
+        steward.start(config)
     serve.start(
         proxy_location="HeadOnly" if config.nodes else "EveryNode",
         http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},

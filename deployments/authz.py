@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -19,6 +19,8 @@ from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import iter_route_contexts
 
+from cluster.alone import AloneSharing
+from cluster.sharing import Sharing
 from deployments import gateway
 from deployments.gateway import Lent
 from deployments.middleware import PUBLIC
@@ -26,7 +28,7 @@ from nexus.access import PERMISSIONS, KeyRing
 from nexus.audit import Chain, Recorder
 from nexus.balancer import Balancer, Member, Weights
 from nexus.config import Config
-from nexus.errors import TryAgain
+from nexus.errors import NotFound, TryAgain
 from nexus.hades import Hades, chunks_of, document_id_of, version_of
 from nexus.ingest import Source
 from nexus.jobs import Announced, Jobs
@@ -52,8 +54,8 @@ ROLES: Mapping[str, tuple[str, frozenset[str]] | None] = {
     "none": None, "reader": (OURS, READS), "writer": (OURS, WRITES), "infer-only": (OURS, frozenset({"infer"})),
     "admin": (OURS, PERMISSIONS), "other tenant": (THEIRS, PERMISSIONS),
 }  # fmt: skip
-OF_A_TENANT = ("document_id", "job_id", "session_id")  # parameters of paths that name such a thing
-OF_ALL = ("key_id", "model", "name", "number", "version")  # and those that name none, or a part of one
+OF_A_TENANT = ("document_id", "job_id", "session_id", "data_id")  # parameters of paths that name such a thing
+OF_ALL = ("key_id", "model", "name", "node", "number", "version")  # and those that name none, or a part of one
 TOLD = "The gripper closes with a torque of 4 N·m."
 QUESTION = "What is the torque of the gripper?"
 BODIES: Mapping[str, Any] = {
@@ -132,7 +134,7 @@ class Cell:
 
 
 class Things(Protocol):
-    """A document, a job and a session of each tenant, and whether they are as they were made."""
+    """A document, a job, a session and a block of each tenant, and whether they are as they were made."""
 
     async def make(self, tenant: str) -> Mapping[str, str]:
         """Those of this tenant, as good as new; the values for paths that lead to them."""
@@ -210,8 +212,9 @@ def _judge(route: Route, role: str, whose: Whose, answer: httpx.Response) -> str
         return "shows what is another tenant's"
     if whose == "foreign" and status == 403:
         return "says that another tenant's thing is there"
-    by_session = "{session_id" in route.path  # everybody's session of this name is another one
-    if whose == "foreign" and status < 300 and not by_session and answer.text.replace(" ", "") != '{"deletions":[]}':
+    # Everybody's session of this name is another one, and so is a block that is shared under it.
+    is_own = "{session_id" in route.path or (route.method == "PUT" and "{data_id" in route.path)
+    if whose == "foreign" and status < 300 and not is_own and answer.text.replace(" ", "") != '{"deletions":[]}':
         return "another tenant's thing is there"
     return ""
 
@@ -240,7 +243,9 @@ class Stored:
         job, _ = self.lent.jobs.accept(owner, "default", [Announced(source, "0" * 32, 1)], accepted_at=0)
         self.lent.sessions.clear(owner, SESSION)
         self.lent.sessions.add_context(owner, SESSION, text)
-        return values_of(document.document_id, job.job_id)
+        if await self._shared(tenant) != text:
+            await (await self._sharing()).put(tenant, block_of(tenant), _once(text.encode()))
+        return values_of(tenant, document.document_id, job.job_id)
 
     async def harm(self, tenant: str, values: Mapping[str, str]) -> str:
         owner = Principal(tenant, "owner", PERMISSIONS)
@@ -248,8 +253,24 @@ class Stored:
             return "a stranger deleted a document"
         if self.lent.jobs.find(values["job_id"], owner).state != "running":
             return "a stranger ended a job"
-        is_same = self.lent.sessions.context(owner, SESSION) == told(tenant)
-        return "" if is_same else "a stranger changed a session"
+        if self.lent.sessions.context(owner, SESSION) != told(tenant):
+            return "a stranger changed a session"
+        return "" if await self._shared(tenant) == told(tenant) else "a stranger changed a block"
+
+    async def _shared(self, tenant: str) -> str | None:
+        try:
+            found = await (await self._sharing()).get(tenant, block_of(tenant))
+        except NotFound:
+            return None
+        return b"".join([piece async for piece in found.pieces]).decode()
+
+    async def _sharing(self) -> Sharing:
+        assert self.lent.sharing is not None
+        return await self.lent.sharing()
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
 
 
 def told(tenant: str) -> str:
@@ -257,9 +278,17 @@ def told(tenant: str) -> str:
     return f"{TOLD} {CANARIES[tenant]}"
 
 
-def values_of(document_id: str, job_id: str) -> dict[str, str]:
+def block_of(tenant: str) -> str:
+    """The id of a tenant's block."""
+    return f"block-of-{tenant}"
+
+
+def values_of(tenant: str, document_id: str, job_id: str) -> dict[str, str]:
     """The values for paths that lead to a tenant's things."""
-    return {"document_id": document_id, "job_id": job_id, "session_id": SESSION, "number": "0", "version": "1"}
+    return {
+        "document_id": document_id, "job_id": job_id, "session_id": SESSION, "number": "0", "version": "1",
+        "data_id": block_of(tenant),
+    }  # fmt: skip
 
 
 class Alike:
@@ -318,7 +347,8 @@ async def in_process() -> AsyncIterator[World]:
         documents, keys, jobs = sqlite.open("sqlite::memory:"), KeyRing(home), Jobs(home)
         hades = Hades(documents, memory.open("memory:"), Alike.fingerprint, Alike.dimension)
         here = Here(Retriever(hades, Embedder(), RetrievalSettings()))
-        lent = _lend(home, keys, jobs, hades, here)
+        sharing = AloneSharing(home)
+        lent = replace(_lend(home, keys, jobs, hades, here), sharing=sharing)
         made = {
             role: keys.create(f"role-{number}", *known)[0]
             for number, (role, known) in enumerate(ROLES.items())
@@ -330,7 +360,7 @@ async def in_process() -> AsyncIterator[World]:
                 yield World(client, Stored(lent, hades), made)
         finally:
             here.retriever.close()
-            for part in (lent.audit, jobs, keys, documents):
+            for part in (lent.audit, jobs, keys, documents, sharing):
                 part.close()
 
 

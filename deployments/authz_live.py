@@ -1,16 +1,18 @@
 """The same matrix tried out on the Nexus that runs here, by HTTP: only what reads, and what has to be refused.
 
-Two tenants with a document, a job and a session each are made for it, and their keys; all of it is removed again.
+Two tenants with a document, a job, a session and a block each are made for it, and their keys; all of it is removed
+again.
 """
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from deployments.authz import CANARIES, ROLES, SESSION, TENANTS, World, told, values_of
+from deployments.authz import CANARIES, ROLES, SESSION, TENANTS, World, block_of, told, values_of
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, KeyRing
 from nexus.errors import Unavailable
 
@@ -33,7 +35,8 @@ class Sent:
             document = await self._ask(tenant, "POST", "/rag/add_document", {"filename": name, "content": told(tenant)})
             file = {"filename": f"to-come-{name}", "digest": "0" * 32, "size": 1}
             job = await self._ask(tenant, "POST", "/rag/jobs", {"files": [file]})
-            self.made[tenant] = values_of(document["document_id"], job["job_id"])
+            await self._ask(tenant, "PUT", f"/share/{block_of(tenant)}", told(tenant))
+            self.made[tenant] = values_of(tenant, document["document_id"], job["job_id"])
         if await self._context(tenant) != told(tenant):
             await self._ask(tenant, "DELETE", f"/mcp/{SESSION}/clear_context")
             await self._ask(tenant, "POST", f"/mcp/{SESSION}/add_context", {"content": told(tenant)})
@@ -45,24 +48,28 @@ class Sent:
             return "a stranger deleted a document"
         if (await self._ask(tenant, "GET", f"/rag/jobs/{values['job_id']}"))["state"] != "running":
             return "a stranger ended a job"
+        if await self._ask(tenant, "GET", f"/share/{block_of(tenant)}") != told(tenant):
+            return "a stranger changed a block"
         return "" if await self._context(tenant) == told(tenant) else "a stranger changed a session"
 
     async def _context(self, tenant: str) -> str:
-        return (await self._ask(tenant, "GET", f"/mcp/{SESSION}/get_context"))["context"]
+        return str((await self._ask(tenant, "GET", f"/mcp/{SESSION}/get_context"))["context"])
 
     async def remove(self) -> None:
         for tenant, values in self.made.items():
             await self._ask(tenant, "DELETE", f"/rag/jobs/{values['job_id']}")
             await self._ask(tenant, "DELETE", f"/rag/documents/{values['document_id']}?purge=true")
             await self._ask(tenant, "DELETE", f"/mcp/{SESSION}/clear_context")
+            for owner in TENANTS:  # whoever named a stranger's block made one of that name in their own tenant
+                key = {"x-api-key": self.owners[tenant]}
+                await self.client.delete(f"/share/{block_of(owner)}", headers=key)
 
-    async def _ask(self, tenant: str, method: str, path: str, body: object = None) -> dict[str, str]:
+    async def _ask(self, tenant: str, method: str, path: str, body: object = None) -> Any:
         headers = {"x-api-key": self.owners[tenant]}
         answer = await self.client.request(method, path, json=body, headers=headers)
         if answer.status_code >= 400:
             raise Unavailable(f"{method} {path} was answered {answer.status_code}, so nothing can be tried out")
-        found: dict[str, str] = answer.json()
-        return found
+        return answer.json()
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from cluster.client import Absent
 from cluster.raft import NodeId, Snapshot, Status
+from cluster.sharing import Sharing
 from deployments import middleware
 from deployments.cluster_state import Observing
 from deployments.limiting import PacedRetriever, searches
@@ -29,6 +30,7 @@ from deployments.routes import (
     report,
     reranking,
     sessions,
+    sharing,
     status,
     upkeep,
 )
@@ -122,6 +124,7 @@ class Lent:
     triton: TritonPool | None = None
     operator: Operating | None = None  # of the coordinator
     observer: Observing | None = None  # of the machines, and of what runs on them
+    sharing: Callable[[], Awaitable[Sharing]] | None = None  # of blocks; its stewards may have to be found first
     fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
     screen: Screen = field(default_factory=Screen)  # put around what retrieves and generates by `screened`
     clock: Callable[[], float] = time.monotonic  # of the limits, in seconds
@@ -184,6 +187,7 @@ def application(lent: Lent) -> FastAPI:
         upkeep,
         answers,
         sessions,
+        sharing,
         pipelines,
         openai,
         kserve,
@@ -195,6 +199,7 @@ def application(lent: Lent) -> FastAPI:
     )
     for routes in everything:
         app.include_router(routes.router, responses=describe_errors(routes.router.prefix))
+    app.include_router(sharing.operating, responses=describe_errors(sharing.operating.prefix))
     return app
 
 

@@ -51,6 +51,7 @@ log = logging.getLogger("nexus.gateway")
 PUBLIC = frozenset({"/livez", "/readyz", "/healthz"})
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 RETRY_AFTER_SECONDS = 2
+BLOCKS = "/share/"  # begin the paths of blocks
 DONE = {"allow": "allowed", "flag": "flagged", "redact": "redacted", "refuse": "refused"}
 FAULT = "something went wrong here; the request id finds it in the log"
 
@@ -79,7 +80,7 @@ def wrap(
     """The application inside its layers; a request passes them from the last line to the first."""
     http = config.http
     app = Verdicts(app)
-    app = BodyLimit(app, http.max_body_bytes)
+    app = BodyLimit(app, http.max_body_bytes, config.sharing.max_block_bytes)
     app = Admitted(app, admission(config))
     app = Rated(app, Limiter(config, clock))
     app = Identity(app, verifier)
@@ -268,20 +269,26 @@ def _bearer(value: str) -> str:
 
 
 class BodyLimit:
-    """Refuses a body as soon as it is over the limit, announced or not."""
+    """Refuses a body as soon as it is over the limit, announced or not. What is shared is larger, and never held."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, max_block_bytes: int) -> None:
+        self.app, self.max_bytes, self.max_block_bytes = app, max_bytes, max_block_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        max_bytes = self.max_bytes
         refusal = TooLarge(
-            f"a request body has at most {self.max_bytes} bytes; split the document, or raise http.max_body_bytes"
+            f"a request body has at most {max_bytes} bytes; split the document, or raise http.max_body_bytes"
         )
+        if scope["method"] == "PUT" and scope["path"].startswith(BLOCKS):
+            max_bytes = self.max_block_bytes
+            refusal = TooLarge(
+                f"a block has at most {max_bytes} bytes; share it in parts, or raise sharing.max_block_bytes"
+            )
         announced = Headers(scope=scope).get("content-length", "0")
-        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self.max_bytes):
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_bytes):
             raise refusal
         received = 0
 
@@ -289,7 +296,7 @@ class BodyLimit:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
+            if received > max_bytes:
                 raise refusal
             return message
 

@@ -19,6 +19,8 @@ from pydantic_core import CoreSchema, core_schema
 
 from cluster.client import Absent, summary
 from cluster.raft import Status
+from cluster.sharing import Overview
+from cluster.steward import Shared
 from deployments.cluster_state import Deployed, Machine, SeenGpu, State
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, Key
 from nexus.filters import parse_filter
@@ -212,6 +214,12 @@ class Transfer(Shape):
     """The voter that is to lead."""
 
     to: Annotated[int, Field(ge=1, le=MAX_NUMBER)]
+
+
+class NewBlockKey(Shape):
+    """The tenant whose blocks get a new key; none named: the caller's."""
+
+    tenant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
 
 class Embeddings(BaseModel):
@@ -525,3 +533,36 @@ def _show_deployed(one: Deployed, state: State, models: Mapping[str, str]) -> di
         "replicas": {"running": one.running, "starting": one.starting},
     }  # fmt: skip
     return shown | (asdict(state.queues[one.name]) if one.name in state.queues else {})
+
+
+def show_shared(shared: Shared, metadata: Mapping[str, object] | None = None) -> dict[str, Any]:
+    """A block without its bytes; `nodes` have a verified copy each, the one that sealed it first."""
+    record = shared.record
+    shown = {
+        "data_id": shared.data_id, "version": record.version, "digest": record.digest, "size": record.length,
+        "data_type": record.data_type, "media_type": record.media_type, "node_id": record.writer,
+        "created_at": record.created_at, "copies": len(record.copies), "wanted": shared.wanted,
+        "nodes": list(record.copies),
+    }  # fmt: skip
+    return shown if metadata is None else {**shown, "metadata": dict(metadata)}
+
+
+def show_overview(overview: Overview) -> dict[str, Any]:
+    """Sums over all tenants, and each steward; `state` is here, away or drained."""
+    standings = {one.node: one for one in overview.standings}
+    return {
+        "copies_wanted": overview.wanted, "blocks": overview.blocks, "bytes": overview.bytes, "short": overview.short,
+        "stewards": [
+            {
+                "node": node, "state": _state_of(node, overview),
+                **(asdict(standings[node]) if node in standings else {}),
+            }
+            for node in overview.members
+        ],
+    }  # fmt: skip
+
+
+def _state_of(node: str, overview: Overview) -> str:
+    if node not in overview.living:
+        return "away"
+    return "drained" if node in overview.drained else "here"

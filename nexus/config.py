@@ -577,7 +577,7 @@ class Coordinator(Section):
 
 
 class Sharing(Section):
-    """Blocks shared between the machines. A block is acknowledged when so many `copies` of it are on disks and verified.
+    """Blocks shared between the machines. One is acknowledged when so many `copies` of it are on disks and verified.
 
     On fewer machines there are as many copies as machines. `nodes` are those that keep blocks; none named: all. One
     that is silent for `gone_seconds` has its blocks copied anew, elsewhere. Every copy is verified in `scrub_hours`.

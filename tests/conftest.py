@@ -11,6 +11,7 @@ from starlette.testclient import TestClient
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from cluster.alone import AloneSharing
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.audit import Chain, Recorder
@@ -205,7 +206,11 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
     retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
     members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5), *others]
     balancer = Balancer(members, Weights(1, 1, 1), probe_seconds=5)
-    config = Config(home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]})
+    sharing = AloneSharing(home)
+    config = Config(
+        home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]},
+        sharing={"max_block_bytes": 64 * 2**20},
+    )  # fmt: skip
     yield Lent(
         config=config,
         keys=keys,
@@ -225,7 +230,9 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
         ),
         checks={"documents": lambda: asyncio.to_thread(house.hades.documents.check)},
         cache=cache,
+        sharing=sharing,
     )  # fmt: skip
+    sharing.close()
     ingestor.parsers.close()
     jobs.close()
     keys.close()

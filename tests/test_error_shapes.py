@@ -24,6 +24,7 @@ OPENAI_TYPES = {
 }  # fmt: skip
 CANARY = "zanzibar-4711"
 INSIDE = f"{CANARY} at /srv/nexus/deployments/gateway.py: SELECT secret FROM keys on db.internal.example nx_abc_def"
+ROUTES = [route for route in ROUTES if route.method != "HEAD"]  # whose answers have no body
 GUARDED = [route for route in ROUTES if route.path not in PUBLIC]
 WITH_BODY = [route for route in GUARDED if route.has_body]
 

@@ -29,6 +29,7 @@ ASKED: Mapping[str, tuple[str, ...]] = {
         "POST /auth/keys", "GET /auth/keys", "DELETE /auth/keys", "DELETE /auth/keys/{key_id}",
         "POST /auth/issuers/refresh", "POST /coordinator/snapshot", "POST /coordinator/transfer",
         "POST /coordinator/voters", "DELETE /coordinator/voters/{number}", "POST /rag/fsck", "POST /rag/vacuum",
+        "POST /sharing/keys", "POST /sharing/scrub", "DELETE /sharing/stewards/{node}",
         "POST /v2/repository/models/{model}/load", "POST /v2/repository/models/{model}/unload",
     ),
     "documents:read": (
@@ -44,10 +45,13 @@ ASKED: Mapping[str, tuple[str, ...]] = {
     "sessions:read": ("GET /mcp/{session_id:path}/get_context",),
     "sessions:write": ("POST /mcp/{session_id:path}/add_context", "DELETE /mcp/{session_id:path}/clear_context"),
     "documents:read sessions:read": ("POST /mcp/{session_id:path}/query",),
+    "share:read": ("GET /share", "GET /share/{data_id}", "HEAD /share/{data_id}"),
+    "share:write": ("PUT /share/{data_id}", "DELETE /share/{data_id}"),
     "infer": (
         "POST /v1/chat/completions", "POST /v1/completions", "POST /v1/embeddings", "POST /v1/rerank",
         "GET /v1/models", "GET /v1/models/{name:path}", "POST /execute", "GET /pipelines", "GET /status",
-        "GET /report", "GET /metrics", "GET /coordinator", "GET /v2", "GET /v2/health/live", "GET /v2/health/ready",
+        "GET /report", "GET /metrics", "GET /coordinator", "GET /sharing", "GET /v2",
+        "GET /v2/health/live", "GET /v2/health/ready",
         "GET /v2/models/stats", "GET /v2/repository/index", "POST /v2/repository/index",
         *(
             ask.format(place)
