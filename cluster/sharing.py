@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.directory import Directory, Entry, View
 from cluster.steward import Opened, Reach, Settings, Shared, Standing, pieces_of, rank
@@ -85,17 +85,21 @@ class Sharing:
             number = 0
             async with aclosing(_evenly(content)) as pieces:
                 async for piece in pieces:
-                    await self._stewards.call(node, "append", handle, number, piece)
+                    await self._answered(node, "append", handle, number, piece)
                     number += 1
-            shared: Shared = await self._stewards.call(node, "finish", handle)
-        except ConnectionError:
-            raise Unavailable(f"the steward of {node} went away; share the block again") from None
+            shared: Shared = await self._answered(node, "finish", handle)
         except BaseException:
             begin_in_background(self._forget(node, handle))
             raise
         telemetry.data_shared.labels(node, self._counted_as(data_type)).inc()
         telemetry.replication.labels(node).observe(shared.replication_seconds)
         return shared
+
+    async def _answered(self, node: str, method: str, *arguments: object) -> Any:
+        try:
+            return await self._stewards.call(node, method, *arguments)
+        except ConnectionError:
+            raise Unavailable(f"the steward of {node} went away; share the block again") from None
 
     def _counted_as(self, data_type: str) -> str:
         """The first few types by their names: whoever shares names them, and each is a time series of its own."""

@@ -633,11 +633,22 @@ async def open_steward(
     """
     keyring = await asyncio.to_thread(Keyring, home, node, key, is_first)
     after = await directory.join(node)
-    await directory.voters.compare_and_set(f"{NODES}{node}/{keyring.fingerprint}", 0, keyring.introduction())
+    await _introduce(keyring, directory)
     await _learn(keyring, directory, {})
     store = await asyncio.to_thread(BlockStore, home / FOLDER / "blocks", keyring, after, now)
     await directory.note_epoch(node, store.epoch)
     return Steward(keyring, store, directory, reach, settings, now)
+
+
+async def _introduce(keyring: Keyring, directory: Directory) -> None:
+    """Put its key with the voters, beside those that this machine had before. Raises ConfigError if it was removed."""
+    key = f"{NODES}{keyring.node}"
+    while True:
+        found = await directory.voters.get(key)
+        value, revision = (None, 0) if found is None else found
+        record = await asyncio.to_thread(keyring.introduction, value)
+        if await directory.voters.compare_and_set(key, revision, record) is not None:
+            return
 
 
 async def _learn(keyring: Keyring, directory: Directory, learned: dict[str, int]) -> None:

@@ -84,7 +84,7 @@ def test_no_request_made_from_the_description_is_a_fault(
         answer = send(door, case.as_transport_kwargs(base_url="http://testserver"), headers)
         assert answer.status_code != 500
         answered.add((str(route), answer.status_code // 100))
-        if answer.status_code >= 400 and "ready" not in route.path:
+        if answer.status_code >= 400 and "ready" not in route.path and route.method != "HEAD":
             check(answer, responses)
 
     ask()

@@ -132,7 +132,7 @@ def test_API5_a_key_that_lacks_one_permission_is_refused(door: Door, route: Rout
     answer = door.client.request(
         route.method, route.nowhere, headers=door.headers("default", "lacking", *(PERMISSIONS - {missing}))
     )
-    assert answer.status_code == 403 and missing in answer.text
+    assert answer.status_code == 403 and (missing in answer.text or route.method == "HEAD")
 
 
 @pytest.mark.parametrize("route", GUARDED, ids=str)

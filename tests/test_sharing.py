@@ -1,0 +1,557 @@
+"""Sharing between three stewards: what is acknowledged is kept, what is damaged is repaired, what is old is refused."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.directory import NODES as INTRODUCED
+from cluster.directory import Record
+from cluster.steward import IDLE_SECONDS, ORPHAN_SECONDS, STREAMS, Settings, Steward, rank
+from nexus.blocks import BlockStore
+from nexus.envelope import BlockId
+from nexus.errors import BlockRefused, Conflict, NotFound, Overloaded, Unavailable
+from nexus.keyring import Keyring
+from tests.stewards import NODES, Machines, content, drain, read
+
+MIB = 2**20
+Story = Callable[[Machines], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a story over three stewards in a loop of its own; what blocks is done at once, and no power is ever lost."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+    async def inline(work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(*arguments)
+
+    monkeypatch.setattr("asyncio.to_thread", inline)
+
+    def run(story: Story, nodes: tuple[str, ...] = NODES, **settings: Any) -> None:
+        async def all_of_it() -> None:
+            async with machines(tmp_path, nodes, Settings(**{"copies": 2, "gone_seconds": 0.0, **settings})) as there:
+                await story(there)
+
+        asyncio.run(all_of_it())
+
+    return run
+
+
+@asynccontextmanager
+async def machines(folder: Path, nodes: tuple[str, ...], settings: Settings) -> AsyncIterator[Machines]:
+    there = Machines(folder, settings)
+    for node in nodes:
+        await there.start(node)
+    try:
+        yield there
+        await drain()
+    finally:
+        there.stop()
+
+
+async def share(there: Machines, data_id: str, text: bytes, tenant: str = "acme") -> Record:
+    return (await there.sharing.put(tenant, data_id, content(text))).record
+
+
+async def got(there: Machines, data_id: str, tenant: str = "acme") -> bytes:
+    return await read((await there.sharing.get(tenant, data_id)).pieces)
+
+
+async def opened(there: Machines, node: str, data_id: str) -> bytes:
+    """What this very steward gives out."""
+    steward = there.stewards[node]
+    found = await steward.open("acme", data_id)
+    parts, number = [], 0
+    while piece := await steward.piece(found.handle, number):
+        parts.append(piece)
+        number += 1
+    await steward.close(found.handle)
+    return b"".join(parts)
+
+
+# Sharing
+
+
+def test_it_is_acknowledged_when_so_many_copies_are_verified_and_on_record(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        record = await share(there, "a", b"x" * (2 * MIB + 5))
+        assert len(record.copies) == 2 == len(set(record.copies)) and record.length == 2 * MIB + 5
+        assert list(record.copies) == rank(NODES, "acme", "a")[:2] and record.writer == record.copies[0]
+        for node in NODES:
+            assert len(there.files(node)) == (node in record.copies)
+        for node in record.copies:
+            assert await opened(there, node, "a") == b"x" * (2 * MIB + 5)
+
+    tell(story)
+
+
+@pytest.mark.parametrize(("nodes", "wanted", "copies"), [(1, 2, 1), (2, 2, 2), (3, 3, 3), (3, 1, 1), (2, 5, 2)])
+def test_there_are_as_many_copies_as_machines_at_most(
+    tell: Callable[..., None], nodes: int, wanted: int, copies: int
+) -> None:
+    async def story(there: Machines) -> None:
+        shared = await there.sharing.put("acme", "a", content(b"x"))
+        assert (len(shared.record.copies), shared.wanted) == (copies, wanted)
+
+    tell(story, NODES[:nodes], copies=wanted)
+
+
+def test_with_too_few_machines_nothing_is_acknowledged(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        for node in NODES[1:]:
+            there.kill(node)
+        with pytest.raises(Unavailable, match=r"2 copies are wanted.*clu, tron"):
+            await share(there, "a", b"x")
+        assert await there.copies("a") == () and there.files(NODES[0]) == []
+
+    tell(story)
+
+
+def test_a_machine_that_takes_no_copy_is_passed_over_and_if_none_does_nothing_is_left(
+    tell: Callable[..., None],
+) -> None:
+    async def story(there: Machines) -> None:
+        first, second, third = rank(NODES, "acme", "a")
+        full = {second}
+
+        def refuse(node: str, method: str, arguments: tuple[object, ...]) -> None:
+            if method == "take" and node in full:
+                raise Unavailable("its disk is full", code="storage_full")
+
+        there.refuse = refuse
+        assert (await share(there, "a", b"x")).copies == (first, third)
+        full.add(third)
+        with pytest.raises(Unavailable, match="only 0 of 1"):
+            await share(there, "a", b"y")
+        await drain()
+        assert await got(there, "a") == b"x"
+        assert [len(there.files(node)) for node in (first, second, third)] == [1, 0, 1]
+
+    tell(story)
+
+
+def test_a_copy_that_was_damaged_on_its_way_does_not_count(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        steward = there.stewards[rank(NODES, "acme", "a")[0]]
+        piece, spoilt = steward.piece, []
+
+        async def spoil(handle: str, number: int) -> bytes:
+            whole = await piece(handle, number)
+            spoilt.append(number)
+            return whole[:-1] + bytes([whole[-1] ^ 1]) if whole else whole
+
+        steward.piece = spoil  # type: ignore[method-assign]
+        with pytest.raises(Unavailable):
+            await share(there, "a", b"x")
+        assert spoilt and await there.copies("a") == ()
+
+    tell(story)
+
+
+def test_an_older_version_never_replaces_a_later_one(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        waiting, begun = asyncio.Event(), asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"older"
+            begun.set()
+            await waiting.wait()
+
+        older = asyncio.create_task(there.sharing.put("acme", "a", slow()))
+        while not any(steward._streams for steward in there.stewards.values()):
+            await asyncio.sleep(0)
+        await begun.wait()
+        await share(there, "a", b"later")
+        waiting.set()
+        with pytest.raises(Conflict):
+            await older
+        await drain()
+        assert await got(there, "a") == b"later"
+        assert sum(len(there.files(node)) for node in NODES) == 2
+
+    tell(story)
+
+
+def test_a_new_version_replaces_the_old_one_everywhere(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share(there, "a", b"one")
+        second = await share(there, "a", b"two")
+        await drain()
+        assert await got(there, "a") == b"two"
+        assert sum(len(there.files(node)) for node in NODES) == 2
+        removed = await there.sharing.delete("acme", "a")
+        assert (removed.version, removed.copies, removed.erased) == (second.version, 2, 2)
+        assert sum(len(there.files(node)) for node in NODES) == 0
+        with pytest.raises(NotFound):
+            await got(there, "a")
+        with pytest.raises(NotFound):
+            await there.sharing.delete("acme", "a")
+
+    tell(story)
+
+
+def test_who_goes_away_in_the_middle_leaves_nothing(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        async def broken() -> AsyncIterator[bytes]:
+            yield b"x" * MIB
+            raise ConnectionResetError("the caller left")
+
+        with pytest.raises((ConnectionResetError, Unavailable)):
+            await there.sharing.put("acme", "a", broken())
+        await drain()
+        assert await there.copies("a") == ()
+        for node, steward in there.stewards.items():
+            assert steward._streams == {} and not list((there.folder / node / "share/blocks/drafts").iterdir())
+
+    tell(story)
+
+
+def test_streams_are_bounded_and_those_that_nobody_uses_are_closed(
+    tell: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(there: Machines) -> None:
+        steward, times = there.stewards["sark"], {"now": 0.0}
+        monkeypatch.setattr("cluster.steward.Steward._time", staticmethod(lambda: times["now"]))
+        handles = [await steward.begin("acme", f"b-{n}", "data", "a/b", {}) for n in range(STREAMS)]
+        with pytest.raises(Overloaded):
+            await steward.begin("acme", "one-more", "data", "a/b", {})
+        await steward.append(handles[0], 0, b"x")
+        with pytest.raises(Unavailable, match="a piece of the transfer was lost"):
+            await steward.append(handles[0], 2, b"x")
+        times["now"] = IDLE_SECONDS + 1
+        await steward.append(handles[1], 0, b"x")
+        await steward.tend()
+        assert list(steward._streams) == [handles[1]]
+        with pytest.raises(Unavailable, match="the transfer is over"):
+            await steward.append(handles[0], 1, b"x")
+
+    tell(story)
+
+
+# Reading
+
+
+def flips(size: int, most: int) -> list[tuple[int, int]]:
+    """(byte, bit), spread over all bytes; each bit in its turn."""
+    step = max(1, size // most)
+    return [(place, count % 8) for count, place in enumerate(range(0, size, step))]
+
+
+def test_every_flipped_bit_is_refused_and_repaired(tell: Callable[..., None]) -> None:
+    """Bits all over a small block, through the read path; `python -m tests.bench.share --bits` flips every one."""
+
+    async def story(there: Machines) -> None:
+        text = b"the gripper closes with 4 N m"
+        first, _ = (await share(there, "a", text)).copies
+        block = await there.block("a")
+        whole = there.file(first, block).read_bytes()
+        steward = there.stewards[first]
+        for count, (place, bit) in enumerate(flips(len(whole), 90), 1):
+            spoilt = bytearray(whole)
+            spoilt[place] ^= 1 << bit
+            there.file(first, block).write_bytes(spoilt)
+            assert await opened(there, first, "a") == text, place
+            assert steward._repaired == count, f"byte {place} was taken for good"
+            assert there.file(first, block).read_bytes() == whole
+        assert sum(steward._refused.values()) == count >= 90
+
+    tell(story)
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "longer", "removed", "swapped"])
+def test_whatever_happens_to_a_file_it_is_repaired(tell: Callable[..., None], harm: str) -> None:
+    async def story(there: Machines) -> None:
+        text = b"x" * 1000
+        first, _ = (await share(there, "a", text)).copies
+        await share(there, "b", b"another")
+        file = there.file(first, await there.block("a"))
+        whole = file.read_bytes()
+        if harm == "removed":
+            file.unlink()
+        elif harm == "swapped":
+            node = (await there.copies("b"))[0]
+            file.write_bytes(there.file(node, await there.block("b")).read_bytes())
+        else:
+            file.write_bytes({"cut": whole[:-1], "emptied": b"", "longer": whole + b"\0"}[harm])
+        assert await opened(there, first, "a") == text
+        assert file.read_bytes() == whole
+
+    tell(story)
+
+
+def test_with_every_copy_damaged_nothing_of_it_is_shown(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        secret = b"canary-4711" * 100_000
+        record = await share(there, "a", secret)
+        block = await there.block("a")
+        for node in record.copies:
+            file = there.file(node, block)
+            file.write_bytes(file.read_bytes()[:-40] + bytes(40))
+        handed: list[bytes] = []
+        with pytest.raises(BlockRefused):
+            async for piece in (await there.sharing.get("acme", "a")).pieces:
+                handed.append(piece)
+        assert handed == []
+        for node in record.copies:
+            with pytest.raises(BlockRefused):
+                await there.stewards[node].open("acme", "a")
+
+    tell(story)
+
+
+def test_an_older_block_that_was_put_back_is_refused(tell: Callable[..., None]) -> None:
+    """Also under the name of the new one; and one that was deleted stays so, whoever puts its files back."""
+
+    async def story(there: Machines) -> None:
+        old = await share(there, "a", b"old and signed")
+        first = old.copies[0]
+        older = there.file(first, await there.block("a")).read_bytes()
+        await share(there, "a", b"new")
+        await drain()
+        file = there.file(first, await there.block("a"))
+        file.write_bytes(older)
+        assert await opened(there, first, "a") == b"new"
+        assert there.stewards[first]._refused == {"block_stale": 1} and file.read_bytes() != older
+        await there.sharing.delete("acme", "a")
+        file.write_bytes(older)
+        with pytest.raises(NotFound):
+            await got(there, "a")
+
+    tell(story)
+
+
+def test_a_reader_whose_steward_dies_goes_on_at_another(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        text = bytes(range(256)) * 20_000
+        first, _ = (await share(there, "a", text)).copies
+        found = await there.sharing.get("acme", "a")
+        parts = [await anext(found.pieces)]
+        there.kill(first)
+        parts += [piece async for piece in found.pieces]
+        assert b"".join(parts) == text
+
+    tell(story)
+
+
+def test_a_reader_never_gets_half_of_one_version_and_half_of_another(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        first, _ = (await share(there, "a", b"1" * (4 * MIB))).copies
+        found = await there.sharing.get("acme", "a")
+        await anext(found.pieces)
+        await share(there, "a", b"2" * (4 * MIB))
+        there.kill(first)
+        with pytest.raises(Unavailable, match="replaced by a later version"):
+            await read(found.pieces)
+
+    tell(story)
+
+
+# Tending
+
+
+def test_what_a_lost_machine_kept_is_copied_anew(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        for number in range(12):
+            await share(there, f"b-{number}", b"%d" % number)
+        there.kill("clu")
+        await there.settle()
+        for number in range(12):
+            copies = await there.copies(f"b-{number}")
+            assert len(copies) == 2 and "clu" not in copies
+            for node in copies:
+                assert await opened(there, node, f"b-{number}") == b"%d" % number
+        await there.revive("clu")
+        await there.settle()
+        for number in range(12):
+            assert await got(there, f"b-{number}") == b"%d" % number
+
+    tell(story)
+
+
+def test_a_machine_that_is_only_silent_for_a_moment_keeps_its_copies(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        copies = (await share(there, "a", b"x")).copies
+        there.kill(copies[1])
+        await there.settle()
+        assert await there.copies("a") == copies
+
+    tell(story, gone_seconds=60.0)
+
+
+def test_a_machine_that_lost_its_disk_gets_its_copies_back(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        copies = (await share(there, "a", b"x")).copies
+        there.file(copies[0], await there.block("a")).unlink()
+        there.kill(copies[0])
+        await there.revive(copies[0])
+        await there.settle()
+        assert there.file(copies[0], await there.block("a")).exists()
+
+    tell(story, gone_seconds=60.0)
+
+
+def test_a_drained_machine_gives_its_blocks_away(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        for number in range(8):
+            await share(there, f"b-{number}", b"%d" % number)
+        await there.voters.put("drained/sark", b"")
+        await there.settle()
+        await drain()
+        for number in range(8):
+            assert set(await there.copies(f"b-{number}")) == {"clu", "tron"}
+        assert there.files("sark") == []
+        assert set((await share(there, "later", b"x")).copies) == {"clu", "tron"}
+
+    tell(story)
+
+
+def test_a_machine_that_is_forgotten_is_not_waited_for(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        with pytest.raises(Conflict):
+            await there.sharing.forget("clu")
+        there.kill("clu")
+        with pytest.raises(Unavailable):
+            await share(there, "a", b"x")
+        await there.sharing.forget("clu")
+        assert set((await share(there, "a", b"x")).copies) == {"sark", "tron"}
+
+    tell(story, copies=3)
+
+
+def test_what_no_record_names_is_swept_a_day_later_and_nothing_else(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share(there, "kept", b"x")
+        await share(there, "lost", b"y")
+        await there.voters.delete("share/blocks/acme/lost")
+        for node in NODES:
+            await there.stewards[node].scrub()
+        assert sum(len(there.files(node)) for node in NODES) == 4, "one that is being shared looks just like that"
+        there.now += ORPHAN_SECONDS + 1
+        for node in NODES:
+            there.stewards[node]._taken.clear()
+            await there.stewards[node].scrub()
+        assert sum(len(there.files(node)) for node in NODES) == 2
+        assert await got(there, "kept") == b"x"
+
+    tell(story)
+
+
+def test_a_copy_that_is_on_record_is_not_dropped_whoever_asks(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        copies = (await share(there, "a", b"x")).copies
+        assert not await there.stewards[copies[0]].drop(await there.block("a"))
+        assert there.file(copies[0], await there.block("a")).exists()
+
+    tell(story)
+
+
+def test_a_scrubber_finds_and_repairs_what_nobody_read(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        first, second = (await share(there, "a", b"x" * 3000)).copies
+        block = await there.block("a")
+        good = there.file(second, block).read_bytes()
+        there.file(first, block).write_bytes(good[:2000] + b"\xff" + good[2001:])
+        rubbish = there.folder / first / "share/blocks/files/00" / f"{'0' * 32}-{'0' * 15}1.block"
+        rubbish.parent.mkdir(exist_ok=True)
+        rubbish.write_bytes(b"rubbish")
+        assert await there.sharing.scrub() == 1
+        assert there.file(first, block).read_bytes() == good
+        assert not rubbish.exists()
+        assert await there.sharing.scrub() == 0
+        standing = await there.stewards[first].describe()
+        assert (standing.repaired, standing.blocks, sum(standing.refused.values())) == (1, 1, 1)
+
+    tell(story)
+
+
+# Keys
+
+
+def states(there: Machines, node: str) -> list[str]:
+    ring = there.stewards[node].keyring.ring("acme")
+    assert ring is not None
+    return [key.state for key in sorted(ring.keys, key=lambda key: key.number)]
+
+
+def test_a_key_is_rotated_while_blocks_are_shared_and_read(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        for number in range(6):
+            await share(there, f"b-{number}", b"%d" % number)
+        old = there.stewards["sark"].keyring.ring("acme")
+        assert old is not None
+        await there.sharing.rotate("acme")
+        reading = await there.sharing.get("acme", "b-0")
+        for turn in range(6):
+            for node in NODES:
+                await there.stewards[node].tend()
+            assert await got(there, f"b-{turn}") == b"%d" % turn
+            await share(there, f"new-{turn}", b"new")
+        assert await read(reading.pieces) == b"0"
+        for node in NODES:
+            assert states(there, node) == ["retired", "active"]
+            assert there.stewards[node].store.under_key("acme", old.keys[0].key_id) == 0
+            ring = there.stewards[node].keyring.ring("acme")
+            assert ring is not None and not [key for key in ring.keys if key.state == "retired" and key.is_held]
+        for number in range(6):
+            for node in await there.copies(f"b-{number}"):
+                assert await opened(there, node, f"b-{number}") == b"%d" % number
+
+    tell(story)
+
+
+def test_a_machine_that_slept_through_a_rotation_catches_up(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        for number in range(6):
+            await share(there, f"b-{number}", b"%d" % number)
+        there.kill("clu")
+        await there.sharing.rotate("acme")
+        for _ in range(4):
+            for node in ("sark", "tron"):
+                await there.stewards[node].tend()
+        assert states(there, "sark") == ["retired", "active"]
+        await there.revive("clu")
+        for _ in range(3):
+            await there.settle()
+        assert states(there, "clu") == ["retired", "active"]
+        for number in range(6):
+            for node in await there.copies(f"b-{number}"):
+                assert await opened(there, node, f"b-{number}") == b"%d" % number
+
+    tell(story, gone_seconds=60.0)
+
+
+def test_two_stewards_that_make_a_tenants_first_key_agree_on_one(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await asyncio.gather(*(share(there, f"b-{number}", b"x") for number in range(8)))
+        rings = {tuple(key.key_id for key in there.stewards[node].keyring.ring("acme").keys) for node in NODES}  # type: ignore[union-attr]
+        assert len(rings) == 1 and len(next(iter(rings))) == 1
+
+    tell(story)
+
+
+def test_who_is_no_member_under_the_cluster_key_is_believed_nothing(tell: Callable[..., None], tmp_path: Path) -> None:
+    """A machine with another cluster key introduces itself; the others do not know it, and take none of its blocks."""
+
+    async def story(there: Machines) -> None:
+        (tmp_path / "mallory").mkdir(mode=0o700)
+        stranger = Keyring(tmp_path / "mallory", "mallory", "Zq8Lw3Xn5Vb7Rt2Yp9Kc4Md6Hs1Jf0GuE8aT5iB3oW7")
+        await there.voters.put(f"{INTRODUCED}mallory", stranger.introduction())
+        await share(there, "a", b"x")
+        assert "mallory" not in {one.node for one in there.stewards["sark"].keyring.writers()}
+        stranger.install(stranger.draft_key("acme"))
+        store = BlockStore(tmp_path / "mallory" / "blocks", stranger)
+        block = BlockId("acme", "forged", await there.directory.reserve())
+        with store.write(block) as draft:
+            draft.feed(b"forged")
+            forged = draft.commit()
+        there.stewards["mallory"] = Steward(stranger, store, there.directory, there.reach, there.settings)
+        there.up.add("mallory")
+        with pytest.raises(Unavailable, match="no copy of the block can be had"):
+            await there.stewards["sark"].take(block, forged.digest, ["mallory"])
+        assert sum(len(there.files(node)) for node in NODES) == 2
+
+    tell(story)
