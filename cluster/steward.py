@@ -65,6 +65,7 @@ log = logging.getLogger("nexus.steward")
 
 FOLDER = "share"  # in the home
 TAKEN_AT_ONCE = 4  # copies
+TENDED_AT_ONCE = 8  # records
 STREAMS = 256  # open at once
 IDLE_SECONDS = 300.0  # after which a stream is closed that nobody asks for
 SHARING_SECONDS = 3_600.0  # that sharing a block may take; what nobody has on record by then was given up
@@ -509,9 +510,10 @@ class Steward:
         await self._tend_keys(view)
         if self._settled == (view, gone):
             return True
-        is_done = True
-        for entry in await self._directory.blocks():
-            is_done &= await self._tend_block(entry, view, gone)
+        entries, is_done = await self._directory.blocks(), True
+        for first in range(0, len(entries), TENDED_AT_ONCE):
+            some = entries[first : first + TENDED_AT_ONCE]
+            is_done &= all(await asyncio.gather(*(self._tend_block(entry, view, gone) for entry in some)))
         self._settled = (view, gone) if is_done else None
         return is_done
 

@@ -64,12 +64,12 @@ class Machines:
         home = self.folder / node
         home.mkdir(mode=0o700, exist_ok=True)
         self.lives[node] = life = self.lives.get(node, 0) + 1
-        self.up.add(node)
         steward = await open_steward(
             home, node, CLUSTER_KEY, True, Directory(FaultyVoters(self, node, life)), FaultyReach(self, node, life),
             self.settings, lambda: self.now,
         )  # fmt: skip
         self.stewards[node] = steward
+        self.up.add(node)
         await steward.stay()
         return steward
 
