@@ -111,14 +111,16 @@ class World:
         except (TryAgain, BlockRefused):
             self._count("unreadable for now")
         else:
-            self._require(text in believed, f"{data_id} is {text[:20]!r}, none of {[one and one[:20] for one in believed]}")
+            self._require(
+                text in believed, f"{data_id} is {text[:20]!r}, none of {[one and one[:20] for one in believed]}"
+            )
             self._count("read")
 
     # What else happens
 
     async def _tend(self) -> None:
         for _ in range(self.steps):
-            for node, steward in sorted(self.there.stewards.items()):
+            for steward in list(self.there.stewards.values()):
                 try:
                     await steward.tend()
                     if self.rng.random() < 0.3:

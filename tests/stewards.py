@@ -183,3 +183,8 @@ async def drain(tasks: Iterable[Any] = ()) -> None:
     """Until what goes on in the background is done."""
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others)
+
+
+async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
+    """In place of asyncio.to_thread, where what happens is to follow from a seed."""
+    return work(*arguments)

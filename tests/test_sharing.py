@@ -15,21 +15,22 @@ from nexus.blocks import BlockStore
 from nexus.envelope import BlockId
 from nexus.errors import BlockRefused, Conflict, NotFound, Overloaded, Unavailable
 from nexus.keyring import Keyring
-from tests.stewards import NODES, Machines, content, drain, read
+from tests.share_simulation import World
+from tests.stewards import NODES, Machines, at_once, content, drain, read
 
 MIB = 2**20
 Story = Callable[[Machines], Coroutine[Any, Any, None]]
 
 
+def be_simple(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("asyncio.to_thread", at_once)
+
+
 @pytest.fixture
 def tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run a story over three stewards in a loop of its own; what blocks is done at once, and no power is ever lost."""
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
-
-    async def inline(work: Callable[..., Any], *arguments: Any) -> Any:
-        return work(*arguments)
-
-    monkeypatch.setattr("asyncio.to_thread", inline)
+    be_simple(monkeypatch)
 
     def run(story: Story, nodes: tuple[str, ...] = NODES, **settings: Any) -> None:
         async def all_of_it() -> None:
@@ -555,3 +556,15 @@ def test_who_is_no_member_under_the_cluster_key_is_believed_nothing(tell: Callab
         assert sum(len(there.files(node)) for node in NODES) == 2
 
     tell(story)
+
+
+# Everything at once
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_nothing_acknowledged_is_lost_whatever_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """More seeds: `python -m tests.bench.share --seeds 200`."""
+    be_simple(monkeypatch)
+    asyncio.run(World(tmp_path, seed).run())
