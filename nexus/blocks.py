@@ -7,7 +7,8 @@ nothing but a draft, which the next start removes. One process at a time has the
 **The register** holds (writer, epoch, sequence) and digest of every block that was ever written or accepted here, also
 of those deleted since: some hundred bytes each. A machine counts its blocks within an epoch, and begins a new one, on
 disk before its first block, at each start. So two blocks with one number are no accident: a machine was cloned, or its
-key is in other hands, and Equivocation says so.
+key is in other hands, and Equivocation says so. An epoch is the second of Unix time at which it began, or one more
+than the one before: a machine that was put back to an older state does not count again what it counted since.
 
 **Rotation.** A block's wrap is replaced by writing a new file with the same segments. What is being written while the
 tenant's active key changes gets the new one as it is finished. `retire_key` destroys a key only when nothing here,
@@ -135,7 +136,8 @@ class BlockStore:
             self._register = opening.enter_context(closing(Register(folder / "register.db")))
             for draft in self._drafts.iterdir():
                 draft.unlink()
-            self.epoch = _begin_epoch(folder / "epoch", max(after_epoch, self._register.highest_epoch(keyring.node)))
+            after = max(after_epoch, self._register.highest_epoch(keyring.node))
+            self.epoch = _begin_epoch(folder / "epoch", after, int(now()))
             self._opened = opening.pop_all()
         self._numbers = count(1)
         self._locks = [threading.Lock() for _ in range(LOCKS)]  # of files, while what is in their place changes
@@ -585,12 +587,12 @@ def _take_lock(path: Path) -> BinaryIO:
     return file
 
 
-def _begin_epoch(file: Path, after: int) -> int:
+def _begin_epoch(file: Path, after: int, now: int) -> int:
     """The next epoch; on disk when this returns. Raises ConfigError for a file that nobody wrote so."""
     text = file.read_text(errors="replace") if file.exists() else "0"
     if not text.strip().isdecimal():
         raise ConfigError("the file `epoch` of this machine's blocks is damaged: put it back, or remove it")
-    epoch = max(int(text), after) + 1
+    epoch = max(int(text) + 1, after + 1, now)
     write_private(file, str(epoch).encode())
     return epoch
 

@@ -43,6 +43,7 @@ from nexus.private_files import require_private
 from nexus.signing import fault_of_secret
 
 SECRET_FILE, FOLDER, SIGNING_FILE, PART = "share-key", "share", "signing-key", ".part"
+RINGS, MACHINES = "keys", "nodes"  # folders
 MAGIC = b"NXKEYS\0\x01"
 ID_BYTES, NONCE_BYTES, SECRET_BYTES = 8, 12, 32
 FINGERPRINT_DIGITS = 32
@@ -149,14 +150,14 @@ class Keyring:
         _check_name("a machine", node)
         self.node = node
         self._folder = home / FOLDER
-        for folder in (self._folder, self._folder / "keys", self._folder / "nodes"):
+        for folder in (self._folder, self._folder / RINGS, self._folder / MACHINES):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_private(folder)
         self._cluster = ClusterKey(_cluster_secret(home, given, create))
         self._lock = threading.RLock()
-        self._rings = {ring.tenant: ring for ring in map(_decode_ring, self._load("keys", "ring"))}
+        self._rings = {ring.tenant: ring for ring in map(_decode_ring, self._load(RINGS, "ring"))}
         self._known = dict(
-            map(_decode_machine, self._load("nodes", "machine"))
+            map(_decode_machine, self._load(MACHINES, "machine"))
         )  # {machine: {public key: is it removed}}
         self._signing = Ed25519PrivateKey.from_private_bytes(_signing_secret(self._folder / SIGNING_FILE))
         self._public = self._signing.public_key().public_bytes_raw().hex()
@@ -214,7 +215,7 @@ class Keyring:
             after = {key: keys.get(key, False) or before.get(key, False) for key in (*before, *keys)}
             if after != before:
                 sealed = self._cluster.seal("machine", _encode_machine(node, after))
-                write_private(self._folder / "nodes" / node, sealed)
+                write_private(self._folder / MACHINES / f"{node}.{MACHINES}", sealed)
                 self._known[node] = after
             return _writers_of(node, after)
 
@@ -330,7 +331,7 @@ class Keyring:
 
     def _use(self, ring: Ring) -> Ring:
         sealed = self._cluster.seal("ring", _encode_ring(ring))
-        write_private(self._folder / "keys" / ring.tenant, sealed)
+        write_private(self._folder / RINGS / f"{ring.tenant}.{RINGS}", sealed)
         self._rings[ring.tenant] = ring
         return ring
 
@@ -344,7 +345,7 @@ class Keyring:
             require_private(file)
             try:
                 value = self._cluster.unseal(purpose, file.read_bytes())
-                if file.name not in (value.get("tenant"), value.get("node")):
+                if file.stem not in (value.get("tenant"), value.get("node")):
                     raise UpstreamInvalid("it is of another tenant, or another machine")
                 found.append(value)
             except UpstreamInvalid as error:
@@ -399,14 +400,14 @@ def sync_folder(folder: Path) -> None:
 
 def _kept_in(folder: Path) -> list[Path]:
     """The files of a folder, but those that a crash left: what they were to replace is whole."""
-    return sorted(file for file in folder.iterdir() if file.suffix != PART or not file.name.startswith("."))
+    return sorted(file for file in folder.iterdir() if file.suffix != PART)
 
 
 def _cluster_secret(home: Path, given: str | None, create: bool) -> str:
     """The installation's secret. Raises ConfigError where it is lost, weak, not private, or two differ."""
     file = home / SECRET_FILE
     if not file.exists() and given is None:
-        if kept := [*_kept_in(home / FOLDER / "nodes"), *_kept_in(home / FOLDER / "keys")]:
+        if kept := [*_kept_in(home / FOLDER / MACHINES), *_kept_in(home / FOLDER / RINGS)]:
             key_id = kept[0].read_bytes()[len(MAGIC) : len(MAGIC) + ID_BYTES].hex()
             raise ConfigError(
                 f"{SECRET_FILE} is not in the home, and the keys of shared data are sealed under it (cluster key"

@@ -104,18 +104,19 @@ def seal(
 
 def resign(
     block: bytes, keyring: Keyring, segments: bytes | None = None, values: Mapping[str, Any] | None = None,
-    length: int | None = None, sign: Callable[[bytes], bytes] | None = None,
+    length: int | None = None, encoded: bytes | None = None,
 ) -> bytes:  # fmt: skip
     """What a machine that means ill makes of a block of its own: changed, and with a digest and signature that fit."""
     parts = read_envelope(io.BytesIO(block))
     prelude = parts.prelude
     if values is not None:
         encoded = envelope.encode_json(values)
+    if encoded is not None:
         prelude = envelope.MAGIC + envelope.HEADER_LENGTH.pack(len(encoded)) + encoded
     ciphertext = block[parts.start : parts.end] if segments is None else segments
     length = parts.length if length is None else length
     digest = envelope.digest_of(prelude, length, sha256(ciphertext).digest())
-    signature = (sign or keyring.sign)(envelope.signed_message(digest))
+    signature = keyring.sign(envelope.signed_message(digest))
     return prelude + parts.wrap.encode() + ciphertext + envelope.TRAILER.pack(length, digest, signature)
 
 

@@ -41,9 +41,12 @@ from tests.sealing import TENANT, TEXT, acquaint, file_of, machine, read, retire
 ARM = BlockId(TENANT, "arm", 1)
 
 
+NOW = 1_800_000_000
+
+
 @contextmanager
-def opened(home: Path, keyring: Keyring | None = None, **fields: object) -> Iterator[BlockStore]:
-    store = BlockStore(home / "share" / "blocks", keyring or machine(home), **fields)
+def opened(home: Path, keyring: Keyring | None = None, after_epoch: int = 0, now: float = NOW) -> Iterator[BlockStore]:
+    store = BlockStore(home / "share" / "blocks", keyring or machine(home), after_epoch, lambda: now)
     try:
         yield store
     finally:
@@ -85,7 +88,7 @@ def test_what_was_written_is_read_in_pieces(store: BlockStore, length: int) -> N
     stored = share(store, data, data_type="telemetry", metadata={"robot_id": "r1", "n": [1, None, "é"]})
     assert (stored.length, stored.header.block, stored.header.data_type) == (length, ARM, "telemetry")
     assert stored.header.metadata == {"robot_id": "r1", "n": [1, None, "é"]}
-    assert (stored.header.writer, stored.header.epoch, stored.header.sequence) == ("sark", 1, 1)
+    assert (stored.header.writer, stored.header.epoch, stored.header.sequence) == ("sark", NOW, 1)
     with store.open(ARM, stored.digest) as reading:
         pieces = list(reading)
         assert reading.stored == stored == store.find(ARM)
@@ -410,7 +413,7 @@ def test_k3_a_block_of_a_stranger(tmp_path: Path, store: BlockStore) -> None:
 def test_k3_k9_a_cloned_machine_gives_its_numbers_twice_and_is_caught(
     tmp_path: Path, store: BlockStore, peer: BlockStore
 ) -> None:
-    """A snapshot of the machine is started beside it: both begin the same epoch."""
+    """A snapshot of the machine is started beside it, at the same time: both begin the same epoch."""
     peer.close()
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     with opened(tmp_path / "b", machine(tmp_path / "b", "clu")) as one, opened(
@@ -429,7 +432,7 @@ def test_k3_k9_a_cloned_machine_gives_its_numbers_twice_and_is_caught(
 
 def test_k3_an_equivocation_that_got_onto_the_disk_is_refused_there(store: BlockStore) -> None:
     share(store)
-    file_of(store).write_bytes(seal(store.keyring, b"other", BlockKey(b"\1" * 32)))
+    file_of(store).write_bytes(seal(store.keyring, b"other", BlockKey(b"\1" * 32), epoch=NOW))
     assert refused(store.open, ARM) is Equivocation
     assert [type(one.refused) for one in store.scrub()] == [Equivocation]
 
@@ -444,23 +447,39 @@ def test_k9_each_start_has_an_epoch_of_its_own_on_disk_before_the_first_block(tm
             seen.append(store.epoch)
             assert (tmp_path / "a" / "share" / "blocks" / "epoch").read_text() == str(store.epoch)
             assert store.versions(TENANT, "arm") == []
-    assert seen == [1, 2, 3]
+    assert seen == [NOW, NOW + 1, NOW + 2]
 
 
 def test_k9_an_epoch_does_not_come_back_with_a_lost_or_older_file(tmp_path: Path) -> None:
     file = tmp_path / "a" / "share" / "blocks" / "epoch"
-    with opened(tmp_path / "a", after_epoch=40) as store:
-        assert store.epoch == 41
+    with opened(tmp_path / "a", after_epoch=NOW + 40) as store:
+        assert store.epoch == NOW + 41
         share(store)
     file.write_text("7")
     with opened(tmp_path / "a") as store:
-        assert store.epoch == 42
+        assert store.epoch == NOW + 42
     file.unlink()
     with opened(tmp_path / "a") as store:
-        assert store.epoch == 42  # nothing was written in the one before
+        assert store.epoch == NOW + 42  # nothing was written in the one before
     file.write_text("x")
     with pytest.raises(ConfigError, match="epoch"), opened(tmp_path / "a"):
         pass
+
+
+def test_k9_a_machine_put_back_to_an_older_state_counts_anew(tmp_path: Path, peer: BlockStore) -> None:
+    """From a backup or a snapshot: what it wrote since, its peers still know, and it does not."""
+    keyring = machine(tmp_path / "c", "tron", tenant="")
+    acquaint(peer.keyring, keyring)
+    shutil.copytree(tmp_path / "c", tmp_path / "kept")
+    with opened(tmp_path / "c", keyring) as store:
+        share(store, b"before")
+        take(peer, sealed(store))
+    shutil.rmtree(tmp_path / "c")
+    (tmp_path / "kept").rename(tmp_path / "c")
+    with opened(tmp_path / "c", machine(tmp_path / "c", "tron"), now=NOW + 1) as store:
+        share(store, b"after", version=2)
+        take(peer, sealed(store, version=2), version=2)
+    assert read(peer, version=2) == b"after"
 
 
 def test_k9_numbers_within_an_epoch_only_go_up_also_for_what_was_given_up(store: BlockStore) -> None:
@@ -500,7 +519,7 @@ def test_k9_a_lost_register_is_filled_again_by_a_scrub(tmp_path: Path, store: Bl
     with opened(tmp_path / "a") as again:
         assert read(again) == TEXT
         assert [one.refused for one in again.scrub()] == [None]
-        file_of(again).write_bytes(seal(again.keyring, b"other", BlockKey(b"\1" * 32)))
+        file_of(again).write_bytes(seal(again.keyring, b"other", BlockKey(b"\1" * 32), epoch=NOW))
         assert refused(again.open, ARM) is Equivocation
 
 

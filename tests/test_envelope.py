@@ -382,7 +382,7 @@ def deep() -> list:
 
 
 @pytest.mark.parametrize(
-    "metadata", [{1: "x"}, {"x": float("nan")}, {"x": b"bytes"}, {"x": {1, 2}}, {"x": "y" * 17_000}, {"x": deep()}],
+    "metadata", [{1: "x"}, {"x": float("nan")}, {"x": b"bytes"}, {"x": {1, 2}}, {"x": "y" * 70_000}, {"x": deep()}],
     ids=["number as key", "nan", "bytes", "set", "too long", "too deep"],
 )  # fmt: skip
 def test_metadata_that_is_no_json_is_refused(keyring: Keyring, metadata: dict) -> None:
@@ -430,6 +430,28 @@ def test_a_header_that_is_no_canonical_json(keyring: Keyring, block: bytes, enco
     start = envelope.MAGIC + len(encoded).to_bytes(4, "big") + encoded
     parts = read_envelope(io.BytesIO(block))
     assert refusal(start + block[len(parts.prelude) :], keyring) is BlockCorrupt
+
+
+def test_a_header_written_in_another_way_is_refused_even_if_it_is_signed(keyring: Keyring, block: bytes) -> None:
+    """One block has one form: else two readers might see two."""
+    values = asdict(read_envelope(io.BytesIO(block)).header)
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+    assert refusal(resign(block, keyring, encoded=canonical), keyring) is None
+    for encoded in (
+        json.dumps(values).encode(), json.dumps(dict(reversed(values.items())), separators=(",", ":")).encode(),
+        canonical + b" ", canonical.replace(b'"version":1', b'"version":1,"version":1'),
+        canonical.replace(b"arm", b"\\u0061rm"),
+    ):  # fmt: skip
+        assert encoded != canonical
+        assert refusal(resign(block, keyring, encoded=encoded), keyring) is BlockCorrupt
+
+
+def test_more_ciphertext_than_the_length_says_is_refused_even_if_it_is_signed(keyring: Keyring, small: int) -> None:
+    whole = seal(keyring, bytes(40))
+    parts = read_envelope(io.BytesIO(whole))
+    body = whole[parts.start : parts.end]
+    for segments in (body + b"\0", body + body[:32], body[:-1], body[:32] + body):
+        assert refusal(resign(whole, keyring, segments), keyring) is BlockCorrupt
 
 
 @settings(max_examples=200, deadline=None)

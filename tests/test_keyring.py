@@ -106,7 +106,7 @@ def test_k6_a_wrong_cluster_key_stops_the_start_and_both_are_named_by_id(tmp_pat
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o660, 0o611])
-@pytest.mark.parametrize("name", ["share-key", "share/signing-key", "share/keys/acme", "share/nodes/sark"])
+@pytest.mark.parametrize("name", ["share-key", "share/signing-key", "share/keys/acme.keys", "share/nodes/sark.nodes"])
 def test_k6_a_key_that_others_may_read_stops_the_start(tmp_path: Path, name: str, mode: int) -> None:
     keyring = Keyring(tmp_path, "sark")
     keyring.install(keyring.draft_key(TENANT))
@@ -147,12 +147,12 @@ def test_a_machine_that_joins_makes_no_cluster_key(tmp_path: Path) -> None:
 
 def test_k6_a_tenants_key_that_is_lost_is_named(tmp_path: Path) -> None:
     key_id = machine(tmp_path).active_key(TENANT)[0]
-    (tmp_path / "share" / "keys" / TENANT).unlink()
+    (tmp_path / "share" / "keys" / f"{TENANT}.keys").unlink()
     with pytest.raises(KeyUnknown, match=key_id):
         machine(tmp_path).opening_key(TENANT, key_id)
 
 
-@pytest.mark.parametrize("name", ["share/signing-key", "share/keys/acme", "share/nodes/sark"])
+@pytest.mark.parametrize("name", ["share/signing-key", "share/keys/acme.keys", "share/nodes/sark.nodes"])
 def test_a_damaged_file_stops_the_start_and_says_what_to_do(tmp_path: Path, name: str) -> None:
     machine(tmp_path)
     file = tmp_path / name
@@ -168,11 +168,11 @@ def test_files_of_two_tenants_cannot_be_put_in_each_others_place(tmp_path: Path)
     keyring = machine(tmp_path)
     keyring.install(keyring.draft_key("other"))
     folder = tmp_path / "share" / "keys"
-    kept = (folder / "other").read_bytes()
-    shutil.copy(folder / TENANT, folder / "other")
+    kept = (folder / "other.keys").read_bytes()
+    shutil.copy(folder / f"{TENANT}.keys", folder / "other.keys")
     with pytest.raises(ConfigError, match="other"):
         machine(tmp_path)
-    (folder / "other").write_bytes(kept)
+    (folder / "other.keys").write_bytes(kept)
     assert machine(tmp_path).tenants() == (TENANT, "other")
 
 
@@ -449,7 +449,7 @@ def test_k5_the_active_key_is_neither_retired_nor_forgotten(pair: tuple[Keyring,
 
 def test_what_a_crash_left_half_written_is_not_read(tmp_path: Path) -> None:
     keyring = machine(tmp_path)
-    for name in ("keys/.acme.part", "nodes/.sark.part", ".signing-key.part"):
+    for name in ("keys/.acme.keys.part", "nodes/.sark.nodes.part", ".signing-key.part"):
         left = tmp_path / "share" / name
         left.write_bytes(b"half")
         left.chmod(0o600)
@@ -457,9 +457,12 @@ def test_what_a_crash_left_half_written_is_not_read(tmp_path: Path) -> None:
     rotate(machine(tmp_path))
 
 
-def test_a_tenant_may_be_called_like_a_part(tmp_path: Path) -> None:
-    machine(tmp_path, tenant="a.part")
-    assert machine(tmp_path, tenant="").tenants() == ("a.part",)
+@pytest.mark.parametrize("tenant", ["a.part", "a.keys", "a.new", "b.part.keys"])
+def test_a_tenant_may_be_called_like_a_file(tmp_path: Path, tenant: str) -> None:
+    """No name of one is that of a file which holds nothing by itself, which is not read, nor in a backup."""
+    machine(tmp_path, tenant=tenant)
+    assert machine(tmp_path, tenant="").tenants() == (tenant,)
+    assert [file.suffix for file in (tmp_path / "share" / "keys").iterdir()] == [".keys"]
 
 
 def test_files_are_synced_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
