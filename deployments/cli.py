@@ -575,6 +575,19 @@ def _graph_line(graph: dict[str, Any]) -> str:
     return f"graph: walked; {graph['why']}; {hops} hop(s) from {seeds} document(s) reached {dict(kinds) or 'nothing'}"
 
 
+@app.command("mcp")
+def serve_mcp() -> None:
+    """Serve an assistant on this machine over standard input and output, by the Model Context Protocol.
+
+    It asks the Nexus of this home, or of NEXUS_URL, with the key of NEXUS_API_KEY or the admin key of the home. Over
+    HTTP an assistant asks /mcp itself.
+    """
+    from deployments import mcp_server  # with all of the protocol
+
+    with http.Client() as nexus:
+        mcp_server.build(lambda _: nexus.asynchronous()).run("stdio")
+
+
 # ── keys and settings ───────────────────────────────────────────────────────────────────────────
 
 

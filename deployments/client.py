@@ -42,6 +42,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
+    def asynchronous(self) -> httpx.AsyncClient:
+        """A pool of its own to the same Nexus, with the same key, for an event loop."""
+        patience = httpx.Timeout(SEARCH_SECONDS)
+        return httpx.AsyncClient(base_url=self.url, headers=self._http.headers, timeout=patience, trust_env=False)
+
     def call(self, method: str, path: str, **arguments: Any) -> tuple[int, Any]:
         """The status and the JSON of an answer below 400."""
         response = self._request(method, path, **arguments)

@@ -37,6 +37,7 @@ CHUNKER = "structure-1"
 CountTokens = Callable[[Sequence[str]], list[int]]
 Splitter = Callable[[str], list[str]]
 
+SHORTEST_OVERLAP, LONGEST_OVERLAP = 15, 2000  # characters that two pieces have in common
 PREFIX_TOKENS = 60  # a quarter of 240
 TOKEN_CHARACTERS = 16
 HEADING_CHARACTERS = 200
@@ -110,6 +111,27 @@ def embedded_text(title: str, piece: Piece) -> str:
 
 
 # Sections
+
+
+def whole_text(pieces: Sequence[Piece]) -> str:
+    """A document as its pieces tell it: headings where they change, and what two pieces share (overlap) only once."""
+    parts: list[str] = []
+    path: tuple[str, ...] = ()
+    before = ""
+    for piece in pieces:
+        for depth, name in enumerate(piece.heading, 1):
+            if piece.heading[:depth] != path[:depth]:
+                parts.append(f"{'#' * depth} {name}")
+                before = ""
+        parts.append(piece.text[_shared(before, piece.text) :].lstrip())
+        path, before = piece.heading, piece.text
+    return "\n\n".join(filter(None, parts))
+
+
+def _shared(before: str, text: str) -> int:
+    """How many characters at the beginning of a text end the one before it, where that is no chance."""
+    longest = min(len(before), len(text), LONGEST_OVERLAP)
+    return next((n for n in range(longest, SHORTEST_OVERLAP, -1) if before.endswith(text[:n])), 0)
 
 
 @dataclass(frozen=True, slots=True)

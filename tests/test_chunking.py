@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text, sentences
+from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text, sentences, whole_text
 from nexus.errors import ConfigError
 from nexus.types import Block, BlockKind, Parsed, Piece
 
@@ -571,3 +571,19 @@ def test_joined_sentences_are_the_text(text: str) -> None:
 def test_sentences_take_linear_time(unit: str) -> None:
     text = unit * (400_000 // len(unit))  # a quadratic step here would take minutes
     assert "".join(sentences(text)) == text
+
+
+def test_a_documents_pieces_tell_it_whole() -> None:
+    shared = "The torque is 4 Nm at most."
+    pieces = [
+        Piece(f"It closes. {shared}", ("Gripper",)),
+        Piece(f"{shared} It opens again.", ("Gripper",)),
+        Piece(f"{shared} So it is here.", ("Gripper", "Care")),
+        Piece("0 V", ("Charger",)),
+        Piece("0 A", ("Charger",)),
+    ]
+    assert whole_text(pieces) == (
+        f"# Gripper\n\nIt closes. {shared}\n\nIt opens again.\n\n## Care\n\n{shared} So it is here.\n\n"
+        "# Charger\n\n0 V\n\n0 A"
+    )
+    assert whole_text([]) == ""

@@ -22,6 +22,7 @@ ANY_CREDENTIAL = {
     "GET /openapi.json",
     "POST /auth/token",
     "DELETE /auth/token",
+    "POST /mcp",  # what each of its tools asks for, the route that the tool asks does
 }  # open to whoever has one, whatever it allows
 ASKED: Mapping[str, tuple[str, ...]] = {
     "": tuple(sorted(ANY_CREDENTIAL)),
@@ -33,7 +34,8 @@ ASKED: Mapping[str, tuple[str, ...]] = {
         "POST /v2/repository/models/{model}/load", "POST /v2/repository/models/{model}/unload",
     ),
     "documents:read": (
-        "GET /rag/documents", "GET /rag/documents/{document_id}", "GET /rag/deletions",
+        "GET /rag/collections", "GET /rag/documents", "GET /rag/documents/{document_id}",
+        "GET /rag/documents/{document_id}/text", "GET /rag/deletions",
         "GET /rag/deletions/{document_id}", "GET /rag/jobs", "GET /rag/jobs/{job_id}", "POST /rag/search",
         "POST /rag/query",
     ),
@@ -144,7 +146,7 @@ def test_API5_the_declared_permissions_are_enough(door: Door, route: Route) -> N
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    "path", ["/", "/nowhere", "/docs", "/redoc", "/debug", "/v0/models", "/v1", "/api/jobs/", "/rag", "/mcp", "/admin"]
+    "path", ["/", "/nowhere", "/docs", "/redoc", "/debug", "/v0/models", "/v1", "/api/jobs/", "/rag", "/mcp/", "/admin"]
 )
 def test_API9_unknown_addresses_are_closed_and_then_empty(door: Door, method: str, path: str) -> None:
     assert ask(door, method, path).status == 401

@@ -13,9 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from deployments.audited import note
 from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of, stand_aside
 from deployments.routes.jobs import wake
 from deployments.shapes import AddDocument, CollectionName, reply, show_deletion, show_document, show_job, show_receipt
+from nexus.chunking import whole_text
 from nexus.errors import InvalidRequest, NotFound, TryAgain, UnsupportedMedia, named
 from nexus.ingest import check_source
 from nexus.jobs import OPEN, Announced, File, Job
@@ -144,6 +146,31 @@ async def get_document(request: Request, document_id: str, principal: Principal 
     if document is None:
         raise NotFound("no such document")
     return reply(show_document(document))
+
+
+@router.get("/documents/{document_id}/text")
+async def read_document(
+    request: Request, document_id: str, principal: Principal = permit("documents:read")
+) -> Response:
+    """What was read of a document, whole: its chunks one after another, what two of them share only once."""
+    here = lent(request)
+    document = await asyncio.to_thread(here.documents.current, document_id, principal)
+    if document is None:
+        raise NotFound("no such document")
+    chunks = await asyncio.to_thread(here.documents.neighbours, document_id, document.version, 0, document.chunks)
+    text = await here.screen.text("document", whole_text([chunk.piece for chunk in chunks]))
+    note(request, documents=[document_id])
+    return reply({**show_document(document), "text": text})
+
+
+@router.get("/collections")
+async def list_collections(request: Request, principal: Principal = permit("documents:read")) -> Response:
+    """The collections in which the caller may read something, and how much."""
+    sizes = await asyncio.to_thread(lent(request).documents.tally, principal)
+    shown = [
+        {"name": name, "documents": documents, "chunks": chunks} for name, (documents, chunks) in sorted(sizes.items())
+    ]
+    return reply({"collections": shown})
 
 
 @router.delete("/documents/{document_id}")
