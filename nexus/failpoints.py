@@ -18,6 +18,7 @@ from nexus.errors import ConfigError
 MOVES = ("accept", "begin", "parse", "embed", "stage", "publish", "finish", "delete", "retire", "purge")
 KEY_MOVES = ("write", "forget")
 BLOCK_MOVES = ("seal", "register", "rename", "rewrap", "delete")
+FILE_MOVES = ("intend", "copy", "settle", "switch", "remove", "forget")
 
 
 def _around(part: str, moves: Iterable[str]) -> set[str]:
@@ -29,6 +30,9 @@ POINTS = frozenset(
     | {"ingest.between_stores", "ingest.inside_publish"}  # rows staged, vectors not; written, not yet committed
     | _around("keys", KEY_MOVES)
     | _around("blocks", BLOCK_MOVES)
+    | _around("policy", ("action",))
+    | _around("homes", FILE_MOVES)
+    | {"homes.inside_copy"}  # written, under a name that does not count yet
 )
 _SPEC = re.compile(r"(?P<point>[\w.]+):(?P<action>kill|raise|sleep:(?P<seconds>\d+(?:\.\d+)?))(?:@(?P<nth>[1-9]\d*))?")
 

@@ -4,12 +4,24 @@ A part is chosen by its address in the configuration (registry.py). All methods 
 several threads at once. Blocking is allowed: whoever calls from an event loop uses a thread.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from nexus.filters import Filter
-from nexus.types import Chunk, Delta, Document, Principal, Prompt, Vector, Vectors
+from nexus.types import (
+    Chunk,
+    Delta,
+    Document,
+    FileOutcome,
+    Principal,
+    Prompt,
+    Receipt,
+    StoredFile,
+    Upload,
+    Vector,
+    Vectors,
+)
 
 InputType = Literal["query", "passage"]
 
@@ -378,3 +390,133 @@ class DocumentStore(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file as a tier has it. `key` changes whenever its bytes may have; times are in Unix seconds."""
+
+    path: str
+    size: int
+    modified_at: float
+    used_at: float
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """Something on a tier that is no file to work with, such as a link: its name, for people, and why."""
+
+    path: str
+    reason: str
+
+
+class Tier(Protocol):
+    """A place for files, with a folder for each tenant, below which a file's path is the same on every tier.
+
+    All methods raise InvalidRequest for a path that leads out of the tenant's folder, and Unavailable when the
+    storage is away or full.
+    """
+
+    address: str
+
+    def list(self, tenant: str) -> Iterator[Found | Unusable]:
+        """All that is there, in the order of paths within each folder."""
+        ...
+
+    def find(self, tenant: str, path: str) -> Found | None: ...
+
+    def read(self, tenant: str, path: str) -> Iterator[bytes]:
+        """Its bytes, piece by piece. Raises NotFound."""
+        ...
+
+    def write(self, tenant: str, path: str, chunks: Iterable[bytes]) -> Found:
+        """A new file under this name: whole and read back, or not at all; durable after `settle`.
+
+        Never over another file: raises Conflict, unless that one has the very same bytes. Raises UpstreamInvalid
+        when what is read back differs.
+        """
+        ...
+
+    def remove(self, tenant: str, path: str, key: str) -> bool:
+        """Remove it while its key is this one; False if it changed meanwhile. What is not there is removed."""
+        ...
+
+    def settle(self, tenant: str) -> None:
+        """Return once all that was written and removed so far outlives a power cut."""
+        ...
+
+    def discard(self, tenant: str, path: str) -> None:
+        """Remove what an interrupted `write` of this path left beside it."""
+        ...
+
+    def check(self) -> None:
+        """Return if the storage answers, else raise Unavailable."""
+        ...
+
+    def close(self) -> None: ...
+
+
+Role = Literal["home", "replica"]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a placing tier was asked for a file, and how far it is; `reference` is its own, for looking again."""
+
+    tenant: str
+    path: str
+    tier: str
+    role: Role
+    state: Literal["requested", "aligned", "failed"]
+    reference: str = ""
+    reason: str = ""
+
+
+class PlacingTier(Tier, Protocol):
+    """Storage that moves files by itself once it was told what is wanted; its other methods read what is there."""
+
+    def place(self, files: Sequence[StoredFile], role: Role) -> list[Placement]:
+        """Ask for these files, one placement each, in order; does not wait. `files` say where they are now."""
+        ...
+
+    def look(self, placements: Sequence[Placement]) -> list[Placement]:
+        """The same placements, in order, as they stand now."""
+        ...
+
+
+class Indexer(Protocol):
+    """Documents into the index and out of it again."""
+
+    def index(self, upload: Upload, principal: Principal) -> Receipt:
+        """As Ingestor.ingest."""
+        ...
+
+    def remove(self, document_id: str, principal: Principal) -> None:
+        """Make it invisible at once. Raises NotFound."""
+        ...
+
+
+class Hands(Protocol):
+    """What actions have done. Each answers one outcome per file, in order; a file that cannot be done fails alone.
+
+    All may be done twice. Raises Unavailable when nothing can be done at all.
+    """
+
+    def move(self, files: Sequence[StoredFile], target: str) -> list[FileOutcome]: ...
+
+    def replicate(self, files: Sequence[StoredFile], targets: frozenset[str]) -> list[FileOutcome]:
+        """Have copies on exactly these tiers besides their homes."""
+        ...
+
+    def index(
+        self, files: Sequence[StoredFile], collection: str, readers: frozenset[str] | None
+    ) -> list[FileOutcome]: ...
+
+    def delete(self, files: Sequence[StoredFile]) -> list[FileOutcome]:
+        """From every tier and every index; a held file fails."""
+        ...
+
+    def tag(self, files: Sequence[StoredFile], add: frozenset[str], remove: frozenset[str]) -> list[FileOutcome]: ...
+
+    def hold(self, files: Sequence[StoredFile], name: str) -> list[FileOutcome]: ...

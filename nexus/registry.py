@@ -13,13 +13,21 @@ from typing import Any, Literal
 
 from nexus.errors import ConfigError
 
-Kind = Literal["stores", "models"]
+Kind = Literal["stores", "models", "tiers"]
 Task = Literal["generate", "embed", "rerank"]
 
 
 def open_part(kind: Kind, address: str, **options: Any) -> Any:
     """Open the part that `address` names. Raises ConfigError when there is no such module."""
     return find_module(kind, address).open(address, **options)
+
+
+def open_tier(address: str, **options: Any) -> Any:
+    """Open the tier that `address` names: a module of nexus.tiers, or else one of the filesystems that fsspec knows."""
+    scheme = address.partition(":")[0].replace("-", "_")
+    has_module = "." in scheme or (scheme.isidentifier() and _exists(f"nexus.tiers.{scheme}"))
+    module = find_module("tiers", address) if has_module else import_module("nexus.tiers.filesystem")
+    return module.open(address, **options)
 
 
 def open_model(task: Task, address: str, **offered: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal
 from numpy import float32
 from numpy.typing import NDArray
 
-from nexus.filters import Filter
+from nexus.filters import Filter, Scalar
 
 Vector = NDArray[float32]  # shape (dimension,), unit length
 Vectors = NDArray[float32]  # shape (n, dimension), each row of unit length
@@ -362,3 +362,55 @@ class Receipt:
     outcome: Literal["done", "unchanged"]
     title: str = ""
     replaced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file as rules see it: it lives on one tier, its home; replicas are copies on further tiers.
+
+    `path` is relative and the same on every tier. `size` is in bytes, -1 where it is not known; times are in Unix
+    seconds, 0 where they are not known; `checksum` is the content digest. Any of `holds` forbids deletion.
+    `indexed` has the checksum that each collection was given. `bound_for` is a tier that places files by itself and
+    was asked to take this one, but has not done so yet.
+    """
+
+    tenant: str
+    path: str
+    tier: str
+    size: int
+    checksum: str = ""
+    modified_at: float = 0.0
+    used_at: float = 0.0
+    media_type: str = ""
+    tags: frozenset[str] = frozenset()
+    metadata: Mapping[str, Scalar] = field(default_factory=dict)
+    replicas: frozenset[str] = frozenset()
+    holds: frozenset[str] = frozenset()
+    indexed: Mapping[str, str] = field(default_factory=dict)
+    bound_for: str = ""
+
+    @property
+    def home(self) -> str:
+        return self.bound_for or self.tier
+
+
+FileStatus = Literal["planned", "success", "requested", "failed", "withheld"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileOutcome:
+    """What became of one file in one action, or would. `source` is the tier it was on, `target` what was aimed at.
+
+    `requested` is asked of a tier that places files by itself, later. `withheld` is what a rule wanted and another
+    rule or a hold forbids. `reason` is for people; `code` is that of the error where it failed.
+    """
+
+    action: str
+    tenant: str
+    path: str
+    status: FileStatus
+    source: str = ""
+    target: str = ""
+    reason: str = ""
+    code: str = ""
+    rule: str = ""
