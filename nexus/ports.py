@@ -420,8 +420,8 @@ class Tier(Protocol):
 
     address: str
 
-    def list(self, tenant: str) -> Iterator[Found | Unusable]:
-        """All that is there, in the order of paths within each folder."""
+    def walk(self, tenant: str) -> Iterator[Found | Unusable]:
+        """All that is there."""
         ...
 
     def find(self, tenant: str, path: str) -> Found | None: ...
@@ -430,7 +430,7 @@ class Tier(Protocol):
         """Its bytes, piece by piece. Raises NotFound."""
         ...
 
-    def write(self, tenant: str, path: str, chunks: Iterable[bytes]) -> Found:
+    def write(self, tenant: str, path: str, chunks: Iterable[bytes], modified_at: float | None = None) -> Found:
         """A new file under this name: whole and read back, or not at all; durable after `settle`.
 
         Never over another file: raises Conflict, unless that one has the very same bytes. Raises UpstreamInvalid
