@@ -304,7 +304,7 @@ class Homes(Database):
         self, action: str, files: Sequence[StoredFile], target: str,
         do: Callable[[dict[Key, _Kept]], Mapping[Key, "_Fate"]],
     ) -> list[FileOutcome]:  # fmt: skip
-        """Do something to files batch by batch; `do` gets the rows of those that are as they were when it was planned."""
+        """Do something to files batch by batch; `do` gets the rows of those that are as they were when planned."""
         outcomes = []
         for start in range(0, len(files), BATCH):
             batch = files[start : start + BATCH]

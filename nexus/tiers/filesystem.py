@@ -29,6 +29,9 @@ from nexus.types import digest
 
 CHUNK_BYTES = 2**20
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+WITHOUT_LINKS = frozenset(
+    {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
+)  # hard ones
 KEY_FIELDS = (
     "size", "ETag", "etag", "md5", "md5Hash", "content_hash", "LastModified", "last_modified", "mtime", "updated",
     "created", "version_id", "VersionId",
@@ -46,6 +49,8 @@ def open(address: str, **options: Any) -> Tier:
         if not os.path.isabs(root):
             raise ConfigError(f"{address!r}: the folder of a tier is an absolute path, such as file:/data/cold")
         return LocalTier(address, root)
+    if protocol not in fsspec.available_protocols():  # or fsspec would take it for a local path
+        raise ConfigError(f"{address!r} names no tier: it must begin with file:, s3:, or what else fsspec knows")
     try:
         filesystem, root = fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
@@ -152,28 +157,23 @@ class LocalTier:
         folder, name = posixpath.split(check_path(path))
         partial = _name_of_partial(path)
         with _telling(), self._folder(tenant, PARTIAL, make=True) as beside:
-            written = self._write_partial(partial, beside, chunks, modified_at)
-            if _hash(_chunks(_open_to_read(partial, beside))) != written:
-                os.unlink(partial, dir_fd=beside)
-                raise UpstreamInvalid("what was written is read back otherwise; look after this tier's disk")
-            pass_through("homes.inside_copy")
-            with self._folder(tenant, folder, make=True) as descriptor:
-                try:
-                    os.link(partial, name, src_dir_fd=beside, dst_dir_fd=descriptor, follow_symlinks=False)
-                except FileExistsError:
-                    self._keep_the_other(partial, beside, name, descriptor)
-                except OSError as error:
-                    if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                        raise
-                    self._rename(partial, beside, name, descriptor)  # a filesystem without hard links
+            try:
+                written = self._write_partial(partial, beside, chunks, modified_at)
+                if _hash(_chunks(_open_to_read(partial, beside))) != written:
+                    raise UpstreamInvalid("what was written is read back otherwise; look after this tier's disk")
+                pass_through("homes.inside_copy")
+                with self._folder(tenant, folder, make=True) as descriptor:
+                    self._give_name(partial, beside, name, descriptor)
+            finally:
                 with suppress(FileNotFoundError):
                     os.unlink(partial, dir_fd=beside)
-                self._touch(tenant, folder)
+            self._touch(tenant, folder)
+            with self._folder(tenant, folder) as descriptor:
                 return Found(path, **_found(os.stat(name, dir_fd=descriptor, follow_symlinks=False)))
 
     def _write_partial(self, name: str, folder: int, chunks: Iterable[bytes], modified_at: float | None) -> str:
         with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=folder)  # left by a crash: a link to it may be a whole file already
+            os.unlink(name, dir_fd=folder)  # left by a crash; it may be the very file that has its name already
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         file = os.open(name, flags, 0o666, dir_fd=folder)
         state = blake2b(digest_size=16)
@@ -187,29 +187,25 @@ class LocalTier:
                 os.utime(file, (modified_at, modified_at))
             os.fsync(file)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is asked, not memory
-        except BaseException:
-            os.unlink(name, dir_fd=folder)
-            raise
         finally:
             os.close(file)
         return state.hexdigest()
 
-    def _keep_the_other(self, partial: str, beside: int, name: str, folder: int) -> None:
-        """The file that has the name already stays; that is well if it is the very same."""
+    def _give_name(self, partial: str, beside: int, name: str, folder: int) -> None:
+        """A whole file gets its name, or another of that name stays; that is well if it is the very same."""
         try:
-            if not _same(_chunks(_open_to_read(name, folder)), _chunks(_open_to_read(partial, beside))):
-                raise Conflict(_ANOTHER)
-        except BaseException:
-            os.unlink(partial, dir_fd=beside)
-            raise
-
-    def _rename(self, partial: str, beside: int, name: str, folder: int) -> None:
-        try:
-            os.stat(name, dir_fd=folder, follow_symlinks=False)
-        except FileNotFoundError:
-            os.rename(partial, name, src_dir_fd=beside, dst_dir_fd=folder)
-        else:
-            self._keep_the_other(partial, beside, name, folder)
+            os.link(partial, name, src_dir_fd=beside, dst_dir_fd=folder, follow_symlinks=False)
+            return
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in WITHOUT_LINKS:
+                raise
+            if not _is_there(name, folder):
+                os.rename(partial, name, src_dir_fd=beside, dst_dir_fd=folder)
+                return
+        if not _same(_chunks(_open_to_read(name, folder)), _chunks(_open_to_read(partial, beside))):
+            raise Conflict(_ANOTHER)
 
     def remove(self, tenant: str, path: str, key: str) -> bool:
         folder, name = posixpath.split(check_path(path))
@@ -277,6 +273,14 @@ def _found(status: os.stat_result) -> dict[str, Any]:
         "used_at": max(status.st_atime, status.st_mtime),
         "key": f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}-{status.st_ctime_ns}",
     }
+
+
+def _is_there(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _open_to_read(name: str, folder: int) -> int:
@@ -353,30 +357,35 @@ class FsspecTier:
 
     def write(self, tenant: str, path: str, chunks: Iterable[bytes], modified_at: float | None = None) -> Found:
         name, partial = self._at(tenant, check_path(path)), self._partial(tenant, path)
-        with _calling():
-            self._fs.makedirs(posixpath.dirname(partial), exist_ok=True)
-            state = blake2b(digest_size=16)
-            with self._fs.open(partial, "wb") as file:
-                for chunk in chunks:
-                    state.update(chunk)
-                    file.write(chunk)
-            if _hash(self._chunks(partial)) != state.hexdigest():
-                raise UpstreamInvalid("what was written is read back otherwise; look after this tier")
-            pass_through("homes.inside_copy")
-            if self._info(name) is None:
-                self._fs.makedirs(posixpath.dirname(name), exist_ok=True)
-                try:
-                    self._fs.cp_file(partial, name)
-                except NotImplementedError:  # it can rename only, as SFTP
-                    self._fs.mv(partial, name)
-            elif not _same(self._chunks(name), self._chunks(partial)):
-                self.discard(tenant, path)
-                raise Conflict(_ANOTHER)
+        try:
+            with _calling():
+                self._fs.makedirs(posixpath.dirname(partial), exist_ok=True)
+                state = blake2b(digest_size=16)
+                with self._fs.open(partial, "wb") as file:
+                    for chunk in chunks:
+                        state.update(chunk)
+                        file.write(chunk)
+                if _hash(self._chunks(partial)) != state.hexdigest():
+                    raise UpstreamInvalid("what was written is read back otherwise; look after this tier")
+                pass_through("homes.inside_copy")
+                self._give_name(partial, name)
+        finally:
             self.discard(tenant, path)
-            found = self.find(tenant, path)
+        found = self.find(tenant, path)
         if found is None:
             raise UpstreamInvalid("what was written is not there; look after this tier")
         return found
+
+    def _give_name(self, partial: str, name: str) -> None:
+        if self._info(name) is not None:
+            if not _same(self._chunks(name), self._chunks(partial)):
+                raise Conflict(_ANOTHER)
+            return
+        self._fs.makedirs(posixpath.dirname(name), exist_ok=True)
+        try:
+            self._fs.cp_file(partial, name)
+        except NotImplementedError:  # it can rename only, as SFTP
+            self._fs.mv(partial, name)
 
     def remove(self, tenant: str, path: str, key: str) -> bool:
         found = self.find(tenant, path)
@@ -426,9 +435,9 @@ class FsspecTier:
 
 
 def _described(entry: Mapping[str, Any]) -> dict[str, Any]:
-    said = next((entry[name] for name in TIME_FIELDS if entry.get(name) is not None), 0.0)
-    at = said.timestamp() if isinstance(said, datetime) else float(said) if isinstance(said, int | float) else 0.0
-    key = digest(*(f"{name}={entry[name]}" for name in KEY_FIELDS if name in entry))
+    said = {name: value.timestamp() if isinstance(value, datetime) else value for name, value in entry.items()}
+    at = next((float(said[name]) for name in TIME_FIELDS if isinstance(said.get(name), int | float)), 0.0)
+    key = digest(*(f"{name}={said[name]}" for name in KEY_FIELDS if name in said))
     return {"size": int(entry["size"] or 0), "modified_at": at, "used_at": at, "key": key}
 
 
