@@ -405,6 +405,8 @@ class Homes(Database):
 
     def _remove(self, needless: Sequence[_Needless]) -> None:
         """Remove bytes that are written down as needless. What cannot be reached stays written down."""
+        if not needless:
+            return
         pass_through("homes.before_remove")
         results = self._each(self._remove_one, needless)
         gone = [one for one, result in zip(needless, results, strict=True) if not isinstance(result, NexusError)]

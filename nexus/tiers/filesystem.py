@@ -29,9 +29,7 @@ from nexus.types import digest
 
 CHUNK_BYTES = 2**20
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-WITHOUT_LINKS = frozenset(
-    {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK}
-)  # hard ones
+WITHOUT_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})  # hard ones
 KEY_FIELDS = (
     "size", "ETag", "etag", "md5", "md5Hash", "content_hash", "LastModified", "last_modified", "mtime", "updated",
     "created", "version_id", "VersionId",
