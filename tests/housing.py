@@ -1,0 +1,138 @@
+"""What a process does that keeps house, for tests to kill; and what must be true of its files afterwards.
+
+A house has tiers `hot`, `warm` and `cold` below one folder, and files whose bytes follow from their paths. In turn t
+every file is wanted on the tier that its number and t say, and every tenth has a replica on the tier after that one.
+"""
+
+import hashlib
+import os
+import random
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from nexus.homes import Homes
+from nexus.policy import Rule, converge, parse_rule, plan
+from nexus.registry import open_tier
+from nexus.types import StoredFile, content_digest
+
+TIERS = ("hot", "warm", "cold")
+TENANT = "acme"
+NOW = 1_800_000_000.0
+FOLDERS = 50
+
+
+def path_of(number: int) -> str:
+    return f"{number % FOLDERS:02}/run {number}.bag"
+
+
+def bytes_of(path: str) -> bytes:
+    """Of a length of its own, so that half a file is known by its size."""
+    seed = hashlib.blake2b(path.encode()).digest()
+    return seed * (1 + seed[0] % 8) + path.encode()
+
+
+def build(root: Path, files: int) -> None:
+    """The tiers, all files on the first, and the journal that knows them."""
+    for tier in TIERS:
+        (root / tier).mkdir(parents=True)
+    for folder in range(FOLDERS):
+        (root / TIERS[0] / TENANT / f"{folder:02}").mkdir(parents=True)
+    for number in range(files):
+        (root / TIERS[0] / TENANT / path_of(number)).write_bytes(bytes_of(path_of(number)))
+    homes = open_homes(root)
+    assert homes.scan(TENANT, TIERS[0]).added == files
+    homes.close()
+
+
+def open_homes(root: Path) -> Homes:
+    return Homes(root / "home", {name: open_tier(f"file:{root}/{name}") for name in TIERS})
+
+
+def rules(turn: int) -> list[Rule]:
+    """Even and odd ones go to different tiers; those ending in 0 have a replica as well."""
+    home = {"even": TIERS[turn % 3], "odd": TIERS[(turn + 1) % 3]}
+    trees: list[dict[str, object]] = [
+        {
+            "name": name, "actions": [{"type": "move", "target": tier}],
+            "conditions": [{"field": "path", "operator": "matches", "value": f"*[{digits}].bag"}],
+        }
+        for (name, tier), digits in zip(home.items(), ("02468", "13579"), strict=True)
+    ]  # fmt: skip
+    trees.append(
+        {
+            "name": "replica", "actions": [{"type": "replicate", "targets": [TIERS[(turn + 2) % 3]]}],
+            "conditions": [{"field": "path", "operator": "ends_with", "value": "0.bag"}],
+        }
+    )  # fmt: skip
+    return [parse_rule(tree) for tree in trees]
+
+
+def keep(root: Path, turn: int, testing: dict[str, str], progress: Connection | None = None) -> None:
+    """Evaluate the rules of this turn and converge, telling after every action how many outcomes there are."""
+    os.environ.update(testing)
+    homes = open_homes(root)
+    done = converge(
+        plan(rules(turn), homes.files(TENANT), NOW, TIERS), homes,
+        lambda outcomes: progress.send(len(outcomes)) if progress is not None else None,
+    )  # fmt: skip
+    homes.close()
+    failed = [outcome for outcome in done if outcome.status != "success"]
+    assert not failed, failed[:3]
+
+
+def lying(root: Path) -> dict[str, dict[str, int]]:
+    """{path: {tier: size}} of all that lies in the tiers' folders, whatever Nexus left beside, too."""
+    found: dict[str, dict[str, int]] = {}
+    for tier in TIERS:
+        top = root / tier / TENANT
+        for folder, _, names in os.walk(top):
+            for name in names:
+                file = os.path.join(folder, name)
+                found.setdefault(os.path.relpath(file, top), {})[tier] = os.stat(file).st_size
+    return found
+
+
+def check_after_kill(root: Path, files: int) -> None:
+    """Right after a kill every file is whole where the journal says that it lives."""
+    there = lying(root)
+    homes = open_homes(root)
+    known = homes.files(TENANT)
+    homes.close()
+    assert len(known) == files
+    lost = [file for file in known if there.get(file.path, {}).get(file.tier) != file.size]
+    assert not lost, f"lost: {lost[:3]}"
+
+
+def check_at_rest(root: Path, turn: int, files: int) -> None:
+    """Every file has exactly one home, the one that is wanted, and its bytes; nothing else lies anywhere."""
+    homes = open_homes(root)
+    known = homes.files(TENANT)
+    assert homes.faults(TENANT) == [] and homes.recover() == 0
+    assert plan(rules(turn), known, NOW, TIERS).actions == ()
+    homes.close()
+    assert len(known) == files
+    there = lying(root)
+    assert {path: set(tiers) for path, tiers in there.items()} == {
+        file.path: {file.tier, *file.replicas} for file in known
+    }
+    for file in known:
+        assert file.checksum == content_digest(bytes_of(file.path))
+        for tier in there[file.path]:
+            assert (root / tier / TENANT / file.path).read_bytes() == bytes_of(file.path)
+    assert {file.path for file in known} == {path_of(number) for number in range(files)}
+    assert [wanted_home(file, turn) for file in known] == [file.tier for file in known]
+
+
+def wanted_home(file: StoredFile, turn: int) -> str:
+    number = int(file.path.removesuffix(".bag").rpartition(" ")[2])
+    return TIERS[(turn + number % 2) % 3]
+
+
+PER_FILE = ("homes.before_copy", "homes.inside_copy", "homes.after_copy")
+
+
+def draw_death(dice: random.Random, points: list[str], files: int, batch: int) -> str:
+    """A failpoint at which a process dies somewhere in the first fifth of its work."""
+    point = dice.choice(points)
+    most = files // 5 if point in PER_FILE else max(1, files // batch // 5)
+    return f"{point}:kill@{dice.randint(1, most)}"
