@@ -450,21 +450,37 @@ class Homes(Database):
             for tier, found in there[key].items()
             if tier not in targets
         ]
-        self._drop_replicas(needless)
+        fates.update(self._drop_replicas(needless))
         return fates
 
-    def _drop_replicas(self, needless: Sequence[_Needless]) -> None:
-        """Replicas go; of one that a placing tier keeps, which has no key, only the note goes."""
-        if not needless:
-            return
-        ours = [one for one in needless if one.key]
+    def _drop_replicas(self, needless: Sequence[_Needless]) -> dict[Key, "_Fate"]:
+        """Replicas go; those that a placing tier keeps, which have no key, are not asked for any more."""
+        fates: dict[Key, _Fate] = {}
+        for one in needless:
+            if not one.key:
+                fates[one.tenant, one.path] = self._withdraw(one.tier, one.tenant, one.path, "replica")
+        going = [one for one in needless if fates.get((one.tenant, one.path)) is None]
+        if not going:
+            return fates
+        ours = [one for one in going if one.key]
         with self._transaction() as db:
-            db.executemany(
-                "DELETE FROM replicas WHERE tenant = ? AND path = ? AND tier = ?",
-                [(one.tenant, one.path, one.tier) for one in needless],
-            )
+            for table in ("replicas", "placements"):
+                db.executemany(
+                    f"DELETE FROM {table} WHERE tenant = ? AND path = ? AND tier = ?",
+                    [(one.tenant, one.path, one.tier) for one in going],
+                )
             _intend_removal(db, ours)
         self._remove(ours)
+        return fates
+
+    def _withdraw(self, tier: str, tenant: str, path: str, role: Role) -> "_Fate":
+        with self._reading() as db:
+            files = _load(db, tenant, path)
+        try:
+            cast(PlacingTier, self._tier(tier)).withdraw(files, role)
+        except NexusError as error:
+            return error
+        return None
 
     # ── tiers that place files by themselves ────────────────────────────────────────────────────
 
@@ -478,8 +494,13 @@ class Homes(Database):
         for file, placement in zip(asked, placements, strict=True):
             if placement.state == "failed":
                 fates[file.tenant, file.path] = Unavailable(placement.reason or "the tier would not take it")
-            elif placement.state == "requested":
+                continue
+            if placement.state == "requested":
                 fates[file.tenant, file.path] = "requested"
+            if role == "home" and self._is_placing(file.home):  # or the two would pull at it for ever
+                fates[file.tenant, file.path] = self._withdraw(file.home, file.tenant, file.path, "home") or fates.get(
+                    (file.tenant, file.path)
+                )
         self._note_placements([replace(placement, tier=target) for placement in placements])
         return fates
 

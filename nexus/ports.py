@@ -474,7 +474,10 @@ class Placement:
 
 
 class PlacingTier(Tier, Protocol):
-    """Storage that moves files by itself once it was told what is wanted; its other methods read what is there."""
+    """Storage that moves files by itself once it was told what is wanted; its other methods work on what is there.
+
+    What it keeps is one file, wherever it keeps it: `remove` deletes that, `withdraw` only takes back what was asked.
+    """
 
     def place(self, files: Sequence[StoredFile], role: Role) -> list[Placement]:
         """Ask for these files, one placement each, in order; does not wait. `files` say where they are now."""
@@ -482,6 +485,10 @@ class PlacingTier(Tier, Protocol):
 
     def look(self, placements: Sequence[Placement]) -> list[Placement]:
         """The same placements, in order, as they stand now."""
+        ...
+
+    def withdraw(self, files: Sequence[StoredFile], role: Role) -> None:
+        """Want these files here no more. Raises Unavailable; may be done twice."""
         ...
 
 

@@ -498,6 +498,7 @@ class Placing(LocalTier):
     root: str
     says: Literal["requested", "aligned", "failed"] = "requested"
     asked: list[tuple[str, str]] = field(default_factory=list)
+    withdrawn: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__("placing:", self.root)
@@ -509,6 +510,9 @@ class Placing(LocalTier):
     def look(self, placements: Sequence[Placement]) -> list[Placement]:
         assert all(one.reference == "task 7" for one in placements)
         return [replace(one, state=self.says, reason="no room" * (self.says == "failed")) for one in placements]
+
+    def withdraw(self, files: Sequence[StoredFile], role: Literal["home", "replica"]) -> None:
+        self.withdrawn += [(file.path, role) for file in files]
 
 
 @pytest.fixture
@@ -575,6 +579,19 @@ def test_replicas_of_a_placing_tier_are_its_own_business(share: tuple[Place, Pla
     assert [one.action for one in place.homes.poll()] == ["replicate"]
     succeed(place.homes.replicate([place.file()], frozenset()))
     assert place.file().replicas == frozenset() and (place.root / "hot/acme/run.bag").exists()
+    assert placing.withdrawn == [("run.bag", "replica")]
+
+
+def test_a_file_is_wanted_on_one_tier_of_a_share_only(share: tuple[Place, Placing]) -> None:
+    place, placing = share
+    other = Placing(f"{place.root}/hot")
+    place.homes.tiers["other"] = other
+    place.homes.move([place.file()], "share")
+    (outcome,) = place.homes.move([place.file()], "other")
+    assert outcome.status == "requested" and place.file().home == "other"
+    assert placing.withdrawn == [("run.bag", "home")] and other.withdrawn == []
+    other.says = "aligned"
+    assert [one.target for one in place.homes.poll()] == ["other"] and place.file().tier == "other"
 
 
 # ── rules ───────────────────────────────────────────────────────────────────────────────────────
