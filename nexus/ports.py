@@ -25,6 +25,8 @@ from nexus.types import (
 
 InputType = Literal["query", "passage"]
 
+INDEX_PREFIX = "nx_"  # of every index of Nexus, in a vector store that others may use too
+
 
 class Embedder(Protocol):
     """Texts to unit vectors."""
@@ -125,10 +127,34 @@ class Scope:
 
 
 class VectorStore(Protocol):
-    """A fast hint at which chunks may matter. It is never believed about visibility (hades.py)."""
+    """A fast hint at which chunks may matter. It is never believed about visibility (hades.py).
+
+    Several generations of an index live side by side, each by its own name: letters, digits and underscores.
+    Where an index is read or written, an alias may be named instead.
+    """
 
     def open_index(self, index: str, dimension: int) -> None:
-        """Make the index if it is not there. Idempotent."""
+        """Make the index if it is not there. Idempotent. Raises ConfigError where it has another dimension or schema."""
+        ...
+
+    def indexes(self) -> set[str]:
+        """The indexes that there are, of those whose names begin with INDEX_PREFIX; no aliases."""
+        ...
+
+    def drop_index(self, index: str) -> None:
+        """Remove it with its rows, if it is there. Raises Conflict while an alias points to it."""
+        ...
+
+    def point_alias(self, alias: str, index: str) -> None:
+        """Let the alias mean this index from now on, all at once. Raises NotFound without such an index."""
+        ...
+
+    def aliased(self, alias: str) -> str | None:
+        """The index that the alias means; None where there is no such alias."""
+        ...
+
+    def count(self, index: str) -> int:
+        """How many rows it has now; 0 where there is no such index."""
         ...
 
     def upsert(self, index: str, rows: Sequence[IndexRow]) -> None: ...

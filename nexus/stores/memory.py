@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nexus.ports import IndexRow, Scope
+from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
+from nexus.ports import INDEX_PREFIX, IndexRow, Scope
 from nexus.types import Vector
 
 K1, B = 1.2, 0.75
@@ -27,21 +28,46 @@ class MemoryVectors:
 
     def __init__(self) -> None:
         self._indexes: dict[str, dict[str, tuple[IndexRow, Counter[str]]]] = {}
+        self._dimensions: dict[str, int] = {}
+        self._aliases: dict[str, str] = {}
         self._lock = threading.RLock()
 
     def open_index(self, index: str, dimension: int) -> None:
         with self._lock:
+            if self._dimensions.setdefault(index, dimension) != dimension:
+                raise ConfigError(f"the index {index!r} has {self._dimensions[index]} dimensions, not {dimension}")
             self._indexes.setdefault(index, {})
+
+    def indexes(self) -> set[str]:
+        with self._lock:
+            return {index for index in self._indexes if index.startswith(INDEX_PREFIX)}
+
+    def drop_index(self, index: str) -> None:
+        with self._lock:
+            if index in self._aliases.values():
+                raise Conflict(f"the index {index!r} is in use: an alias points to it")
+            self._indexes.pop(index, None)
+            self._dimensions.pop(index, None)
+
+    def point_alias(self, alias: str, index: str) -> None:
+        with self._lock:
+            if index not in self._indexes:
+                raise NotFound(f"there is no index {index!r} to point an alias to")
+            self._aliases[alias] = index
+
+    def aliased(self, alias: str) -> str | None:
+        with self._lock:
+            return self._aliases.get(alias)
 
     def upsert(self, index: str, rows: Sequence[IndexRow]) -> None:
         with self._lock:
             for row in rows:
-                self._indexes[index][row.chunk_id] = (row, Counter(row.terms.split()))
+                self._index(index)[row.chunk_id] = (row, Counter(row.terms.split()))
 
     def delete(self, index: str, chunk_ids: Sequence[str]) -> None:
         with self._lock:
             for chunk_id in chunk_ids:
-                self._indexes[index].pop(chunk_id, None)
+                self._index(index).pop(chunk_id, None)
 
     def flush(self, index: str) -> None:
         """There is nothing to do: every row is as cheap as it will ever be."""
@@ -67,9 +93,12 @@ class MemoryVectors:
                 scores[row.chunk_id] = scores.get(row.chunk_id, 0.0) + idf * gain
         return _best(list(scores.items()), limit)
 
+    def count(self, index: str) -> int:
+        return len(self.chunk_ids(index))
+
     def chunk_ids(self, index: str) -> set[str]:
         with self._lock:
-            return set(self._indexes.get(index, {}))
+            return set(self._indexes.get(self._aliases.get(index, index), {}))
 
     def check(self) -> None:
         """Memory always answers."""
@@ -78,10 +107,16 @@ class MemoryVectors:
         with self._lock:
             self._indexes.clear()
 
+    def _index(self, index: str) -> dict[str, tuple[IndexRow, Counter[str]]]:
+        found = self._indexes.get(self._aliases.get(index, index))
+        if found is None:
+            raise Unavailable(f"there is no index {index!r} any more")
+        return found
+
     def _rows(self, index: str, scope: Scope) -> Iterator[tuple[IndexRow, Counter[str]]]:
         wanted = None if scope.document_ids is None else set(scope.document_ids)
         audiences = {scope.tenant, *scope.audiences}
-        for row, counts in self._indexes.get(index, {}).values():
+        for row, counts in self._index(index).values():
             if row.audience in audiences and (wanted is None or row.document_id in wanted):
                 yield row, counts
 

@@ -4,29 +4,26 @@
 actor is that process (`serve`), and the others reach it as `milvus-lite://127.0.0.1:PORT`.
 """
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from nexus.errors import ConfigError, Unavailable
-from nexus.stores.milvus import MilvusVectors
+from nexus.stores.milvus import MilvusVectors, Target
 
 FOLDER = "vectors"
 WORKERS = 8
-
-logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints a traceback for every ordinary miss
 
 
 def open(address: str, *, home: Path | None = None) -> MilvusVectors:
     """`milvus-lite:` needs a home; `milvus-lite://HOST:PORT` needs a server there."""
     parts = urlsplit(address)
     if parts.hostname:
-        return MilvusVectors(f"http://{parts.hostname}:{parts.port}", lite=True)
+        return MilvusVectors(Target(f"http://{parts.hostname}:{parts.port}", lite=True))
     if home is None:
         raise ConfigError("'milvus-lite:' needs a home to keep its folder in")
     port, stop = serve(home, 0)
-    return MilvusVectors(f"http://127.0.0.1:{port}", lite=True, on_close=stop)
+    return MilvusVectors(Target(f"http://127.0.0.1:{port}", lite=True), on_close=stop)
 
 
 def serve(home: Path, port: int) -> tuple[int, Callable[[], None]]:
