@@ -39,7 +39,17 @@ from nexus.chunking import embedded_text
 from nexus.coordination import Alone
 from nexus.errors import Conflict, NotFound
 from nexus.failpoints import pass_through
-from nexus.ports import Collection, Coordinator, DocumentStore, IndexRow, LiveIndex, Scope, Staged, VectorStore
+from nexus.ports import (
+    INDEX_PREFIX,
+    Collection,
+    Coordinator,
+    DocumentStore,
+    IndexRow,
+    LiveIndex,
+    Scope,
+    Staged,
+    VectorStore,
+)
 from nexus.terms import shadow
 from nexus.types import Chunk, Document, Piece, Principal, chunk_id_of, digest
 
@@ -78,6 +88,11 @@ def _source_of(source: str, link: str) -> str:
 
 def _is_url(reference: str) -> bool:
     return reference.lower().startswith(("http://", "https://"))
+
+
+def alias_of(collection: str) -> str:
+    """The name in the vector store that follows a collection's live index, for whoever else looks into it."""
+    return f"{INDEX_PREFIX}live_{digest('alias', collection)}"
 
 
 def audience_of(tenant: str, readers: frozenset[str]) -> str:
@@ -153,15 +168,19 @@ class Hades:
         self.fingerprint = fingerprint
         self.dimension = dimension
         self.coordinator = coordinator or Alone()
+        self._pointed: dict[str, str] = {}  # by collection, the index that its alias was last pointed to from here
 
     def open_collection(self, name: str) -> Collection:
         """The collection, made on first use. Raises Conflict when its vectors are another embedder's."""
-        index = f"nx_{digest('index', name, self.fingerprint)}"
+        index = f"{INDEX_PREFIX}{digest('index', name, self.fingerprint)}"
         recorded = self.documents.open_collection(name, self.fingerprint, index)
         if self.coordinator.live_index(name) is None:
             self.coordinator.point(name, LiveIndex(recorded.index, recorded.fingerprint))
         collection = self._ours(recorded)
         self.vectors.open_index(collection.index, self.dimension)
+        if self._pointed.get(name) != collection.index:  # the alias follows the coordinator, which alone is believed
+            self.vectors.point_alias(alias_of(name), collection.index)
+            self._pointed[name] = collection.index
         return collection
 
     def find_collection(self, name: str, tenant: str | None = None) -> Collection:

@@ -91,7 +91,9 @@ class _Gate(grpc.ServerInterceptor):
         given = dict(details.invocation_metadata).get("authorization", "")
 
         def behaviour(request: Any, context: grpc.ServicerContext) -> Any:
-            server.requests.append((method, request))
+            kept = type(request)()
+            kept.CopyFrom(request)
+            server.requests.append((method, kept))
             if server.token and given != base64.b64encode(server.token.encode()).decode():
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "auth check failure, please check username and password")
             if server.faults and server.faults[0][0] == method:

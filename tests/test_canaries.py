@@ -229,7 +229,7 @@ def test_Q7_settings_show_no_secret_and_are_used_whole(settings: Path) -> None:
     assert [find(one) for one in shown] == [[]] * len(shown)
     assert SECRETS["a password of Milvus"] in f"{config.stores.vectors}"
     store = open_part("stores", config.stores.vectors)
-    assert store._token == f"root:{SECRETS['a password of Milvus']}" and find(repr(store)) == []
+    assert store.target.token == f"root:{SECRETS['a password of Milvus']}" and find(repr(store)) == []
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["for people", "for machines"])

@@ -15,7 +15,7 @@ import pytest
 from nexus.errors import InvalidRequest
 from nexus.filters import MAX_DEPTH, Combine, Compare, Filter, parse_filter
 from nexus.ports import Scope
-from nexus.stores.milvus import MilvusVectors
+from nexus.stores.milvus import MilvusVectors, Target
 from nexus.types import Document, SearchRequest
 from tests.conftest import ALICE, MALLORY, Door, House
 
@@ -199,18 +199,19 @@ def test_API4_a_filter_at_its_bounds_is_answered(house: House) -> None:
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_Q1_a_milvus_server_is_sent_no_value_within_its_expression(value: str) -> None:
-    store = MilvusVectors("http://nowhere", lite=False)
+    store = MilvusVectors(Target("http://nowhere", lite=False))
     usual = store._restrict(Scope("acme", ("d1",), ("acme:x",)))
     sent = store._restrict(Scope(value, (value,), (value, "acme:x")))
-    assert sent["filter"] == usual["filter"] == "tenant in {audiences} and document_id in {ids}"
-    assert sent["filter_params"] == {"audiences": [value, value, "acme:x"], "ids": [value]}
-    assert store._restrict(Scope(value))["filter"] == "tenant in {audiences}"
+    words = "tenant == {tenant} and audience in {audiences}"
+    assert sent["filter"] == usual["filter"] == f"{words} and document_id in {{ids}}"
+    assert sent["filter_params"] == {"tenant": value, "audiences": [value, value, "acme:x"], "ids": [value]}
+    assert store._restrict(Scope(value))["filter"] == words
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_Q1_milvus_lite_is_sent_literals_that_mean_the_value_and_nothing_else(value: str) -> None:
     """Its expression is one of Python too: read as such, it is two memberships, in lists of strings as in JSON."""
-    expression = MilvusVectors("http://nowhere", lite=True)._restrict(Scope(value, (value, "d2")))["filter"]
+    expression = MilvusVectors(Target("http://nowhere", lite=True))._restrict(Scope(value, (value, "d2")))["filter"]
     tree = ast.parse(expression, mode="eval").body
     assert isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And)
     read = {}

@@ -47,6 +47,8 @@ Answer = TypeVar("Answer")
 
 DEADLINE_SECONDS = 10.0  # of a call with all its tries
 CHECK_SECONDS = 2.0
+ROWS_PER_PAGE = 5_000  # of those that go through all rows
+WHOLE_INDEX_SECONDS = 60.0  # of a call that goes through all rows
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.05, 2.0
 MAX_TERMS_CHARACTERS = 65_535  # of a VARCHAR in Milvus
 ROWS_PER_CALL = 500
@@ -139,12 +141,12 @@ class MilvusVectors:
 
     # ── speaking to it ──────────────────────────────────────────────────────────────────────────
 
-    def _call(self, ask: Callable[[MilvusClient, float], Answer]) -> Answer:
+    def _call(self, ask: Callable[[MilvusClient, float], Answer], within: float | None = None) -> Answer:
         """What `ask` returns, given the client and the seconds that are left; tried again as said at the top.
 
         Raises Unavailable, Overloaded, ConfigError or UpstreamInvalid for whatever goes wrong.
         """
-        deadline, pause = time.monotonic() + self._deadline_seconds, FIRST_PAUSE_SECONDS
+        deadline, pause = time.monotonic() + (within or self._deadline_seconds), FIRST_PAUSE_SECONDS
         while True:
             seconds = max(deadline - time.monotonic(), 0.1)
             try:
@@ -153,6 +155,7 @@ class MilvusVectors:
                 is_passing, failure = _failure_of(error)
                 if not is_passing or self._is_away or time.monotonic() + pause > deadline:
                     self._is_away = is_passing
+                    self._known.clear()  # whatever there was may have been dropped meanwhile
                     log.warning("the vector store failed: %s", error)
                     raise failure from error
                 time.sleep(pause)
@@ -180,7 +183,7 @@ class MilvusVectors:
             self._lock.release()
 
     def check(self) -> None:
-        self._call(lambda client, _: client.list_collections(timeout=CHECK_SECONDS))
+        self._call(lambda client, seconds: client.list_collections(timeout=seconds), CHECK_SECONDS)
 
     def close(self) -> None:
         if self._client is not None:
@@ -210,7 +213,7 @@ class MilvusVectors:
         _require_schema(index, client.describe_collection(index, timeout=seconds), wanted)
         for params in self._index_params(client):
             if not client.list_indexes(index, field_name=params[0].field_name, timeout=seconds):
-                client.create_index(index, params, timeout=seconds)
+                client.create_index(index, params, timeout=seconds, sync=False)  # of no rows: nothing to wait for
         client.load_collection(index, timeout=seconds)
 
     def _schema(self, dimension: int) -> Any:
@@ -309,7 +312,7 @@ class MilvusVectors:
 
     def flush(self, index: str) -> None:
         if self._lite:
-            self._call(lambda client, _: client.flush(index, timeout=60.0))
+            self._call(lambda client, _: client.flush(index, timeout=WHOLE_INDEX_SECONDS))
 
     # ── searching ───────────────────────────────────────────────────────────────────────────────
 
@@ -359,10 +362,12 @@ class MilvusVectors:
         def ask(client: MilvusClient, seconds: float) -> set[str]:
             if not client.has_collection(index, timeout=seconds):
                 return set()
-            everything: dict[str, Any] = {"filter": 'chunk_id != ""', "output_fields": ["chunk_id"]}
+            everything: dict[str, Any] = {
+                "filter": 'chunk_id != ""', "output_fields": ["chunk_id"], "timeout": WHOLE_INDEX_SECONDS,
+            }  # fmt: skip
             if self._lite:  # it has no limit that would make an iterator needed
                 return {row["chunk_id"] for row in client.query(index, **everything)}
-            return set(_pages(client.query_iterator(index, batch_size=5000, consistency_level="Strong", **everything)))
+            return set(_pages(client.query_iterator(index, batch_size=ROWS_PER_PAGE, **everything)))  # as strong as it was made
 
         return self._call(ask)
 
@@ -397,11 +402,16 @@ def _failure_of(error: MilvusException | grpc.RpcError) -> tuple[bool, NexusErro
 
 
 def _grpc_code(error: BaseException | None) -> grpc.StatusCode | None:
-    """Of the call beneath an error: pymilvus hides a refused connection behind one of its own."""
-    while error is not None:
+    """Of the call beneath an error: pymilvus hides a refused connection behind one of its own.
+
+    It also raises errors from themselves, so the chain is followed by context and only as far as it is new.
+    """
+    looked_at: set[int] = set()
+    while error is not None and id(error) not in looked_at:
         if isinstance(error, grpc.RpcError) and hasattr(error, "code"):
             return error.code()  # type: ignore[no-any-return]
-        error = error.__cause__
+        looked_at.add(id(error))
+        error = error.__context__
     return None
 
 
