@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from nexus.errors import ConfigError
 from nexus.filters import Filter
 from nexus.types import (
     Chunk,
@@ -126,6 +127,13 @@ class Scope:
     audiences: tuple[str, ...] = ()
 
 
+def require_dimension(index: str, dimension: int | None, vectors: Sequence[Vector]) -> None:
+    """Raises ConfigError for a vector that an index of this dimension cannot hold; None: it is not known."""
+    wrong = next((len(vector) for vector in vectors if len(vector) != dimension), None)
+    if dimension is not None and wrong is not None:
+        raise ConfigError(f"a vector of {wrong} dimensions does not fit the index {index!r}, which has {dimension}")
+
+
 class VectorStore(Protocol):
     """A fast hint at which chunks may matter. It is never believed about visibility (hades.py).
 
@@ -134,7 +142,7 @@ class VectorStore(Protocol):
     """
 
     def open_index(self, index: str, dimension: int) -> None:
-        """Make the index if it is not there. Idempotent. Raises ConfigError where it has another dimension or schema."""
+        """Make the index if it is not there. Idempotent. Raises ConfigError for one of another dimension or schema."""
         ...
 
     def indexes(self) -> set[str]:

@@ -35,7 +35,9 @@ FIXED = re.compile(r'chunk_id != ""|chunk_id > ("[0-9A-Za-z_]*"|\'[0-9A-Za-z_]*\
 class MilvusServer:
     """A server on a loopback port, with `token` (`user:password`) or none; `version` is what it says it is."""
 
-    def __init__(self, folder: Path, *, token: str = "", version: str = VERSION, tls: tuple[bytes, bytes] | None = None):
+    def __init__(
+        self, folder: Path, *, token: str = "", version: str = VERSION, tls: tuple[bytes, bytes] | None = None
+    ):
         """`tls` is a private key and its certificate, both PEM."""
         self.token, self.version, self._tls, self.port = token, version, tls, 0
         self.requests: list[tuple[str, Any]] = []

@@ -248,6 +248,16 @@ def test_an_index_of_another_dimension_is_refused_with_both(store: VectorStore) 
     assert store.count(INDEX) == 1
 
 
+def test_a_vector_that_does_not_fit_is_refused(store: VectorStore) -> None:
+    for use in (
+        lambda: store.upsert(INDEX, [row(1, "gripper"), IndexRow("c2", "d1", "acme", "wheel", unit(2, 4))]),
+        lambda: store.search_dense(INDEX, unit(1, 16), 5, ACME),
+    ):
+        with pytest.raises(ConfigError, match=r"dimensions does not fit .* which has 8"):
+            use()
+    assert store.count(INDEX) == 0
+
+
 def reopened(store: VectorStore) -> VectorStore:
     """The same store as another process opens it; memory has no other process."""
     return milvus.MilvusVectors(store.target) if isinstance(store, milvus.MilvusVectors) else store
@@ -260,7 +270,9 @@ def test_lite_itself_gives_negative_bm25(lite: milvus.MilvusVectors) -> None:
     """If this fails Lite has changed its sign and `search_text` no longer needs abs()."""
     lite.upsert(INDEX, [row(1, "gripper"), row(2, "wheel")])
     (hits,) = lite._call(
-        lambda client, _: client.search(INDEX, data=["gripper"], anns_field="sparse", limit=5, output_fields=["chunk_id"])
+        lambda client, _: client.search(
+            INDEX, data=["gripper"], anns_field="sparse", limit=5, output_fields=["chunk_id"]
+        )
     )
     assert hits[0]["chunk_id"] == "c1" and hits[0]["distance"] < 0
 

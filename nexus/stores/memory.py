@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
-from nexus.ports import INDEX_PREFIX, IndexRow, Scope
+from nexus.ports import INDEX_PREFIX, IndexRow, Scope, require_dimension
 from nexus.types import Vector
 
 K1, B = 1.2, 0.75
@@ -61,6 +61,7 @@ class MemoryVectors:
 
     def upsert(self, index: str, rows: Sequence[IndexRow]) -> None:
         with self._lock:
+            require_dimension(index, self._dimension(index), [row.vector for row in rows])
             for row in rows:
                 self._index(index)[row.chunk_id] = (row, Counter(row.terms.split()))
 
@@ -74,6 +75,7 @@ class MemoryVectors:
 
     def search_dense(self, index: str, vector: Vector, limit: int, scope: Scope) -> list[tuple[str, float]]:
         with self._lock:
+            require_dimension(index, self._dimension(index), [vector])
             found = [(row.chunk_id, float(np.dot(row.vector, vector))) for row, _ in self._rows(index, scope)]
         return _best(found, limit)
 
@@ -106,6 +108,9 @@ class MemoryVectors:
     def close(self) -> None:
         with self._lock:
             self._indexes.clear()
+
+    def _dimension(self, index: str) -> int | None:
+        return self._dimensions.get(self._aliases.get(index, index))
 
     def _index(self, index: str) -> dict[str, tuple[IndexRow, Counter[str]]]:
         found = self._indexes.get(self._aliases.get(index, index))

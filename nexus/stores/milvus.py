@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -35,7 +36,7 @@ from pymilvus.client.types import Status
 from pymilvus.exceptions import DataNotMatchException, MilvusException, ParamError, SchemaMismatchRetryableException
 
 from nexus.errors import ConfigError, Conflict, NexusError, NotFound, Overloaded, Unavailable, UpstreamInvalid
-from nexus.ports import INDEX_PREFIX, IndexRow, Scope
+from nexus.ports import INDEX_PREFIX, IndexRow, Scope, require_dimension
 from nexus.types import Vector
 from nexus.versions import MILVUS_FLOORS, is_safe_milvus
 
@@ -56,8 +57,11 @@ BYTES_PER_CALL = 8 * 2**20  # a server takes messages of 64 MiB
 LITE_ROWS_PER_CALL = 25  # a row keeps a Lite server from its searches for half a millisecond
 PARTITIONS = 16  # of a collection on a server, for all tenants
 
+# gRPC by itself lets up to two minutes pass between its tries to connect, and shares them among its channels.
+RECONNECTING = {"grpc.max_reconnect_backoff_ms": 1000, "grpc.use_local_subchannel_pool": 1}
+
 # What Milvus answers with (its pkg/util/merr); Lite says COLLECTION_NOT_FOUND of an alias, too.
-RATE_LIMIT, COLLECTION_NOT_FOUND, ALIAS_NOT_FOUND = 8, 100, 1600
+RATE_LIMIT, COLLECTION_NOT_FOUND, INVALID, ALIAS_NOT_FOUND, LITE_INVALID = 8, 100, 1100, 1600, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,7 @@ class MilvusVectors:
     ) -> None:
         self.target, self._lite, self._on_close = target, target.lite, on_close
         self._deadline_seconds = deadline_seconds
-        self._known: set[str] = set()
+        self._known: dict[str, int] = {}  # dimensions of the indexes that were opened
         self._client: MilvusClient | None = None
         self._is_away = False
         self._lock = threading.Lock()
@@ -173,7 +177,7 @@ class MilvusVectors:
                 encrypted = {"server_pem_path": target.ca_file, "server_name": target.server_name}
                 client = MilvusClient(
                     uri=target.uri, token=target.token, db_name=target.database, timeout=seconds, dedicated=True,
-                    **{name: value for name, value in encrypted.items() if value},
+                    grpc_options=RECONNECTING, **{name: value for name, value in encrypted.items() if value},
                 )  # fmt: skip
                 if not self._lite:
                     _check_version(str(client.get_server_version(timeout=seconds)))
@@ -194,11 +198,11 @@ class MilvusVectors:
     # ── indexes and their aliases ───────────────────────────────────────────────────────────────
 
     def open_index(self, index: str, dimension: int) -> None:
-        if index in self._known:
+        if self._known.get(index) == dimension:
             return
         with self._creating:
             self._call(lambda client, seconds: self._open(client, seconds, index, dimension))
-        self._known.add(index)
+        self._known[index] = dimension
 
     def _open(self, client: MilvusClient, seconds: float, index: str, dimension: int) -> None:
         """Make what is missing of an index: another process, or a crash, may have left it half made."""
@@ -258,7 +262,7 @@ class MilvusVectors:
                 client.drop_collection(index, timeout=seconds)
 
         self._call(drop)
-        self._known.discard(index)
+        self._known.pop(index, None)
 
     def point_alias(self, alias: str, index: str) -> None:
         def point(client: MilvusClient, seconds: float) -> None:
@@ -283,8 +287,9 @@ class MilvusVectors:
     # ── rows ────────────────────────────────────────────────────────────────────────────────────
 
     def upsert(self, index: str, rows: Sequence[IndexRow]) -> None:
+        require_dimension(index, self._known.get(index), [row.vector for row in rows])
         for batch in _batches([self._row(row) for row in rows], LITE_ROWS_PER_CALL if self._lite else ROWS_PER_CALL):
-            self._call(lambda client, seconds, batch=batch: client.upsert(index, batch, timeout=seconds))
+            self._call(partial(_write, index, batch))
 
     def _row(self, row: IndexRow) -> dict[str, Any]:
         terms = row.terms
@@ -301,14 +306,8 @@ class MilvusVectors:
     def delete(self, index: str, chunk_ids: Sequence[str]) -> None:
         for start in range(0, len(chunk_ids), ROWS_PER_CALL):
             ids = list(chunk_ids[start : start + ROWS_PER_CALL])
-            if self._lite:
-                self._call(lambda client, seconds, ids=ids: client.delete(index, ids=ids, timeout=seconds))
-            else:
-                self._call(
-                    lambda client, seconds, ids=ids: client.delete(
-                        index, filter="chunk_id in {ids}", filter_params={"ids": ids}, timeout=seconds
-                    )
-                )
+            which = {"ids": ids} if self._lite else {"filter": "chunk_id in {ids}", "filter_params": {"ids": ids}}
+            self._call(partial(_remove, index, which))
 
     def flush(self, index: str) -> None:
         if self._lite:
@@ -317,6 +316,7 @@ class MilvusVectors:
     # ── searching ───────────────────────────────────────────────────────────────────────────────
 
     def search_dense(self, index: str, vector: Vector, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        require_dimension(index, self._known.get(index), [vector])
         return self._search(index, "dense", np.asarray(vector, np.float32), limit, scope)
 
     def search_text(self, index: str, terms: str, limit: int, scope: Scope) -> list[tuple[str, float]]:
@@ -367,7 +367,9 @@ class MilvusVectors:
             }  # fmt: skip
             if self._lite:  # it has no limit that would make an iterator needed
                 return {row["chunk_id"] for row in client.query(index, **everything)}
-            return set(_pages(client.query_iterator(index, batch_size=ROWS_PER_PAGE, **everything)))  # as strong as it was made
+            return set(
+                _pages(client.query_iterator(index, batch_size=ROWS_PER_PAGE, **everything))
+            )  # as strong as it was made
 
         return self._call(ask)
 
@@ -396,7 +398,7 @@ def _failure_of(error: MilvusException | grpc.RpcError) -> tuple[bool, NexusErro
         return False, Overloaded("the vector store has too much to do; try again in a moment")
     if error.code == COLLECTION_NOT_FOUND:
         return False, Unavailable("the vector store has no such index any more; `nexus fsck --repair` makes it again")
-    if isinstance(error, ParamError) or error.is_input_error:
+    if isinstance(error, ParamError) or error.is_input_error or error.code in (INVALID, LITE_INVALID):
         return False, UpstreamInvalid("the vector store refuses a request as malformed; the log says how")
     return error.retriable or error.code == Status.CONNECT_FAILED, away
 
@@ -409,7 +411,7 @@ def _grpc_code(error: BaseException | None) -> grpc.StatusCode | None:
     looked_at: set[int] = set()
     while error is not None and id(error) not in looked_at:
         if isinstance(error, grpc.RpcError) and hasattr(error, "code"):
-            return error.code()  # type: ignore[no-any-return]
+            return error.code()
         looked_at.add(id(error))
         error = error.__context__
     return None
@@ -443,6 +445,14 @@ def _require_schema(index: str, found: dict[str, Any], wanted: Any) -> None:
 def _form(name: str, kind: DataType, params: dict[str, Any], more: dict[str, Any]) -> tuple[str, str, str, str]:
     dimension = f"of {params['dim']} dimensions" if "dim" in params else ""
     return name, DataType(kind).name, dimension, "as partition key" if more.get("is_partition_key") else ""
+
+
+def _write(index: str, batch: list[dict[str, Any]], client: MilvusClient, seconds: float) -> None:
+    client.upsert(index, batch, timeout=seconds)
+
+
+def _remove(index: str, which: dict[str, Any], client: MilvusClient, seconds: float) -> None:
+    client.delete(index, timeout=seconds, **which)
 
 
 def _batches(rows: Sequence[dict[str, Any]], most: int) -> Iterator[list[dict[str, Any]]]:
