@@ -223,18 +223,19 @@ class _Servicer(MilvusServicer):  # type: ignore[misc]
         names = set(re.findall(r"\{(\w+)\}", expression))
         if names != set(values):
             return _fault(INVALID, f"the expression wants {sorted(names)} and is given {sorted(values)}")
+        if any(_value(value) is None for value in values.values()):
+            return _fault(INVALID, "a value is neither a text nor a list of texts")
         rendered = re.sub(r"\{(\w+)\}", lambda match: json.dumps(_value(values[match[1]])), expression)
         setattr(request, field, rendered)
         values.clear()
         return None
 
 
-def _value(value: Any) -> str | list[str]:
-    kind = value.WhichOneof("val")
-    if kind == "string_val":
+def _value(value: Any) -> str | list[str] | None:
+    """A text, or a list of at least one: of an empty list the wire does not say what it is a list of."""
+    if value.WhichOneof("val") == "string_val":
         return str(value.string_val)
-    assert kind == "array_val" and value.array_val.WhichOneof("data") == "string_data", kind
-    return list(value.array_val.string_data.data)
+    return list(value.array_val.string_data.data) or None
 
 
 def _ok() -> Any:

@@ -117,7 +117,9 @@ def test_stop_words_alone_match_nothing(store: VectorStore) -> None:
 
 def test_a_search_stays_within_its_scope(store: VectorStore) -> None:
     store.upsert(INDEX, [row(1, "gripper"), row(2, "gripper", document="d2"), row(3, "gripper", tenant="other")])
-    for scope, expected in ((ACME, {"c1", "c2"}), (Scope("acme", ("d2",)), {"c2"}), (Scope("other"), {"c3"})):
+    for scope, expected in (
+        (ACME, {"c1", "c2"}), (Scope("acme", ("d2",)), {"c2"}), (Scope("acme", ()), set()), (Scope("other"), {"c3"}),
+    ):  # fmt: skip
         assert {i for i, _ in store.search_text(INDEX, "gripper", 10, scope)} == expected
         assert {i for i, _ in store.search_dense(INDEX, unit(0), 10, scope)} == expected
 

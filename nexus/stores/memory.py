@@ -121,7 +121,8 @@ class MemoryVectors:
     def _rows(self, index: str, scope: Scope) -> Iterator[tuple[IndexRow, Counter[str]]]:
         wanted = None if scope.document_ids is None else set(scope.document_ids)
         audiences = {scope.tenant, *scope.audiences}
-        for row, counts in self._index(index).values():
+        rows = self._index(index).values() if wanted != set() else ()
+        for row, counts in rows:
             if row.audience in audiences and (wanted is None or row.document_id in wanted):
                 yield row, counts
 

@@ -326,6 +326,8 @@ class MilvusVectors:
         return [(chunk_id, abs(score)) for chunk_id, score in found]
 
     def _search(self, index: str, field: str, query: object, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        if scope.document_ids == ():  # an empty list has no type on the wire
+            return []
         metric, params = ("BM25", {}) if field == "sparse" else ("COSINE", {"ef": max(128, 2 * limit)})
         (hits,) = self._call(
             lambda client, seconds: client.search(
