@@ -16,6 +16,7 @@ HTTP_SERVERS = {"fastapi", "starlette", "uvicorn"}
 HTTP_CLIENTS = {"httpx", "httpcore", "requests", "aiohttp"}
 MAY_CALL_HTTP = (
     "deployments/",
+    "nexus/anvil.py",
     "nexus/upstream.py",
     "nexus/image_hosts.py",
     "nexus/key_sets.py",
