@@ -24,6 +24,7 @@ import json
 import os
 import secrets
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -47,6 +48,7 @@ RINGS, MACHINES = "keys", "nodes"  # folders
 MAGIC = b"NXKEYS\0\x01"
 ID_BYTES, NONCE_BYTES, SECRET_BYTES = 8, 12, 32
 FINGERPRINT_DIGITS = 32
+LEFT_SECONDS = 3600.0  # after which a file that was not finished is one that a crash left
 
 State = Literal["active", "readable", "retired"]
 Purpose = Literal["ring", "machine"]
@@ -153,6 +155,7 @@ class Keyring:
         for folder in (self._folder, self._folder / RINGS, self._folder / MACHINES):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_private(folder)
+            _remove_parts(folder)
         self._cluster = ClusterKey(_cluster_secret(home, given, create))
         self._lock = threading.RLock()
         self._rings = {ring.tenant: ring for ring in map(_decode_ring, self._load(RINGS, "ring"))}
@@ -377,16 +380,22 @@ def is_weak(public: bytes) -> bool:
 
 def write_private(file: Path, content: bytes) -> None:
     """All of it or nothing, on disk when this returns, for its owner alone."""
-    part = file.with_name(f".{file.name}{PART}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as writer:
-        writer.write(content)
-        writer.flush()
-        os.fsync(descriptor)
+    part = _write_part(file, content)
     pass_through("keys.before_write")
     part.replace(file)
     sync_folder(file.parent)
     pass_through("keys.after_write")
+
+
+def _write_part(file: Path, content: bytes) -> Path:
+    """A synced file beside it, of another name for each that is written: two processes may start at once."""
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}{PART}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as writer:
+        writer.write(content)
+        writer.flush()
+        os.fsync(descriptor)
+    return part
 
 
 def sync_folder(folder: Path) -> None:
@@ -401,6 +410,13 @@ def sync_folder(folder: Path) -> None:
 def _kept_in(folder: Path) -> list[Path]:
     """The files of a folder, but those that a crash left: what they were to replace is whole."""
     return sorted(file for file in folder.iterdir() if file.suffix != PART)
+
+
+def _remove_parts(folder: Path) -> None:
+    """What crashes left, but not what another process writes now."""
+    for part in folder.glob(f".*{PART}"):
+        if part.stat().st_mtime < time.time() - LEFT_SECONDS:
+            part.unlink(missing_ok=True)
 
 
 def _cluster_secret(home: Path, given: str | None, create: bool) -> str:
@@ -446,14 +462,13 @@ def _signing_secret(file: Path) -> bytes:
 
 def _make_once(file: Path, content: bytes) -> None:
     """Of two processes that begin together, one makes the file and both read the same."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}{PART}")
-    write_private(draft, content)
+    part = _write_part(file, content)
     try:
-        os.link(draft, file)
+        os.link(part, file)
     except FileExistsError:
         pass  # the other one was first
     finally:
-        draft.unlink()
+        part.unlink()
     sync_folder(file.parent)
 
 

@@ -5,6 +5,7 @@ Rows K1 to K3, K5 and K9 of the cryptography for blocks, on real files. What a k
 
 import errno
 import os
+import random
 import resource
 import shutil
 import stat
@@ -12,7 +13,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -757,6 +758,91 @@ def retire_patiently(store: BlockStore, key_id: str) -> None:
             return
         except Conflict:
             continue
+
+
+class Pair:
+    """Two machines that keep the same blocks, and what a dictionary remembers of those."""
+
+    def __init__(self, home: Path) -> None:
+        self.homes = [home / "one", home / "two"]
+        keyrings = [machine(self.homes[0], "one"), machine(self.homes[1], "two", tenant="")]
+        acquaint(*keyrings)
+        self.stores = [self._open(number, keyring) for number, keyring in enumerate(keyrings)]
+        self.known: dict[str, tuple[int, str, bytes]] = {}  # version, digest and content
+        self.damaged: set[tuple[int, str]] = set()
+        self.versions = count(1)
+
+    def _open(self, which: int, keyring: Keyring) -> BlockStore:
+        return BlockStore(self.homes[which] / "share" / "blocks", keyring)
+
+    def share(self, which: int, data_id: str, dice: random.Random) -> None:
+        version, content = next(self.versions), dice.randbytes(dice.randrange(2000))
+        here, there = self.stores[which], self.stores[1 - which]
+        stored = share(here, content, data_id, version)
+        take(there, sealed(here, data_id, version), data_id, version, stored.digest)
+        self.delete(which, data_id, dice)
+        self.known[data_id] = (version, stored.digest, content)
+
+    def delete(self, which: int, data_id: str, dice: random.Random) -> None:
+        if data_id in self.known:
+            block = BlockId(TENANT, data_id, self.known.pop(data_id)[0])
+            assert [one.delete(block) for one in self.stores] == [True, True]
+        self.damaged -= {(0, data_id), (1, data_id)}
+
+    def damage(self, which: int, data_id: str, dice: random.Random) -> None:
+        """One of the two copies."""
+        if data_id in self.known and not {(0, data_id), (1, data_id)} & self.damaged:
+            path = file_of(self.stores[which], data_id, self.known[data_id][0])
+            flip(path, dice.randrange(path.stat().st_size))
+            self.damaged.add((which, data_id))
+
+    def repair(self, which: int, data_id: str, dice: random.Random) -> None:
+        if (which, data_id) in self.damaged:
+            version, digest, _ = self.known[data_id]
+            take(self.stores[which], sealed(self.stores[1 - which], data_id, version), data_id, version, digest)
+            self.damaged.remove((which, data_id))
+
+    def rotate(self, which: int, data_id: str, dice: random.Random) -> None:
+        keyrings = [one.keyring for one in self.stores]
+        old, _ = rotate(*keyrings)
+        for one in self.stores:
+            assert {type(error) for _, error in one.rewrap(TENANT).failed} <= {BlockCorrupt}
+        if not self.damaged:
+            retire(old, *keyrings)
+            assert [one.retire_key(TENANT, old).failed for one in self.stores] == [(), ()]
+
+    def restart(self, which: int, data_id: str, dice: random.Random) -> None:
+        self.stores[which].close()
+        self.stores[which] = self._open(which, machine(self.homes[which], self.stores[which].keyring.node, tenant=""))
+
+    def check(self) -> None:
+        for which, store in enumerate(self.stores):
+            for data_id, (version, digest, content) in self.known.items():
+                assert store.versions(TENANT, data_id) == [version]
+                if (which, data_id) in self.damaged:
+                    assert refused(store.open, BlockId(TENANT, data_id, version), digest) is BlockCorrupt
+                else:
+                    assert read(store, data_id, version, digest) == content
+        faults = [{one.name for one in store.scrub() if one.refused} for store in self.stores]
+        names = [
+            {store.name_of(BlockId(TENANT, i, self.known[i][0])) for w, i in self.damaged if w == which}
+            for which, store in enumerate(self.stores)
+        ]
+        assert faults == names
+
+    def close(self) -> None:
+        for store in self.stores:
+            store.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_happens_in_whatever_order_a_read_is_right_or_refused(tmp_path: Path, seed: int) -> None:
+    dice = random.Random(seed)
+    acts = (Pair.share, Pair.share, Pair.delete, Pair.damage, Pair.damage, Pair.repair, Pair.rotate, Pair.restart)
+    with closing(Pair(tmp_path)) as pair:
+        for _ in range(40):
+            dice.choice(acts)(pair, dice.randrange(2), f"d{dice.randrange(4)}", dice)
+            pair.check()
 
 
 def test_the_form_of_a_file_is_that_of_the_envelope(store: BlockStore) -> None:

@@ -6,6 +6,8 @@ Rows K4 (weak and unknown keys), K5 (rotation, as the keys see it) and K6 (lost,
 import os
 import shutil
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -447,14 +449,34 @@ def test_k5_the_active_key_is_neither_retired_nor_forgotten(pair: tuple[Keyring,
             sark.forget(tenant, unknown)
 
 
-def test_what_a_crash_left_half_written_is_not_read(tmp_path: Path) -> None:
+def test_what_a_crash_left_half_written_is_not_read_and_goes_when_it_is_old(tmp_path: Path) -> None:
     keyring = machine(tmp_path)
-    for name in ("keys/.acme.keys.part", "nodes/.sark.nodes.part", ".signing-key.part"):
-        left = tmp_path / "share" / name
-        left.write_bytes(b"half")
-        left.chmod(0o600)
+    left = [
+        tmp_path / "share" / name for name in ("keys/.acme.keys.1.part", "nodes/.sark.nodes.1.part", ".epoch.1.part")
+    ]
+    for file in left:
+        file.write_bytes(b"half")
+        file.chmod(0o600)
     assert machine(tmp_path).ring(TENANT) == keyring.ring(TENANT)
+    assert all(file.exists() for file in left), "another process might be writing them"
+    for file in left:
+        os.utime(file, (0, 0))
     rotate(machine(tmp_path))
+    assert not any(file.exists() for file in left)
+
+
+def test_processes_that_start_at_once_for_the_first_time_have_the_same_keys(tmp_path: Path) -> None:
+    begin = threading.Barrier(8)
+
+    def start(_: int) -> tuple[str, str]:
+        begin.wait()
+        keyring = Keyring(tmp_path, "sark")
+        return keyring.fingerprint, keyring.cluster_key_id
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(start, range(8)))) == 1
+    assert Keyring(tmp_path, "sark").writers()
+    assert [file.name for file in files_of(tmp_path) if file.suffix == ".part"] == []
 
 
 @pytest.mark.parametrize("tenant", ["a.part", "a.keys", "a.new", "b.part.keys"])
