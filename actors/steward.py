@@ -21,10 +21,11 @@ from actors import coordinator
 from cluster.directory import Directory
 from cluster.inventory import LOCAL, NODE_LABEL
 from cluster.sharing import Sharing
-from cluster.steward import FOLDER, Settings, Steward, open_steward
+from cluster.steward import Settings, Steward, open_steward
 from nexus.background import begin_in_background, has_failed
 from nexus.config import Config
 from nexus.errors import AlreadyRunning, NexusError, OperatorError, TryAgain, Unavailable
+from nexus.keyring import FOLDER
 
 log = logging.getLogger("nexus.steward")
 
@@ -165,7 +166,8 @@ class Connected:
 
     async def _open(self) -> Sharing:
         directory = Directory(await coordinator.connect())
-        return Sharing(directory, RayStewards(self._config), settings_of(self._config))
+        here = ray.get_runtime_context().get_node_labels().get(NODE_LABEL, LOCAL)
+        return Sharing(directory, RayStewards(self._config), settings_of(self._config), here)
 
 
 def has_blocks(config: Config) -> bool:

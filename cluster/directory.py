@@ -39,7 +39,7 @@ class Voters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A block as it is agreed on. `length` is in bytes of what was shared; `copies` are machines, the writer first."""
+    """A block as it is agreed on. `length` is in bytes of what was shared; `copies` are machines."""
 
     version: int
     digest: str

@@ -1,7 +1,8 @@
 """Whoever shares a block or reads one: which steward is asked, and who is asked next where that one is away.
 
-A block goes to the first of its machines (cluster/steward.py, `rank`), and is read from any that has a copy. A reader
-whose steward dies goes on with the same version at another one, after as many bytes as were read.
+The steward of the same machine is asked first, so that nothing leaves it unsealed; else the first of the block's own
+machines (cluster/steward.py, `rank`), or of those with a copy. A reader whose steward dies goes on with the same
+version at another one, after as many bytes as were read.
 """
 
 import asyncio
@@ -67,7 +68,11 @@ class Overview:
 class Sharing:
     """Blocks of all tenants. Everything raises Unavailable where the voters, or too many stewards, do not answer."""
 
-    def __init__(self, directory: Directory, stewards: Stewards, settings: Settings) -> None:
+    def __init__(
+        self, directory: Directory, stewards: Stewards, settings: Settings, here: str | None = None
+    ) -> None:  # fmt: skip
+        """`here` is the machine of this process, where that is one of them."""
+        self._here = here
         self._directory, self._stewards, self._settings = directory, stewards, settings
         self._counted: set[str] = set()
 
@@ -109,7 +114,7 @@ class Sharing:
 
     async def _begin(self, tenant: str, data_id: str, *about: object) -> tuple[str, str]:
         view = await self._awake()
-        for node in rank(view.usable, tenant, data_id):
+        for node in sorted(rank(view.usable, tenant, data_id), key=lambda node: node != self._here):
             try:
                 return node, await self._stewards.call(node, "begin", tenant, data_id, *about)
             except ConnectionError:  # the next one takes it
@@ -161,7 +166,7 @@ class Sharing:
         for look in range(LOOKS):
             entry = await self._find(tenant, data_id)
             view = await self._awake() if look else await self._directory.view()
-            for node in _order(entry, view, away):
+            for node in self._order(entry, view, away):
                 try:
                     return node, await self._stewards.call(node, "open", tenant, data_id)
                 except BlockRefused as error:
@@ -171,6 +176,12 @@ class Sharing:
         if refused is not None:
             raise refused
         raise Unavailable(f"none of the machines that have it answers: {', '.join(entry.record.copies)}")
+
+    def _order(self, entry: Entry, view: View, away: Iterable[str]) -> list[str]:
+        """This machine's, then those with a copy, who are said to live first; who lost its lease may answer yet."""
+        with_copy = sorted(entry.record.copies, key=lambda node: node not in view.living)
+        order = [self._here, *with_copy] if self._here in view.usable else with_copy
+        return [node for node in dict.fromkeys(order) if node is not None and node not in set(away)]
 
     async def _find(self, tenant: str, data_id: str) -> Entry:
         entry = await self._directory.find(tenant, data_id)
@@ -249,12 +260,6 @@ class Sharing:
             except ConnectionError:
                 continue
         raise Unavailable("no steward answers; `nexus share status` says how they are")
-
-
-def _order(entry: Entry, view: View, away: Iterable[str]) -> list[str]:
-    """Those with a copy who are said to live first; one that lost its lease may answer yet."""
-    known = [node for node in entry.record.copies if node not in set(away)]
-    return sorted(known, key=lambda node: node not in view.living)
 
 
 async def _evenly(content: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:

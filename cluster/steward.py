@@ -8,7 +8,10 @@ gives way after the new one is on record.
 
 **Reading.** The voters say which version is the newest and what its digest is. The store verifies the whole block
 against both before it gives out the first byte. Where the local copy is missing, damaged, older or another's, a copy is
-pulled from a peer, verified and put in its place, and then read.
+pulled from a peer, verified and put in its place, and then read. A steward that is to keep none borrows one.
+
+**The wire.** Between machines a block travels sealed: whoever shares or reads asks the steward of its own machine,
+which seals and opens. Only where there is none do bytes go to another as they are, under Ray's token and unencrypted.
 
 **Tending.** Every steward looks at the records whenever the machines that are there change. Of each block the first
 machine of its copies that lives is responsible: it has others pull copies in place of those that are gone (silent for
@@ -59,12 +62,12 @@ from nexus.errors import (
     UpstreamInvalid,
     WriterUnknown,
 )
-from nexus.keyring import Keyring
+from nexus.keyring import FOLDER, Keyring
 
 log = logging.getLogger("nexus.steward")
 
-FOLDER = "share"  # in the home
 TAKEN_AT_ONCE = 4  # copies
+BORROWED = 5  # times that a copy is borrowed before its reader is told to come again
 TENDED_AT_ONCE = 8  # records
 STREAMS = 256  # open at once
 IDLE_SECONDS = 300.0  # after which a stream is closed that nobody asks for
@@ -222,17 +225,19 @@ class Steward:
         self._taken[block] = started
         view = await self._directory.view()
         wanted = self._require_enough(view)
-        others = await self._spread(block, stored.digest, view, wanted - 1)
-        seconds, copies = self._time() - started, (self.node, *others)
+        copies = await self._spread(block, stored.digest, view, wanted)
+        seconds = self._time() - started
         record = Record(
             block.version, stored.digest, stored.length, stream.about["data_type"], stream.about["media_type"],
-            self.node, stored.header.created_at, copies,
+            self.node, stored.header.created_at, tuple(copies),
         )  # fmt: skip
         try:
             replaced = await self._directory.commit(block.tenant, block.data_id, record)
         except Conflict:
-            begin_in_background(self._drop_at(copies, block))
+            begin_in_background(self._drop_at({self.node, *copies}, block))
             raise
+        if self.node not in copies:
+            begin_in_background(self.drop(block))
         if replaced is not None:
             older = BlockId(block.tenant, block.data_id, replaced.version)
             begin_in_background(self._drop_at(replaced.copies, older))
@@ -250,8 +255,11 @@ class Steward:
         return needed
 
     async def _spread(self, block: BlockId, digest: str, view: View, count: int) -> list[str]:
-        """The machines that have taken so many copies from here. Raises Unavailable, and leaves none, for fewer."""
-        candidates = rank(view.usable - {self.node}, block.tenant, block.data_id)
+        """The machines that keep so many copies of what was sealed here. Raises Unavailable, and leaves none, for less.
+
+        This one is among them only where it is its turn, or another could take none.
+        """
+        candidates = rank(view.usable, block.tenant, block.data_id)
         placed: list[str] = []
         while len(placed) < count:
             tried, candidates = candidates[: count - len(placed)], candidates[count - len(placed) :]
@@ -264,6 +272,8 @@ class Steward:
 
     async def _hand(self, node: str, block: BlockId, digest: str) -> bool:
         """Whether that machine has a verified copy now."""
+        if node == self.node:
+            return True
         try:
             await self._reach.call(node, "take", block, digest, (self.node,))
         except (ConnectionError, NexusError) as error:
@@ -279,9 +289,7 @@ class Steward:
         entry = await self._directory.find(tenant, data_id)
         if entry is None:
             raise NotFound("no such block")
-        if self.node not in entry.record.copies:
-            raise Unavailable("this machine has no copy of the block")
-        reading = await self._read(entry)
+        reading = await (self._read(entry) if self.node in entry.record.copies else self._borrow(entry))
         described = reading.stored.header.metadata
         return Opened(self._keep(reading, _block(entry)), entry.record, dict(described["metadata"]))
 
@@ -293,6 +301,19 @@ class Steward:
         except (NotFound, BlockRefused) as error:
             await self._repair(entry, error)
         return await asyncio.to_thread(self.store.open, block, digest)
+
+    async def _borrow(self, entry: Entry) -> Reading:
+        """A copy that is only read here: verified on this disk, and gone from it with its reader."""
+        block, digest = _block(entry), entry.record.digest
+        for _ in range(BORROWED):
+            await self.take(block, digest, entry.record.copies)
+            try:
+                return await asyncio.to_thread(self.store.open, block, digest)
+            except NotFound:  # another reader of it was done just now
+                continue
+            finally:
+                begin_in_background(self.drop(block))
+        raise Unavailable("too many read this block here at once; try again")
 
     async def _repair(self, entry: Entry, fault: NexusError) -> None:
         """Put a good copy in the place of the local one. Raises the fault where there is none to be had."""
@@ -634,7 +655,7 @@ async def open_steward(
     Where `is_first`, a cluster key is made if there is none. Raises ConfigError, AlreadyRunning, Unavailable.
     """
     keyring = await asyncio.to_thread(Keyring, home, node, key, is_first)
-    after = await directory.join(node)
+    after = max(await directory.join(node), int(now()))  # a disk and voters that are both restored know no later one
     await _introduce(keyring, directory)
     await _learn(keyring, directory, {})
     store = await asyncio.to_thread(BlockStore, home / FOLDER / "blocks", keyring, after, now)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import adding, archiving, auditing, nodes, overview, planning, running, upkeep, voters
+from deployments import adding, archiving, auditing, nodes, overview, planning, running, sharing, upkeep, voters
 from deployments import client as http
 from deployments.auditing import recorded, recorded_if_possible
 from deployments.doctor import examine
@@ -44,6 +44,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(voters.app, name="coordinator")
 app.add_typer(nodes.app, name="node")
 app.add_typer(auditing.app, name="audit")
+app.add_typer(sharing.app, name="share")
 app.command("backup")(archiving.backup)
 app.command("restore")(archiving.restore)
 
@@ -170,9 +171,9 @@ def status(as_json: Json = False) -> None:
     shown: dict[str, Any] = {"home": str(home), "running": bool(processes)}
     if instance and processes:
         with http.Client() as nexus:
-            parts, state = nexus.parts(), _state(nexus)
+            parts, state, shared = nexus.parts(), _state(nexus), sharing.overview(nexus)
             shown |= {
-                **state, "url": instance.url, "dashboard": instance.dashboard, "parts": parts,
+                **state, "sharing": shared, "url": instance.url, "dashboard": instance.dashboard, "parts": parts,
                 "processes": len(processes), "memory_bytes": bootstrap.memory_of(instance),
                 "up_seconds": round(time.time() - instance.started_at),
             }  # fmt: skip
@@ -188,6 +189,8 @@ def status(as_json: Json = False) -> None:
             typer.echo(f"  {part:<12} {state}")
         if shown["coordinator"]:
             typer.echo(voters.lines(shown["coordinator"]))
+        if shown["sharing"]:
+            typer.echo(sharing.lines(shown["sharing"]))
         for line in overview.lines(shown):
             typer.echo(line)
         typer.echo(

@@ -59,6 +59,17 @@ class Client:
         """The bytes of an answer below 400."""
         return self._request(method, path).content
 
+    def stream(self, path: str, seconds: float) -> Iterator[bytes]:
+        """The bytes of an answer below 400, piece by piece."""
+        try:
+            with self._http.stream("GET", path, timeout=seconds) as response:
+                if response.status_code >= 400:
+                    response.read()
+                    raise _error(response)
+                yield from response.iter_bytes(2**20)
+        except httpx.HTTPError:
+            raise Unavailable(f"{self.url} does not answer, or broke off; try again") from None
+
     def _request(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
             response = self._http.request(method, path, **arguments)

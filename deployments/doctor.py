@@ -16,6 +16,8 @@ from nexus.audit import files_of
 from nexus.audit_reading import verify
 from nexus.config import Config, load_config
 from nexus.errors import NexusError
+from nexus.keyring import FOLDER, SECRET_FILE
+from nexus.private_files import require_private
 from nexus.registry import check_part, find_module
 
 FREE_DISK_BYTES = 2 * 2**30
@@ -42,7 +44,7 @@ def examine() -> list[Finding]:
     checks: dict[str, Callable[[Config], str]] = {
         "home": _home, "ports": _ports, "disk": _disk, "memory": _memory, "models": _models,
         "versions": exposure.versions, "files": exposure.files, "access": exposure.mode, "ray": exposure.ray,
-        "listening": exposure.listening, "audit": _audit,
+        "listening": exposure.listening, "audit": _audit, "sharing": _sharing,
     }  # fmt: skip
     for what, check in checks.items():
         findings.append(_try(what, check, config))
@@ -99,6 +101,20 @@ def _audit(config: Config) -> str:
     if report.faults:
         raise _Wrong(f"the record is not whole; `nexus audit verify` names its {len(report.faults)} faults")
     return f"{report.lines} lines, whole"
+
+
+def _sharing(config: Config) -> str:
+    folder = Path(config.home) / FOLDER
+    if not folder.exists():
+        return "nothing is shared from this machine"
+    require_private(folder)
+    if config.sharing.key is None and not (Path(config.home) / SECRET_FILE).exists():
+        raise _Wrong(
+            f"the cluster key is away, and without it no block here can be read: put {SECRET_FILE} back into the home,"
+            " from the head's or from a backup"
+        )
+    count = sum(1 for _ in (folder / "blocks").rglob("*.block"))
+    return f"{count} copies of blocks are here, and the cluster key"
 
 
 def _disk(config: Config) -> str:

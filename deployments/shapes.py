@@ -536,7 +536,7 @@ def _show_deployed(one: Deployed, state: State, models: Mapping[str, str]) -> di
 
 
 def show_shared(shared: Shared, metadata: Mapping[str, object] | None = None) -> dict[str, Any]:
-    """A block without its bytes; `nodes` have a verified copy each, the one that sealed it first."""
+    """A block without its bytes; `nodes` have a verified copy each, and `node_id` sealed it."""
     record = shared.record
     shown = {
         "data_id": shared.data_id, "version": record.version, "digest": record.digest, "size": record.length,

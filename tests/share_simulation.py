@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.sharing import Sharing
 from cluster.steward import Settings
 from nexus.errors import BlockRefused, Conflict, NexusError, NotFound, TryAgain
 from tests.stewards import Faults, Machines, content, read
@@ -66,6 +67,9 @@ class World:
 
     # Callers
 
+    def _sharing(self) -> Sharing:
+        return self.there.sharing_at(self.rng.choice([None, *NODES]))
+
     async def _call(self) -> None:
         for _ in range(self.steps):
             data_id = self.rng.choice(IDS)
@@ -81,7 +85,7 @@ class World:
         text = f"{data_id}-{self.written}-".encode() + self.rng.randbytes(self.rng.choice([0, 10, 300]))
         believed = self.believed[data_id].possible
         try:
-            await self.there.sharing.put("acme", data_id, content(text))
+            await self._sharing().put("acme", data_id, content(text))
         except (TryAgain, Conflict):
             believed.add(text)
             self._count("in doubt")
@@ -92,7 +96,7 @@ class World:
     async def _delete(self, data_id: str) -> None:
         believed = self.believed[data_id].possible
         try:
-            await self.there.sharing.delete("acme", data_id)
+            await self._sharing().delete("acme", data_id)
         except NotFound:
             self._require(GONE in believed, f"{data_id} was acknowledged and cannot be deleted")
         except TryAgain:
@@ -105,7 +109,7 @@ class World:
     async def _read(self, data_id: str) -> None:
         believed = self.believed[data_id].possible
         try:
-            text = await read((await self.there.sharing.get("acme", data_id)).pieces)
+            text = await read((await self._sharing().get("acme", data_id)).pieces)
         except NotFound:
             self._require(GONE in believed, f"{data_id} was acknowledged and is gone")
         except (TryAgain, BlockRefused):

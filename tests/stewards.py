@@ -58,7 +58,11 @@ class Machines:
 
     @property
     def sharing(self) -> Sharing:
-        return Sharing(Directory(FaultyVoters(self, CLIENT, 0)), self.reach, self.settings)
+        return self.sharing_at(None)
+
+    def sharing_at(self, here: str | None) -> Sharing:
+        """For a process on that machine, or on none of them."""
+        return Sharing(Directory(FaultyVoters(self, CLIENT, 0)), self.reach, self.settings, here)
 
     async def start(self, node: str) -> Steward:
         home = self.folder / node

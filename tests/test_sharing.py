@@ -126,7 +126,7 @@ def test_a_machine_that_takes_no_copy_is_passed_over_and_if_none_does_nothing_is
         there.refuse = refuse
         assert (await share(there, "a", b"x")).copies == (first, third)
         full.add(third)
-        with pytest.raises(Unavailable, match="only 0 of 1"):
+        with pytest.raises(Unavailable, match="only 1 of 2"):
             await share(there, "a", b"y")
         await drain()
         assert await got(there, "a") == b"x"
@@ -229,6 +229,31 @@ def test_streams_are_bounded_and_those_that_nobody_uses_are_closed(
         assert list(steward._streams) == [handles[1]]
         with pytest.raises(Unavailable, match="the transfer is over"):
             await steward.append(handles[0], 1, b"x")
+
+    tell(story)
+
+
+def test_a_machine_that_only_shares_and_reads_keeps_nothing_and_sends_nothing_unsealed(
+    tell: Callable[..., None],
+) -> None:
+    async def story(there: Machines) -> None:
+        text = b"canary-4711" * 300_000
+        third = rank(NODES, "acme", "a")[2]
+        sharing, carried = there.sharing_at(third), []
+
+        def listen(node: str, method: str, arguments: tuple[object, ...]) -> None:
+            if node != third:
+                carried.append(method)
+
+        there.refuse = listen
+        shared = await sharing.put("acme", "a", content(text))
+        await drain()
+        assert shared.record.writer == third and set(shared.record.copies) == set(NODES) - {third}
+        assert there.files(third) == []
+        readers = [sharing.get("acme", "a") for _ in range(3)]
+        assert [await read(found.pieces) for found in await asyncio.gather(*readers)] == [text] * 3
+        await drain()
+        assert there.files(third) == [] and set(carried) == {"take", "lend", "piece", "close"}
 
     tell(story)
 
