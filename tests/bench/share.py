@@ -1,12 +1,19 @@
 """Shared blocks: seconds per GiB sealed, opened, stored and wrapped anew, beside what no such thing can do without.
 
-    python -m tests.bench.share             blocks of 64 MiB
+    python -m tests.bench.share             blocks of 64 MiB, then three stewards
     python -m tests.bench.share --mib 512
+    python -m tests.bench.share --only-store        nothing that needs Ray
+    python -m tests.bench.share --bits              flip every bit of a small block instead, and count what happens
+    python -m tests.bench.share --seeds 200         so many worlds of random faults instead
 
 In memory: AES-256-GCM and SHA-256 alone over pieces of 1 MiB, which are the least that a sealed and signed block costs,
 then sealing and opening by nexus/envelope.py. On disk: a bare file written and synced, then the store of blocks
 (nexus/blocks.py). Rounds alternate; medians. One thread. The ratios over the
 least are of CPU seconds, which others on the machine disturb less.
+
+Three stewards are Ray actors on nodes of this process's own cluster, two copies each: a block shared, read where a copy
+is, and read where one is borrowed. Then 200 blocks are shared while a steward is killed (SIGKILL), and a node is lost:
+how many of the acknowledged are not as they were, and how long it took until each had two copies again.
 """
 
 from tests.bench import harness  # isort: skip  (first: it pins the threads)
@@ -25,6 +32,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from nexus.blocks import BlockStore
 from nexus.envelope import BlockId, BlockKey, Header, Sealer, read_envelope, read_segments, unwrap, verify
 from nexus.keyring import Keyring
+from tests.bench import stewards
 
 ROUNDS = 5
 MIB = 2**20
@@ -166,8 +174,20 @@ def measure_blocks(mib: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=64, help="of a block")
+    parser.add_argument("--only-store", action="store_true", help="nothing that needs Ray")
+    parser.add_argument("--bits", action="store_true", help="flip every bit of a small block instead")
+    parser.add_argument("--seeds", type=int, default=0, help="so many worlds of random faults instead")
     asked = parser.parse_args(arguments)
-    harness.print_result("share", measure_blocks(asked.mib), ("cryptography",))
+    if asked.bits or asked.seeds:
+        figures = stewards.flip_every_bit() if asked.bits else stewards.simulate(range(asked.seeds))
+        harness.print_table(["what", "count"], [list(one) for one in figures.items()])
+    else:
+        figures = measure_blocks(asked.mib)
+        if not asked.only_store:
+            shared = stewards.measure_sharing(asked.mib)
+            harness.print_table(["three stewards, two copies", "figure"], [list(one) for one in shared.items()])
+            figures |= shared
+    harness.print_result("share", figures, ("cryptography", "ray"))
 
 
 if __name__ == "__main__":
