@@ -350,6 +350,27 @@ def test_an_older_block_that_was_put_back_is_refused(tell: Callable[..., None]) 
     tell(story)
 
 
+def test_another_content_under_the_same_version_is_not_the_one_on_record(tell: Callable[..., None]) -> None:
+    """Signed by a member, and sound in itself: as from a machine that was restored with its voters."""
+
+    async def story(there: Machines) -> None:
+        first, second = (await share(there, "a", b"on record")).copies
+        block = await there.block("a")
+        third = next(node for node in NODES if node not in (first, second))
+        with there.stewards[third].store.write(block) as draft:
+            draft.feed(b"another")
+            draft.commit()
+        another = there.file(third, block).read_bytes()
+        for _ in range(2):
+            there.file(first, block).write_bytes(another)
+            assert await opened(there, first, "a") == b"on record"
+            there.file(first, block).write_bytes(another)
+            assert await there.stewards[first].scrub() == 1
+            assert there.file(first, block).read_bytes() == there.file(second, block).read_bytes()
+
+    tell(story)
+
+
 def test_a_reader_whose_steward_dies_goes_on_at_another(tell: Callable[..., None]) -> None:
     async def story(there: Machines) -> None:
         text = bytes(range(256)) * 20_000

@@ -1,4 +1,4 @@
-"""What sharing between machines costs, and what it survives: three stewards as Ray actors, each on a disk of its own."""
+"""What sharing between machines costs, and what it survives: three stewards as Ray actors, each with its own disk."""
 
 import asyncio
 import contextlib
