@@ -344,11 +344,14 @@ class Steward:
         return self._keep(await asyncio.to_thread(self.store.send, block), block)
 
     async def piece(self, handle: str, number: int) -> bytes:
-        """The next one, numbered from 0; empty after the last."""
+        """The next one, numbered from 0; empty after the last, and then it is closed."""
         stream = self._stream(handle, Reading)
         async with stream.lock:
             self._advance(stream, number)
-            return await asyncio.to_thread(next, stream.pieces, b"")
+            piece = await asyncio.to_thread(next, stream.pieces, b"")
+        if not piece:
+            await self.close(handle)
+        return piece
 
     async def close(self, handle: str) -> None:
         """Whatever it is, it is over."""
