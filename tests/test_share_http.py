@@ -2,14 +2,21 @@
 
 import asyncio
 import json
+import socket
+import sys
+import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from starlette.types import Message
 
-from tests.conftest import Door
+from deployments import cli
+from deployments.gateway import build
+from tests.conftest import Door, open_front, open_house
 
 MIB = 2**20
 
@@ -211,3 +218,72 @@ def test_operators_see_who_keeps_what(door: Door, headers: dict[str, str]) -> No
     assert door.client.post("/sharing/keys", json={"tenant": "nobody"}, headers=headers).status_code == 404
     assert door.client.delete("/sharing/stewards/local", headers=headers).status_code == 409
     assert door.client.delete("/sharing/stewards/gone", headers=headers).status_code == 404
+
+
+# The command line
+
+
+@pytest.fixture
+def nexus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Run `nexus share …` against a front door of its own, on a port: exit code, what it printed and complained of."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["nexus", "share", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    (tmp_path / "home").mkdir(mode=0o700)
+    with open_house() as house, open_front(house, tmp_path / "home") as lent, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = uvicorn.Server(uvicorn.Config(build(lent), lifespan="off", log_config=None))
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        serving.start()
+        monkeypatch.setenv("NEXUS_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.setenv("NEXUS_API_KEY", lent.keys.create("operator")[0])
+        monkeypatch.setenv("NEXUS_HOME", str(tmp_path / "elsewhere"))
+        yield run
+        server.should_exit = True
+        serving.join()
+
+
+def test_a_file_goes_there_and_back_by_the_command_line(
+    nexus: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    assert nexus("status")[1].startswith("  shared       0 blocks, 0.0 MiB, 2 copies wanted\n")
+    sent, back = tmp_path / "scan.bin", tmp_path / "back.bin"
+    sent.write_bytes(bytes(range(256)) * 10_000)
+    code, out, _ = nexus("put", sent, "--metadata", '{"robot_id": "r7"}', "--media-type", "image/png", "--json")
+    told = json.loads(out)
+    assert (code, told["data_id"], told["metadata"]) == (0, "scan.bin", {"robot_id": "r7"})
+    assert nexus("get", "scan.bin", back)[0] == 0 and back.read_bytes() == sent.read_bytes()
+    assert "scan.bin: version" in nexus("list")[1] and "1 of 2 copies (local)" in nexus("list")[1]
+    assert [block["media_type"] for block in json.loads(nexus("list", "--json")[1])] == ["image/png"]
+    assert "local        here, 1 copies" in nexus("status")[1]
+    assert nexus("scrub")[1] == "0 copies were damaged\n"
+    assert nexus("rotate")[1].startswith("the blocks of default are sealed under key ")
+    assert nexus("delete", "scan.bin")[1] == "deleted scan.bin: 1 of 1 copies are erased\n"
+    assert nexus("list")[1] == ""
+
+
+def test_what_the_command_line_cannot_do_it_says_in_a_line(
+    nexus: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.bin"
+    kept.write_bytes(b"kept")
+    for arguments, words in (
+        (("get", "nowhere", kept), "no such block"),
+        (("get", "nowhere", tmp_path / "no" / "folder"), "cannot be written"),
+        (("put", tmp_path / "nowhere"), "cannot be read"),
+        (("put", kept, "--id", "-x"), "data_id"),
+        (("put", kept, "--metadata", "[]"), "JSON object"),
+        (("delete", "nowhere"), "no such block"),
+        (("forget", "nowhere"), "no steward is called"),
+    ):
+        code, _, complaint = nexus(*arguments)
+        assert (code, words in complaint, "Traceback" in complaint) == (1, True, False), (arguments, complaint)
+    assert kept.read_bytes() == b"kept" and sorted(tmp_path.glob("*.new")) == []

@@ -204,9 +204,22 @@ def test_a_killed_part_comes_back_and_no_document_is_lost(nexus: Running, part: 
         http.delete(f"/rag/documents/{found['document_id']}").raise_for_status()
 
 
-def test_down_and_up_keep_documents_sessions_and_keys(nexus: Running) -> None:
+def test_a_block_goes_there_and_back_and_outlives_its_steward(nexus: Running, http: httpx.Client) -> None:
+    content, said = os.urandom(5 * 2**20 + 7), {"x-nexus-metadata": '{"robot_id": "r7"}', "content-type": "image/png"}
+    answer = http.put("/share/scan", content=content, headers=said)
+    assert answer.status_code == 201 and (answer.json()["copies"], answer.json()["wanted"]) == (1, 2), answer.text
+    (steward,) = nexus.processes("StewardProcess")
+    steward.kill()
+    until(120, lambda: http.get("/share/scan").content == content)
+    assert http.head("/share/scan").headers["x-nexus-metadata"] == '{"robot_id":"r7"}'
+    assert 'mcp_data_shared_total{data_type="data",node_id="local"} 1.0' in http.get("/metrics").text
+    assert "1 blocks, 5.0 MiB" in nexus.must("status")
+
+
+def test_down_and_up_keep_documents_sessions_keys_and_blocks(nexus: Running) -> None:
     key = nexus.must("key", "create", "kept").strip()
     with nexus.http() as http:
+        http.put("/share/kept", content=b"kept").raise_for_status()
         http.post("/mcp/kept/add_context", json={"content": "The robot is HX-3."}).raise_for_status()
         before = http.get("/rag/documents?limit=1000").json()
     instance = nexus.instance
@@ -218,6 +231,7 @@ def test_down_and_up_keep_documents_sessions_and_keys(nexus: Running) -> None:
     with httpx.Client(base_url=nexus.url, headers={"x-api-key": key}, trust_env=False) as http:
         assert http.get("/rag/documents?limit=1000").json() == before
         assert http.get("/mcp/kept/get_context").json()["context"] == "The robot is HX-3."
+        assert http.get("/share/kept", timeout=60).content == b"kept"
         found = http.post("/rag/search", json={"query": "wheel nut torque"}).json()["hits"]
     assert found and "wheel" in found[0]["text"].lower()
 
