@@ -33,6 +33,7 @@ NAMESPACE = "nexus"
 NAME = "nexus-steward-"  # and the machine
 START_SECONDS = 60.0
 AGAIN_SECONDS = 0.5  # after a disk that is in use yet, or voters that are away
+REFUSED_SECONDS = 10.0  # between two looks at what an operator has to put right
 PENDING_CALLS = 1_000
 LONGEST_SECONDS = 60.0  # of a call
 OF_WHOLE_BLOCKS = frozenset({"finish", "take", "open", "settle"})  # which take longer, the longer the block
@@ -45,7 +46,7 @@ ASKED = OF_WHOLE_BLOCKS | {
 class StewardProcess:
     """One steward. Made, as an actor is, inside a running event loop.
 
-    Where its disk or its keys are not as they have to be it takes no part, and its log says why.
+    While its disk or its keys are not as they have to be it takes no part, and its log says why.
     """
 
     def __init__(self, node: str, home: str, is_first: bool, key: str | None, settings: Settings) -> None:
@@ -69,7 +70,7 @@ class StewardProcess:
                 await asyncio.sleep(AGAIN_SECONDS)
             except OperatorError as error:
                 log.critical("the steward of %s takes no part: %s", self._node, error.message)
-                return
+                await asyncio.sleep(REFUSED_SECONDS)
         await self._steward.run()
 
     def _end(self, life: "asyncio.Task[None]") -> None:

@@ -10,6 +10,7 @@ A steward is a member from when it first came (`share/stewards/<node>`), and is 
 under the cluster key by whoever put them (nexus/keyring.py): the voters can neither read nor forge them.
 """
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -150,10 +151,11 @@ class Directory:
         return await self.voters.delete(f"{STEWARDS}{node}")
 
     async def view(self) -> View:
-        members = {key.removeprefix(STEWARDS) for key, _, _ in await self.voters.range(STEWARDS)}
-        living = {key.removeprefix(ALIVE) for key, _, _ in await self.voters.range(ALIVE)}
-        drained = {key.removeprefix(DRAINED) for key, _, _ in await self.voters.range(DRAINED)}
-        return View(frozenset(members), frozenset(living), frozenset(drained))
+        members, living, drained = await asyncio.gather(*map(self._names, (STEWARDS, ALIVE, DRAINED)))
+        return View(members, living, drained)
+
+    async def _names(self, prefix: str) -> frozenset[str]:
+        return frozenset(key.removeprefix(prefix) for key, _, _ in await self.voters.range(prefix))
 
 
 def _key(tenant: str, data_id: str) -> str:

@@ -357,6 +357,8 @@ def test_another_content_under_the_same_version_is_not_the_one_on_record(tell: C
         first, second = (await share(there, "a", b"on record")).copies
         block = await there.block("a")
         third = next(node for node in NODES if node not in (first, second))
+        for steward in there.stewards.values():
+            await steward.learn()
         with there.stewards[third].store.write(block) as draft:
             draft.feed(b"another")
             draft.commit()
@@ -367,6 +369,7 @@ def test_another_content_under_the_same_version_is_not_the_one_on_record(tell: C
             there.file(first, block).write_bytes(another)
             assert await there.stewards[first].scrub() == 1
             assert there.file(first, block).read_bytes() == there.file(second, block).read_bytes()
+        assert there.stewards[first]._refused == {"block_stale": 4}
 
     tell(story)
 
