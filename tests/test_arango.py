@@ -400,6 +400,20 @@ def test_turns_of_a_session_keep_their_order_whoever_adds_them(store: arango.Ara
     assert store.clear_session("acme", "s") == 15 and store.turns("acme", "s") == []
 
 
+def test_turns_that_were_replaced_keep_their_place(store: arango.ArangoDocuments) -> None:
+    turns = [("context", f"{n}") for n in range(4)]
+    for role, content in turns:
+        store.add_turn("acme", "s", role, content)
+    for wrong in ([], turns[1:], [*turns, ("context", "5")], [("other", "0")]):
+        assert not store.replace_turns("acme", "s", wrong, ("summary", "x"))
+    assert not store.replace_turns("other", "s", turns[:1], None)
+    assert store.replace_turns("acme", "s", turns[:2], ("summary", "0 and 1"))
+    assert store.turns("acme", "s") == [("summary", "0 and 1"), *turns[2:]]
+    assert store.replace_turns("acme", "s", [("summary", "0 and 1")], None)
+    store.add_turn("acme", "s", "context", "last")
+    assert store.turns("acme", "s") == [*turns[2:], ("context", "last")]
+
+
 # ── the same answers as SQLite's ────────────────────────────────────────────────────────────────
 
 VALUES = st.one_of(
@@ -451,7 +465,7 @@ def two() -> Iterator[list[DocumentStore]]:
     double.stop()
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(condition=FILTERS)
 def test_a_filter_finds_the_same_in_both(two: list[DocumentStore], condition: Filter) -> None:
     one, other = (store.matching("default", ALICE, condition, 99, 100) for store in two)

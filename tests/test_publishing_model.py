@@ -19,9 +19,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from nexus import failpoints
 from nexus.errors import Fenced, InvalidRequest, NotFound
 from nexus.failpoints import FailpointReached
-from nexus.stores import memory, sqlite
+from nexus.stores import arango, memory, sqlite
 from nexus.types import SearchRequest
 from tests.conftest import ALICE, House, build_house
+from tests.document_stores import SERVER, place
 
 NAMES = ("a", "b", "c")
 TEXTS = ("one", "two", "three")
@@ -42,12 +43,15 @@ def crashing(point: str | None) -> Iterator[None]:
 
 
 class Publishing(RuleBasedStateMachine):
+    store, module = "disk", sqlite
     attempts = Bundle("attempts")
 
     @initialize()
     def open(self) -> None:
-        sqlite.RETIRE_SECONDS = 0.0  # whoever stages a version that is being removed takes it over at once
+        self.module.RETIRE_SECONDS = 0.0  # whoever stages a version that is being removed takes it over at once
         self.home = Path(tempfile.mkdtemp())
+        self.place = place(self.store, self.home)
+        self.open_store = self.place.__enter__()
         self.vectors = memory.open("memory:")
         self._reopen()
         self.house.hades.begin(self.house.describe("nothing yet", ["x"]))
@@ -56,13 +60,14 @@ class Publishing(RuleBasedStateMachine):
         self.horizon = 0
 
     def _reopen(self) -> None:
-        self.house: House = build_house(sqlite.open("sqlite:", home=self.home), self.vectors)
+        self.house: House = build_house(self.open_store(), self.vectors)
 
     def teardown(self) -> None:
         if hasattr(self, "house"):
-            sqlite.RETIRE_SECONDS = RETIRE_SECONDS
+            self.module.RETIRE_SECONDS = RETIRE_SECONDS
             self.house.retriever.close()
             self.house.hades.documents.close()
+            self.place.__exit__(None, None, None)
             shutil.rmtree(self.home)
 
     def _step(self, **changes: str | None) -> None:
@@ -162,3 +167,11 @@ class Publishing(RuleBasedStateMachine):
 
 TestPublishing = Publishing.TestCase
 TestPublishing.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+class PublishingOverArango(Publishing):
+    store, module = ("arango server" if SERVER else "arango"), arango
+
+
+TestPublishingOverArango = PublishingOverArango.TestCase
+TestPublishingOverArango.settings = settings(max_examples=5, stateful_step_count=12, deadline=None)

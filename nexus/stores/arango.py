@@ -201,6 +201,10 @@ CLEAR_SESSION = """
     FOR t IN turns FILTER t.session == @session
     REMOVE t IN turns OPTIONS {exclusive: true, waitForSync: true}
     RETURN OLD._key"""
+FIRST_TURNS = """
+    FOR t IN turns FILTER t.session == @session SORT t.ordinal LIMIT @number
+    RETURN {key: t._key, role: t.role, text: t.text}"""
+REPLACE_TURN = "UPDATE @key WITH {role: @role, text: @text} IN turns"
 REMOVE_TURNS = "FOR key IN @keys REMOVE key IN turns"
 
 # A walk of the graph: three steps at most, each from the documents that the one before reached first.
@@ -515,6 +519,22 @@ class ArangoDocuments:
     def turns(self, tenant: str, session_id: str) -> list[tuple[str, str]]:
         rows = self._database.aql(TURNS, session=_session(tenant, session_id))
         return [(row["role"], row["text"]) for row in rows]
+
+    def replace_turns(
+        self, tenant: str, session_id: str, first: Sequence[tuple[str, str]], replacement: tuple[str, str] | None
+    ) -> bool:
+        def move(transaction: Transaction) -> bool:
+            session = _session(tenant, session_id)
+            found = transaction.aql(FIRST_TURNS, session=session, number=len(first))
+            if not first or [(row["role"], row["text"]) for row in found] != list(first):
+                return False
+            keys = [row["key"] for row in found]
+            if replacement is not None:  # in the place of the last of them
+                transaction.aql(REPLACE_TURN, key=keys.pop(), role=replacement[0], text=replacement[1])
+            transaction.aql(REMOVE_TURNS, keys=keys)
+            return True
+
+        return self._database.write(move, exclusive=["turns"])
 
     def clear_session(self, tenant: str, session_id: str) -> int:
         return len(self._database.aql(CLEAR_SESSION, session=_session(tenant, session_id)))
