@@ -7,6 +7,7 @@ decides something is compared as hexadecimal digits (`digest`, or `binary`), nev
 """
 
 import logging
+import math
 import os
 import random
 import re
@@ -25,6 +26,7 @@ from arango.exceptions import ArangoError, ArangoServerError
 from arango.http import DefaultHTTPClient
 
 from nexus.errors import ConfigError, Conflict, NexusError, Unavailable, UpstreamInvalid
+from nexus.filters import KEY, MAX_VALUE_CHARACTERS, Combine, Compare, Filter
 
 log = logging.getLogger("nexus.arangodb")
 
@@ -44,6 +46,7 @@ LOCKED, SECOND_OF_ITS_KIND = 18, 1210
 LOST = {29, 1200, 1654, 1655}  # a deadlock, a write-write conflict, a transaction that the server gave up
 AWAY = {503, 1500, 21003}  # shutting down, the query was killed, its queue is full
 
+COMPARISONS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 MIGRATED = "FOR s IN schema FILTER s._key == @key RETURN s.version"
 MIGRATE = """
     LET known = (FOR s IN schema FILTER s._key == @key RETURN s.version)
@@ -294,11 +297,6 @@ def _pause(attempt: int) -> None:
     time.sleep(random.uniform(0, PAUSE_SECONDS * 2**attempt))
 
 
-def binary(text: str) -> str:
-    """Hexadecimal digits that compare as the bytes of the text do, by the rules of any language."""
-    return text.encode(errors="surrogatepass").hex()
-
-
 def create_database(administrator: str, address: str) -> None:
     """Make the database of this address and its user, who may do everything there and nothing elsewhere.
 
@@ -321,10 +319,61 @@ def create_database(administrator: str, address: str) -> None:
         by.close()
 
 
-if __name__ == "__main__":
+# ── conditions ──────────────────────────────────────────────────────────────────────────────────
+
+
+def condition_of(condition: Filter, values: dict[str, object]) -> str:
+    """AQL for a filter tree over `v.facts`, made by `facts_of`; every key and value becomes a bound parameter."""
+    if isinstance(condition, Combine):
+        joint = " && " if condition.every else " || "
+        return joint.join(f"({condition_of(part, values)})" for part in condition.parts)
+    return _comparison(condition, values)
+
+
+def _comparison(compare: Compare, values: dict[str, object]) -> str:
+    def bind(value: object) -> str:
+        name = f"p{len(values)}"
+        values[name] = value
+        return f"@{name}"
+
+    left = f"v.facts[{bind(compare.key)}]"
+    right = [_fact(value) for value in compare.values]
+    if compare.operator in ("in", "nin", "eq", "ne"):
+        return f"{left} {'NOT IN' if compare.operator in ('nin', 'ne') else 'IN'} {bind(right)}"
+    kind = "IS_STRING" if isinstance(right[0], str) else "IS_NUMBER"
+    return f"{kind}({left}) && {left} {COMPARISONS[compare.operator]} {bind(right[0])}"
+
+
+def facts_of(values: Mapping[str, object]) -> dict[str, object]:
+    """What a filter may ask: those of the values that are a text, a number or a boolean, under a key it can name."""
+    found = {key: _fact(value) for key, value in values.items() if KEY.fullmatch(key)}
+    return {key: fact for key, fact in found.items() if fact is not None}
+
+
+def _fact(value: object) -> str | float | None:
+    """Numbers and booleans as they are; a text so that it compares byte by byte, as far as a filter can tell."""
+    if isinstance(value, str):
+        return binary(value[: MAX_VALUE_CHARACTERS + 1])
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return float(value) if value.bit_length() < 1024 else None
+    return value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
+
+
+def binary(text: str) -> str:
+    """Hexadecimal digits that compare as the bytes of the text do, by the rules of any language."""
+    return text.encode(errors="surrogatepass").hex()
+
+
+def _main() -> None:
+    named = ("ARANGO_ADMINISTRATOR", "NEXUS_STORES__DOCUMENTS")
+    given = [os.environ.get(name, "") for name in named]
+    if not all(given):
+        sys.exit(f"set {' and '.join(named)} to addresses: arango://USER:PASSWORD@HOST:8529/DATABASE")
     try:
-        create_database(os.environ["ARANGO_ADMINISTRATOR"], os.environ["NEXUS_STORES__DOCUMENTS"])
-    except KeyError as missing:
-        sys.exit(f"set {missing.args[0]} to an address: arango://USER:PASSWORD@HOST:8529/DATABASE")
+        create_database(*given)
     except NexusError as error:
         sys.exit(error.message)
+
+
+if __name__ == "__main__":
+    _main()

@@ -2,6 +2,9 @@
 
 import base64
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +185,18 @@ def test_an_administrator_makes_the_database_and_a_user_who_may_do_nothing_elsew
     assert set(double.databases) == {"_system", "nexus"} and set(double.users) == {"root", "nexus"}
     with pytest.raises(ConfigError, match="another ArangoDB server"):
         create_database("arango://root@elsewhere/db", address)
+
+
+def test_the_command_makes_them_and_says_what_it_lacks(double: ArangoDouble) -> None:
+    given = {
+        "ARANGO_ADMINISTRATOR": double.address("any"),
+        "NEXUS_STORES__DOCUMENTS": double.address("nexus", "n", "p"),
+    }
+    command = [sys.executable, "-m", "nexus.arangodb"]
+    done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and double.users["n"].grants == {"nexus": "rw"}
+    lacking = subprocess.run(command, capture_output=True, text=True)
+    assert lacking.returncode == 1 and "set ARANGO_ADMINISTRATOR" in lacking.stderr
 
 
 # ── its form ────────────────────────────────────────────────────────────────────────────────────

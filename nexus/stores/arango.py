@@ -23,10 +23,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nexus.arangodb import ArangoDatabase, Table, Transaction, binary
+from nexus.arangodb import ArangoDatabase, Table, Transaction, condition_of, facts_of
 from nexus.errors import Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
-from nexus.filters import KEY, MAX_VALUE_CHARACTERS, Combine, Compare, Filter
+from nexus.filters import Filter
 from nexus.ports import Collection, Deletion, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of, digest
 
@@ -252,8 +252,6 @@ CONNECTED = (
     RETURN [found.id, found.hops, found.shared]"""
 )
 
-COMPARISONS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
-
 
 def open(
     address: str, *, home: Path | None = None, shared_metadata: Sequence[str] = ("robot_id",)
@@ -427,7 +425,7 @@ class ArangoDocuments:
 
     def matching(self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int) -> list[str]:
         values: dict[str, object] = {**_who_in(principal, collection), "as_of": as_of, "limit": limit}
-        where = _condition(condition, values)
+        where = condition_of(condition, values)
         return self._database.aql(f"{MATCHING}({where}){FIRST_MATCHING}", **values)
 
     def verdicts(
@@ -754,47 +752,6 @@ class _Records:
                 self.deletions[key] = {**row, **more}
 
 
-# ── conditions ──────────────────────────────────────────────────────────────────────────────────
-
-
-def _condition(condition: Filter, values: dict[str, object]) -> str:
-    """AQL for a filter tree; every key and value becomes a bound parameter."""
-    if isinstance(condition, Combine):
-        joint = " && " if condition.every else " || "
-        return joint.join(f"({_condition(part, values)})" for part in condition.parts)
-    return _comparison(condition, values)
-
-
-def _comparison(compare: Compare, values: dict[str, object]) -> str:
-    def bind(value: object) -> str:
-        name = f"p{len(values)}"
-        values[name] = value
-        return f"@{name}"
-
-    left = f"v.facts[{bind(compare.key)}]"
-    right = [_fact(value) for value in compare.values]
-    if compare.operator in ("in", "nin", "eq", "ne"):
-        return f"{left} {'NOT IN' if compare.operator in ('nin', 'ne') else 'IN'} {bind(right)}"
-    kind = "IS_STRING" if isinstance(right[0], str) else "IS_NUMBER"
-    return f"{kind}({left}) && {left} {COMPARISONS[compare.operator]} {bind(right[0])}"
-
-
-def _facts(document: Document) -> dict[str, object]:
-    """What a filter may ask of a document: its metadata that have one value, and its own names, which win."""
-    known = {key: _fact(value) for key, value in document.metadata.items() if KEY.fullmatch(key)}
-    own = {"source": document.source, "title": document.title, "media_type": document.media_type}
-    return {key: fact for key, fact in known.items() if fact is not None} | {k: _fact(v) for k, v in own.items()}
-
-
-def _fact(value: object) -> str | float | None:
-    """Numbers and booleans as they are; a text so that it compares byte by byte, as far as a filter can tell."""
-    if isinstance(value, str):
-        return binary(value[: MAX_VALUE_CHARACTERS + 1])
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        return float(value) if value.bit_length() < 1024 else None
-    return value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
-
-
 # ── records and values ──────────────────────────────────────────────────────────────────────────
 
 
@@ -862,6 +819,12 @@ def _document(row: Row) -> Document:
         readers=frozenset(row["readers"]), size=row["size"], chunks=row["chunks"], opened=span["opened"],
         closed=span["closed"], created_at=row["created_at"],
     )  # fmt: skip
+
+
+def _facts(document: Document) -> dict[str, object]:
+    """What a filter may ask of a document: its metadata that have one value, and its own names, which win."""
+    own = {"source": document.source, "title": document.title, "media_type": document.media_type}
+    return facts_of({**document.metadata, **own})
 
 
 def _edge(vertex: str, document_id: str, place: str, kind: str, target: str) -> Row:
