@@ -248,6 +248,14 @@ def test_two_current_versions_of_one_document_are_impossible(house: House, doubl
         )
 
 
+def test_of_what_is_purged_only_its_fence_and_receipt_are_left(house: House, double: ArangoDouble) -> None:
+    document = house.put("a.txt", "gripper", "wheel", metadata={"robot_id": "HX-3"})
+    house.hades.delete([document.document_id], ALICE)
+    house.hades.vacuum(-1, -1)
+    left = {name for name, table in double.databases["nexus"].tables.items() if table.rows}
+    assert left == {"schema", "collections", "sequences", "fences", "deletions"}
+
+
 # ── transactions ────────────────────────────────────────────────────────────────────────────────
 
 

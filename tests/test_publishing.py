@@ -109,6 +109,14 @@ def test_a_version_with_chunks_missing_is_not_published(house: House) -> None:
         house.hades.publish([(document, epoch)])
 
 
+def test_staging_a_version_again_leaves_no_chunk_of_the_first_time(house: House) -> None:
+    document = house.describe("a.txt", ["one", "two"])
+    house.stage(document, ["one", "two"])
+    shorter = replace(document, chunks=1)
+    (published,) = house.hades.publish([(shorter, house.stage(shorter, ["one"]))])
+    assert len(house.hades.documents.chunk_ids_of(published.document_id, published.version)) == published.chunks == 1
+
+
 def test_deleted_is_gone_at_once_but_not_from_the_past(house: House) -> None:
     document = house.put("a.txt", "gripper manual")
     (gone,) = house.hades.delete([document.document_id], ALICE)
@@ -138,6 +146,14 @@ def test_readers_limit_who_sees_a_document(house: House) -> None:
     house.put("b.txt", "gripper for all")
     assert set(found(house, "gripper")) == {"gripper for alice", "gripper for all"}
     assert found(house, "gripper", BOB) == ["gripper for all"]
+
+
+def test_where_readers_have_nobody_in_common_the_past_is_nobodys(house: House) -> None:
+    house.put("a.txt", "gripper old", readers=frozenset({"alice"}))
+    house.put("a.txt", "gripper new", readers=frozenset({"bob"}))
+    carol = Principal("acme", "carol")
+    assert [found(house, "gripper", who, as_of=1) for who in (ALICE, BOB, carol)] == [[], [], []]
+    assert [found(house, "gripper", who) for who in (ALICE, BOB, carol)] == [[], ["gripper new"], []]
 
 
 def test_the_same_source_in_two_tenants_is_two_documents(house: House) -> None:
