@@ -127,6 +127,15 @@ def test_deleted_is_gone_at_once_but_not_from_the_past(house: House) -> None:
         house.hades.delete([document.document_id], ALICE)
 
 
+def test_a_receipt_is_complete_when_nothing_older_is_left(house: House) -> None:
+    documents, made = house.hades.documents, [house.put("a.txt", text) for text in ("one", "two", "three")]
+    house.hades.delete([made[0].document_id], ALICE)
+    for purged, document in enumerate(made, 1):
+        assert documents.retire(document, float("inf"), float("inf")) is not None and documents.purge(document)
+        (receipt,) = documents.deletions(ALICE, document.document_id, 5)
+        assert (receipt.versions, receipt.chunks, receipt.purged_at is None) == (purged, purged, purged < 3)
+
+
 def test_another_tenant_sees_nothing_and_can_delete_nothing(house: House) -> None:
     document = house.put("a.txt", "gripper secret")
     with pytest.raises(NotFound):
