@@ -5,13 +5,17 @@ every file is wanted on the tier that its number and t say, and every tenth has 
 """
 
 import hashlib
+import multiprocessing
 import os
 import random
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from nexus.failpoints import POINTS
 from nexus.homes import Homes
-from nexus.policy import Rule, converge, parse_rule, plan
+from nexus.policy import BATCH, Rule, converge, parse_rule, plan
 from nexus.registry import open_tier
 from nexus.types import StoredFile, content_digest
 
@@ -128,11 +132,45 @@ def wanted_home(file: StoredFile, turn: int) -> str:
     return TIERS[(turn + number % 2) % 3]
 
 
+# ── processes ───────────────────────────────────────────────────────────────────────────────────
+
+POINTS_HERE = sorted(point for point in POINTS if point.startswith(("homes.", "policy.")))
 PER_FILE = ("homes.before_copy", "homes.inside_copy", "homes.after_copy")
+_forks = multiprocessing.get_context("forkserver")  # a process that has imported everything, and forks for each run
+_forks.set_forkserver_preload(["tests.housing", "nexus.tiers.filesystem"])
 
 
-def draw_death(dice: random.Random, points: list[str], files: int, batch: int) -> str:
-    """A failpoint at which a process dies somewhere in the first fifth of its work."""
-    point = dice.choice(points)
-    most = files // 5 if point in PER_FILE else max(1, files // batch // 5)
-    return f"{point}:kill@{dice.randint(1, most)}"
+def run(root: Path, turn: int, failpoint: str = "") -> int:
+    """Exit code of a process that converges in this turn; -9 where the failpoint killed it."""
+    testing = {"NEXUS_TESTING": "1", "NEXUS_FAILPOINT": failpoint} if failpoint else {}
+    process = _forks.Process(target=keep, args=(root, turn, testing))
+    process.start()
+    return _ended(process)
+
+
+def run_until_told(root: Path, turn: int, times: int) -> int:
+    """The same, killed from outside once it has told so often what it did, wherever it is by then."""
+    told, progress = multiprocessing.Pipe(duplex=False)
+    process = _forks.Process(target=keep, args=(root, turn, {}, progress))
+    process.start()
+    progress.close()
+    with suppress(EOFError):  # it is at its end
+        for _ in range(times):
+            told.recv()
+    process.kill()
+    return _ended(process)
+
+
+def kill_somewhere(root: Path, turn: int, files: int, dice: random.Random, from_outside: bool) -> int:
+    """Exit code of a process that dies in about the first fifth of its work."""
+    batches = max(1, files // BATCH // 5)
+    if from_outside:
+        return run_until_told(root, turn, dice.randint(1, batches))
+    point = dice.choice(POINTS_HERE)
+    return run(root, turn, f"{point}:kill@{dice.randint(1, files // 5 if point in PER_FILE else batches)}")
+
+
+def _ended(process: BaseProcess) -> int:
+    process.join(300)
+    assert process.exitcode is not None, "it does not end"
+    return process.exitcode
