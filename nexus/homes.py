@@ -19,13 +19,14 @@ Deletion is a switch to no home at all; what was indexed goes after it, and is k
 
 import fcntl
 import json
+import logging
 import mimetypes
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -83,6 +84,8 @@ MIGRATIONS = (
     ) STRICT, WITHOUT ROWID
     """,
 )
+
+log = logging.getLogger("nexus.homes")
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -256,15 +259,7 @@ class Homes(Database):
         tier = self.tiers.get(target)
         if tier is not None and _places(tier):
             return self._work("move", files, target, lambda batch: self._place(batch, target, "home"))
-        return self._work(
-            "move", files, target,
-            lambda batch: self._copy(
-                {
-                    key: [_Copy(kept, target, "home")] if kept.tier != target else []
-                    for key, kept in batch.items()
-                }
-            ),
-        )  # fmt: skip
+        return self._work("move", files, target, lambda batch: self._move(batch, target))
 
     def replicate(self, files: Sequence[StoredFile], targets: frozenset[str]) -> list[FileOutcome]:
         return self._work("replicate", files, ", ".join(sorted(targets)), lambda batch: self._replicate(batch, targets))
@@ -335,6 +330,16 @@ class Homes(Database):
 
     # ── copying ─────────────────────────────────────────────────────────────────────────────────
 
+    def _move(self, batch: Mapping[Key, _Kept], target: str) -> dict[Key, "_Fate"]:
+        fates = self._call_back(batch)
+        return fates | self._copy(
+            {
+                key: [_Copy(kept, target, "home")] if kept.tier != target else []
+                for key, kept in batch.items()
+                if key not in fates
+            }
+        )
+
     def _copy(self, wanted: Mapping[Key, Sequence[_Copy]]) -> dict[Key, "_Fate"]:
         """Make copies, and what they are for of them; a file that fails keeps what it has."""
         fates: dict[Key, _Fate] = dict.fromkeys(wanted, None)
@@ -356,7 +361,10 @@ class Homes(Database):
             else:
                 made.append(result)
         self._forget((copy.of.tenant, copy.of.path, copy.tier) for copy in failed)
-        self._finish(made)
+        try:
+            self._finish(made)
+        except NexusError as error:  # a tier went away just now; what is written down is gone on with later
+            fates.update({(copy.of.tenant, copy.of.path): error for copy in made})
         return fates
 
     def _copy_one(self, copy: _Copy) -> _Copy:
@@ -490,7 +498,10 @@ class Homes(Database):
             asked = [file for key in batch for file in _load(db, *key) if role == "replica" or file.home != target]
         if not asked:
             return fates
-        placements = cast(PlacingTier, self._tier(target)).place(asked, role)
+        try:
+            placements = cast(PlacingTier, self._tier(target)).place(asked, role)
+        except NexusError as error:
+            return {**fates, **{(file.tenant, file.path): error for file in asked}}
         for file, placement in zip(asked, placements, strict=True):
             if placement.state == "failed":
                 fates[file.tenant, file.path] = Unavailable(placement.reason or "the tier would not take it")
@@ -504,6 +515,24 @@ class Homes(Database):
         self._note_placements([replace(placement, tier=target) for placement in placements])
         return fates
 
+    def _call_back(self, keys: Iterable[Key]) -> dict[Key, "_Fate"]:
+        """Ask no placing tier any more for the homes of these files; returns those where that failed."""
+        with self._reading() as db:
+            asked = [
+                (*key, tier)
+                for key in keys
+                for (tier,) in db.execute(
+                    "SELECT tier FROM placements WHERE tenant = ? AND path = ? AND role = 'home'", key
+                ).fetchall()
+            ]
+        results = {(tenant, path): self._withdraw(tier, tenant, path, "home") for tenant, path, tier in asked}
+        with self._transaction() as db:
+            db.executemany(
+                "DELETE FROM placements WHERE tenant = ? AND path = ? AND role = 'home'",
+                [key for key, fate in results.items() if fate is None],
+            )
+        return {key: fate for key, fate in results.items() if fate is not None}
+
     def poll(self) -> list[FileOutcome]:
         """What tiers that place files by themselves have done since, or failed to do."""
         with self._working():
@@ -516,7 +545,11 @@ class Homes(Database):
                     for of, path, on, role, reference in rows
                     if on == tier
                 ]
-                looked = cast(PlacingTier, self.tiers[tier]).look(waiting)
+                try:
+                    looked = cast(PlacingTier, self.tiers[tier]).look(waiting)
+                except NexusError as error:  # the others may be there
+                    log.warning("tier %s cannot be asked how far it is: %s", tier, error)
+                    continue
                 ended += [replace(placement, tier=tier) for placement in looked if placement.state != "requested"]
             self._note_placements(ended)
         return [
@@ -590,11 +623,18 @@ class Homes(Database):
             ).fetchall()
         if not rows or self._indexer is None:
             return
+        gone = []
         for tenant, path, collection in rows:
-            with suppress(NotFound):
+            try:
                 self._indexer.remove(document_id_of(tenant, collection, SOURCE + path), _principal(tenant))
+            except NotFound:
+                pass  # it was never published, or is gone already
+            except NexusError as error:  # it stays written down
+                log.warning("what was indexed of a deleted file cannot be removed yet: %s", error)
+                continue
+            gone.append((tenant, path, collection))
         with self._transaction() as db:
-            db.executemany("DELETE FROM indexed WHERE tenant = ? AND path = ? AND collection = ?", rows)
+            db.executemany("DELETE FROM indexed WHERE tenant = ? AND path = ? AND collection = ?", gone)
 
     def _index(
         self, batch: Mapping[Key, _Kept], described: Mapping[Key, StoredFile], collection: str,
@@ -705,15 +745,36 @@ class Homes(Database):
             )
         return failed
 
-    def forget(self, tenant: str, path: str) -> None:
-        """Know nothing more of a file that is gone from its home. Raises NotFound, and Conflict where it is there."""
+    def forget(self, tenant: str, path: str) -> StoredFile | None:
+        """Give up the home of a file that is gone from there: a copy elsewhere is its home then, and is returned.
+
+        Where there is none, nothing is known of the file any more. Raises NotFound, and Conflict where the file is
+        there, held, or its copy is not whole.
+        """
         with self._working():
             file = self.file(tenant, path)
+            kept, fates = self._rows([file])
+            if fate := fates.get((tenant, path)):
+                raise cast(NexusError, fate)
             if self._tier(file.tier).find(tenant, path) is not None:
                 raise Conflict(f"file {path!a} is on tier {file.tier!r}; delete it by a policy, or there")
+            copies = sorted(tier for tier in file.replicas if not self._is_placing(tier))
+            if copies:
+                return self._promote(file, copies[0])
             if file.holds:
                 raise _held(sorted(file.holds))
-            self._delete({(tenant, path): _Kept(tenant, path, file.tier, "", file.size, file.checksum, 0.0)})
+            self._delete({(tenant, path): replace(kept[tenant, path], key="")})
+            return None
+
+    def _promote(self, file: StoredFile, tier: str) -> StoredFile:
+        of = (file.tenant, file.path)
+        found = self._tier(tier).find(*of)
+        if found is None or _digest(self._tier(tier).read(*of)) != file.checksum:
+            raise Conflict(f"the copy of {file.path!a} on tier {tier!r} is not whole")
+        with self._transaction() as db:
+            db.execute("UPDATE files SET tier = ?, key = ? WHERE tenant = ? AND path = ?", (tier, found.key, *of))
+            db.execute("DELETE FROM replicas WHERE tenant = ? AND path = ? AND tier = ?", (*of, tier))
+        return self.file(*of)
 
     def faults(self, tenant: str) -> list[str]:
         """Read every file wherever it is: what is not as it is written down, a line each."""
@@ -762,21 +823,19 @@ class Homes(Database):
     def _recover(self) -> None:
         with self._reading() as db:
             intents = db.execute("SELECT tenant, path, tier, step, role, key FROM intents").fetchall()
-            copying = [
-                (row, _kept(db, *row[:2])) for row in intents if row[3] == "copy" and row[2] in self.tiers
-            ]  # fmt: skip
+            reachable = [row for row in intents if row[2] in self.tiers]
+            copying = [(row, _kept(db, *row[:2])) for row in reachable if row[3] == "copy"]
         copies = [_Copy(kept, row[2], row[4]) for row, kept in copying if kept is not None]
         for start in range(0, len(copies), BATCH):
             batch = copies[start : start + BATCH]
             results = list(zip(batch, self._each(self._take_up, batch), strict=True))
             self._forget((copy.of.tenant, copy.of.path, copy.tier) for copy, result in results if result is None)
-            self._finish([result for _, result in results if isinstance(result, _Copy)])
+            try:
+                self._finish([result for _, result in results if isinstance(result, _Copy)])
+            except NexusError as error:  # a tier went away just now; other files need not wait for it
+                log.warning("what was begun with files cannot be gone on with yet: %s", error)
         self._remove(
-            [
-                _Needless(tenant, path, tier, key)
-                for tenant, path, tier, step, _, key in intents
-                if step == "remove" and tier in self.tiers
-            ]
+            [_Needless(tenant, path, tier, key) for tenant, path, tier, step, _, key in reachable if step == "remove"]
         )
         self._unindex()
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -156,6 +156,20 @@ def test_what_is_gone_is_forgotten_when_people_say_so(one: Place) -> None:
     assert one.homes.files("acme") == []
 
 
+def test_a_copy_becomes_the_home_of_what_is_gone_from_its_own(one: Place) -> None:
+    succeed(one.homes.replicate([one.file()], frozenset({"cold"})))
+    (one.root / "hot/acme/run.bag").unlink()
+    assert one.homes.scan("acme", "hot").missing == ("run.bag",)
+    one.put("cold", "run.bag", "rotten")
+    with pytest.raises(Conflict, match="not whole"):
+        one.homes.forget("acme", "run.bag")
+    one.put("cold", "run.bag")
+    file = one.homes.forget("acme", "run.bag")
+    assert file is not None and (file.tier, file.replicas) == ("cold", frozenset())
+    succeed(one.homes.move([file], "hot"))
+    assert one.there() == {"run.bag": ["hot"]} and one.homes.faults("acme") == []
+
+
 # ── moving ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -270,6 +284,36 @@ def test_a_tier_that_is_away_is_waited_for(one: Place, monkeypatch: pytest.Monke
     (one.root / "unmounted").rename(one.root / "hot")
     succeed(one.homes.move([one.file()], "warm"))
     assert one.there() == {"run.bag": ["warm"]} and one.intents() == 0
+
+
+def test_a_copy_outlives_a_power_cut_before_it_counts(one: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was written is synced before the switch, what was removed before that is forgotten."""
+    seen: list[tuple[str, str, int]] = []
+    for name, tier in one.homes.tiers.items():
+        settle = tier.settle
+
+        def noted(tenant: str, name: str = name, settle: Callable[[str], None] = settle) -> None:
+            settle(tenant)
+            seen.append((name, one.file().tier, one.intents()))
+
+        monkeypatch.setattr(tier, "settle", noted)
+    succeed(one.homes.move([one.file()], "cold"))
+    assert seen == [("cold", "hot", 1), ("hot", "cold", 1)] and one.intents() == 0
+
+
+def test_a_tier_that_goes_away_in_the_middle_is_told_and_made_good(one: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(tenant: str) -> None:
+        raise Unavailable("away")
+
+    monkeypatch.setattr(one.homes.tiers["cold"], "settle", away)
+    (outcome,) = one.homes.move([one.file()], "cold")
+    assert (outcome.status, outcome.reason) == ("failed", "away") and one.file().tier == "hot"
+    one.put("hot", "other.bag", "other")
+    one.homes.scan("acme", "hot")
+    succeed(one.homes.move([one.file("other.bag")], "warm"))  # others need not wait
+    monkeypatch.undo()
+    assert one.homes.recover() == 0
+    assert one.there() == {"run.bag": ["cold"], "other.bag": ["warm"]} and one.homes.faults("acme") == []
 
 
 def test_two_tiers_in_one_place_are_refused(tmp_path: Path) -> None:
@@ -474,6 +518,26 @@ def test_a_crash_between_delete_and_unindex_is_made_good(
     assert not found(house, "gripper") and place.there() == {"run.bag": ["hot"]}
 
 
+def test_an_index_that_is_away_is_waited_for_and_nothing_else_is(
+    indexed: tuple[House, Place], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house, place = indexed
+    place.put("hot", "good.txt", "The gripper jams.")
+    place.homes.scan("acme", "hot")
+    succeed(place.homes.index([place.file("good.txt")], "default", None))
+
+    def away(*_: object) -> None:
+        raise Unavailable("away")
+
+    monkeypatch.setattr(house.hades, "delete", away)
+    succeed(place.homes.delete([place.file("good.txt")]))
+    succeed(place.homes.move([place.file()], "cold"))
+    assert found(house, "gripper") and place.there() == {"run.bag": ["cold"]}
+    monkeypatch.undo()
+    place.homes.recover()
+    assert not found(house, "gripper")
+
+
 def test_without_an_index_nothing_is_indexed(one: Place) -> None:
     (outcome,) = one.homes.index([one.file()], "default", None)
     assert outcome.status == "failed" and one.file().indexed == {}
@@ -558,6 +622,35 @@ def test_a_placing_tier_that_fails_is_asked_again_by_the_next_plan(share: tuple[
     placing.says = "failed"
     assert [(one.status, one.reason) for one in place.homes.poll()] == [("failed", "no room")]
     assert place.file().home == "hot" and plan([SINK], place.homes.files("acme"), NOW).actions
+
+
+def test_what_is_on_its_way_is_called_back(share: tuple[Place, Placing]) -> None:
+    place, placing = share
+    place.homes.move([place.file()], "share")
+    back = parse_rule({"name": "back", "actions": [{"type": "move", "target": "hot"}]})
+    succeed(converge(plan([back], place.homes.files("acme"), NOW), place.homes))
+    assert placing.withdrawn == [("run.bag", "home")] and place.file().home == "hot"
+    assert plan([back], place.homes.files("acme"), NOW) == Plan() and place.homes.poll() == []
+
+
+def test_a_placing_tier_that_is_away_fails_its_files_and_no_others(
+    share: tuple[Place, Placing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, placing = share
+
+    def away(*_: object) -> list[Placement]:
+        raise Unavailable("away")
+
+    place.homes.move([place.file()], "share")
+    for call in ("place", "look", "withdraw"):
+        monkeypatch.setattr(placing, call, away)
+    assert place.homes.poll() == [] and place.file().bound_for == "share"
+    (outcome,) = place.homes.move([place.file()], "hot")
+    assert (outcome.status, outcome.reason) == ("failed", "away") and place.file().bound_for == "share"
+    place.put("hot", "other.bag", "other")
+    place.homes.scan("acme", "hot")
+    (outcome,) = place.homes.move([place.file("other.bag")], "share")
+    assert (outcome.status, outcome.code) == ("failed", "unavailable")
 
 
 def test_a_move_to_the_disk_that_a_share_is_mounted_from_loses_nothing(share: tuple[Place, Placing]) -> None:
