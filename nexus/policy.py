@@ -119,26 +119,56 @@ def _batches(action: Action, files: Sequence[StoredFile]) -> Iterable[Action]:
 
 
 def _decide(rules: Sequence[Rule], file: StoredFile, now: float, tiers: Sequence[str]) -> _Decided:
-    """Follow the rules from the file as it is to where nothing changes any more."""
-    state, path, applied = file, [file], list[Action]()
+    """Follow the rules from the file as it is to where nothing changes any more, and go there by the shortest way.
+
+    That may lead elsewhere: a move to where a copy is makes a home of the copy, and one that is left out does not. Then
+    the rules are followed from there, until what is done leads to where the rules rest.
+    """
+    applied, circle = list[Action](), [file]
     while True:
-        step = _choose(rules, state, now)
-        before, changing = state, list[Action]()
-        for action in sorted(step.actions, key=lambda action: action.order):
-            after = action.effect(state, tiers)
-            if after != state and not action.destroys:
-                changing.append(action)
-            state = state if action.destroys else after
-        if state == before:
+        step, state, path = _follow(rules, circle[-1], now, tiers, applied)
+        if state is None:
+            return _undisputed(file, applied, path, rules, now, tiers)
+        actions = _shortest(applied, file, state)
+        reached = _after(actions, file, tiers)
+        if reached == state:
             break
-        applied += changing
-        if state in path:
-            return _undisputed(file, state, applied, path[path.index(state) :], rules, now, tiers)
-        path.append(state)
+        if reached in circle:
+            return _undisputed(file, applied, [*circle, *path], rules, now, tiers)
+        circle.append(reached)
     destroying = [action for action in step.actions if action.destroys]
     step.withheld = [(action, why) for action, why in step.withheld if _would_do(action, state, tiers)]
-    step.actions = destroying[:1] if destroying else _shortest(applied, file, state)
+    step.actions = destroying[:1] or actions
     return step
+
+
+def _follow(
+    rules: Sequence[Rule], file: StoredFile, now: float, tiers: Sequence[str], applied: list[Action]
+) -> tuple[_Decided, StoredFile | None, list[StoredFile]]:
+    """Where the rules lead from a file, what they want there, and the way; None, and the circle, if they never rest.
+
+    `applied` gets the actions that change something, in order.
+    """
+    state, path = file, [file]
+    while True:
+        step = _choose(rules, state, now)
+        before = state
+        for action in sorted(step.actions, key=lambda action: action.order):
+            after = state if action.destroys else action.effect(state, tiers)
+            if after != state:
+                applied.append(action)
+            state = after
+        if state == before:
+            return step, state, path
+        if state in path:
+            return step, None, path[path.index(state) :]
+        path.append(state)
+
+
+def _after(actions: Iterable[Action], file: StoredFile, tiers: Sequence[str]) -> StoredFile:
+    for action in sorted(actions, key=lambda action: action.order):
+        file = action.effect(file, tiers)
+    return file
 
 
 def _would_do(action: Action, state: StoredFile, tiers: Sequence[str]) -> bool:
@@ -157,16 +187,14 @@ def _shortest(applied: Iterable[Action], before: StoredFile, after: StoredFile) 
 
 
 def _undisputed(
-    file: StoredFile, state: StoredFile, applied: Sequence[Action], circle: Sequence[StoredFile],
-    rules: Sequence[Rule], now: float, tiers: Sequence[str],
+    file: StoredFile, applied: Sequence[Action], circle: Sequence[StoredFile], rules: Sequence[Rule], now: float,
+    tiers: Sequence[str],
 ) -> _Decided:  # fmt: skip
     """For a file over which the rules go in circles: only what can be in nobody's way, and what follows from that."""
-    kept = _shortest([action for action in applied if not action.claims()], file, state)
+    free = [action for action in applied if not action.claims()]
+    kept = _shortest(free, file, _after(free, file, tiers))
     if kept:
-        start = file
-        for action in kept:
-            start = action.effect(start, tiers)
-        decided = _decide(rules, start, now, tiers)
+        decided = _decide(rules, _after(kept, file, tiers), now, tiers)
         decided.actions = kept + decided.actions
         return decided
     disputed: dict[Action, None] = {}

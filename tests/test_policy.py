@@ -1,5 +1,6 @@
 """Policies: what a rule may say, which files it is about, and that plans are deterministic and come to rest."""
 
+import os
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -423,6 +424,17 @@ def test_rules_that_undo_each_other_do_nothing_and_are_named() -> None:
     assert not plan(rules, [after], NOW, TIERS).actions
 
 
+def test_rules_that_take_a_file_from_one_copy_to_the_next_are_seen() -> None:
+    """By way of the first the second would leave no copy there; straight it does, and that one calls it back."""
+    rules = [
+        a_rule(tier, move(tier), {"field": "replicas", "operator": "contains", "value": tier})
+        for tier in ("warm", "cold")
+    ]
+    done = plan(rules, [a_file(replicas=frozenset({"warm", "cold"}))], NOW, TIERS)
+    assert not done.actions
+    assert {one.reason for one in done.withheld} == {"'cold' and 'warm' would undo what they do"}
+
+
 def test_a_hold_beats_deletion_of_any_priority_and_in_the_same_plan() -> None:
     expiry = a_rule("expiry", DELETE, {"field": "age", "operator": ">", "value": "30d"}, priority=1000)
     assert told(plan([expiry], [a_file()], NOW)) == [("delete", "robots/run.bag", "", "expiry")]
@@ -516,6 +528,7 @@ def test_a_diff_cannot_be_forged_by_a_file_name() -> None:
 # ── properties ──────────────────────────────────────────────────────────────────────────────────
 
 TAGS = ("x", "y", "z")
+EXAMPLES = int(os.environ.get("POLICY_EXAMPLES", "200"))  # more of them: POLICY_EXAMPLES=20000
 
 
 TESTS: list[dict[str, object]] = [
@@ -576,7 +589,7 @@ FILES = st.lists(
 ).map(lambda files: [replace(file, path=f"{number}.bag") for number, file in enumerate(files)])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(RULES, FILES)
 def test_a_plan_that_was_carried_out_leaves_nothing_to_plan(some: list[Rule], files: list[StoredFile]) -> None:
     done = plan(some, files, NOW, TIERS)
