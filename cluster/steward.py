@@ -479,11 +479,11 @@ class Steward:
 
         Raises NotFound where the tenant has shared nothing, Conflict.
         """
-        await self.learn()
         key = f"{KEYS}{tenant}"
         found = await self._directory.voters.get(key)
         if found is None:
             raise NotFound("this tenant has no key yet: it has shared nothing")
+        await self.learn()  # after that look: what is drafted is made of no older ring than the one it replaces
         drafted = await asyncio.to_thread(self.keyring.draft_key, tenant)
         if await self._directory.voters.compare_and_set(key, found[1], drafted) is None:
             raise Conflict("somebody else changed this tenant's keys just now; try again")

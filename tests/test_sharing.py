@@ -583,6 +583,38 @@ def test_two_stewards_that_make_a_tenants_first_key_agree_on_one(tell: Callable[
     tell(story)
 
 
+def test_a_rotation_that_another_overtakes_is_made_of_its_keys(
+    tell: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an older ring it would put another of the same generation in its place, and the machines' keys would part."""
+
+    async def story(there: Machines) -> None:
+        await share(there, "b", b"secret")
+        first, other = there.stewards["sark"], there.stewards["clu"]
+        real = there.voters.get
+
+        async def overtaken(key: str, *arguments: bool) -> tuple[bytes, int] | None:
+            if key == "share/keys/acme":
+                monkeypatch.setattr(there.voters, "get", real)
+                await other.rotate("acme")
+            return await real(key, *arguments)
+
+        monkeypatch.setattr(there.voters, "get", overtaken)
+        await first.rotate("acme")
+        rings = set()
+        for node in NODES:
+            await there.stewards[node].learn()
+            ring = there.stewards[node].keyring.ring("acme")
+            assert ring is not None
+            rings.add((ring.generation, tuple((key.key_id, key.state) for key in ring.keys)))
+        ((generation, keys),) = rings
+        assert (generation, [state for _, state in keys]) == (3, ["readable", "readable", "active"])
+        await there.settle()
+        assert await got(there, "b") == b"secret"
+
+    tell(story)
+
+
 def test_who_is_no_member_under_the_cluster_key_is_believed_nothing(tell: Callable[..., None], tmp_path: Path) -> None:
     """A machine with another cluster key introduces itself; the others do not know it, and take none of its blocks."""
 
