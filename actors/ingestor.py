@@ -1,8 +1,9 @@
-"""Documents in: the conveyor of accepted files, the janitor, and the check of both stores."""
+"""Documents in: the conveyor of accepted files, the janitor, the check of both stores, and memory's compaction."""
 
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,8 +22,10 @@ from nexus.hades import Fault, Hades, Removed
 from nexus.ingest import Ingestor as Steps
 from nexus.ingest import Source, open_steps
 from nexus.jobs import Jobs, examine
+from nexus.memory import Compacted, Compactor
 from nexus.ports import Collection
-from nexus.registry import open_part
+from nexus.registry import open_interactions, open_part
+from nexus.summaries import Summarise
 from nexus.types import Principal, Receipt, Vectors
 
 log = logging.getLogger("nexus.ingestor")
@@ -41,8 +44,12 @@ class EmbedderPool(Protocol):
 class Ingestor:
     """One process that works through the files of accepted jobs, and keeps the stores clean."""
 
-    def __init__(self, config: Config, vectors_address: str, pool: EmbedderPool) -> None:
+    def __init__(
+        self, config: Config, vectors_address: str, pool: EmbedderPool, summarise: Summarise | None = None
+    ) -> None:  # fmt: skip
+        """`summarise` has to be there where memory is to be summarised."""
         self._config, self._vectors_address, self._pool = config, vectors_address, pool
+        self._summarise = summarise
         self._threads = ThreadPoolExecutor(4, "ask")
         self._starting: asyncio.Task[Conveyor] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,7 +120,10 @@ class Ingestor:
         pace = Pace(config.parsing.workers, embedders, stuck_seconds=config.ingest.stuck_seconds)
         conveyor = Conveyor(Jobs(home), steps, pace, yielding=yielding(config.scaling))
         self._keep(conveyor.run())
+        memory = open_interactions(config.stores.documents, home=home)
+        compactor = Compactor(memory, config.memory, fingerprint, self._pool.embed, self._summarise)
         self._keep(self._keep_clean(conveyor))
+        self._keep(self._keep_compact(compactor))
         return conveyor
 
     def _keep(self, work: Awaitable[None]) -> None:
@@ -149,6 +159,17 @@ class Ingestor:
                     log.info("removed %s", tidied)
             except TryAgain as error:  # a store is away; the next round finds the same
                 log.warning("cleaning was put off: %s", error)
+            await asyncio.sleep(JANITOR_SECONDS)
+
+    async def _keep_compact(self, compactor: Compactor) -> None:
+        """Now and then, make memory as old and as large as it may be, and say what went."""
+        while True:
+            try:
+                done = await compactor.run(time.time())
+                if done != Compacted():
+                    log.info("memory was compacted: %s", done)
+            except TryAgain as error:  # a store or the embedder is away
+                log.warning("compacting memory was put off: %s", error)
             await asyncio.sleep(JANITOR_SECONDS)
 
     async def _run(self, work: Callable[..., Result], *arguments: object) -> Result:

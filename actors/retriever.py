@@ -89,6 +89,10 @@ class Retriever:
         """A few short texts, at once: the pool may be busy with documents."""
         return await self._run(self._embedder.embed, texts, input_type)
 
+    async def describe(self) -> dict[str, object]:
+        """What embeds here."""
+        return {"fingerprint": self._embedder.fingerprint, "dimension": self._embedder.dimension}
+
     async def ready(self) -> bool:
         """True once both stores answer. Raises Unavailable."""
         await self._run(self._retriever.hades.documents.check)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ from nexus.cache import ResponseCache, cached
 from nexus.config import Config, Triton, load_config
 from nexus.image_hosts import ImageHosts
 from nexus.jobs import Jobs
+from nexus.memory import Memory
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
 from nexus.pressure import FirstTokens
-from nexus.registry import find_module, open_part
+from nexus.registry import find_module, open_interactions, open_part
+from nexus.screening import ScreenedGenerator, open_screen
 from nexus.sessions import Sessions
+from nexus.summaries import Summarise, summarise
 from nexus.tokens import Tokens
 
 log = logging.getLogger("nexus.gateway")
@@ -82,7 +86,8 @@ class Gateway:
                 audit=Recorder(Chain(home, config.audit.file_bytes)),
                 documents=documents,
                 jobs=Jobs(home, config.limits.open_jobs),
-                sessions=Sessions(documents),
+                sessions=Sessions(documents, config.memory),
+                memory=Memory(open_interactions(config.stores.documents, home=home), retriever, config.memory),
                 retriever=retriever,
                 ingestor=parts["ingestor"],
                 balancer=balancer,
@@ -145,7 +150,17 @@ class RemotePoolIngestor(Ingestor):
     """The ingestor, with the embedder pool one hop away."""
 
     def __init__(self, config: Config, vectors_address: str, bound: models.Handles | None) -> None:
-        super().__init__(config, vectors_address, models.Doors.of(config, bound).open("embed", 0))
+        doors = models.Doors.of(config, bound)
+        pool = doors.open("embed", 0)
+        super().__init__(config, vectors_address, pool, _summariser(config, doors, pool))
+
+
+def _summariser(config: Config, doors: models.Doors, pool: Any) -> Summarise | None:
+    """The model that answers, asked for summaries behind the content rules; None where none are wanted."""
+    if config.memory.compaction != "summarise":
+        return None
+    generator = models.open_models(config, doors, pool).balance(config, ignore).generator(config.models.answering)
+    return partial(summarise, generator=ScreenedGenerator(generator, open_screen(config.content)))
 
 
 class RemoteRerankerRetriever(Retriever):

@@ -32,6 +32,7 @@ from nexus.errors import NotFound, TryAgain
 from nexus.hades import Hades, chunks_of, document_id_of, version_of
 from nexus.ingest import Source
 from nexus.jobs import Announced, Jobs
+from nexus.memory import Memory
 from nexus.models import extractive
 from nexus.pipelines.rag import Tools
 from nexus.ports import InputType, Staged
@@ -39,7 +40,7 @@ from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
 from nexus.tokens import Tokens
-from nexus.types import Document, Evidence, Piece, Principal, Receipt, SearchRequest, SearchResult, Vectors
+from nexus.types import Document, Evidence, Interaction, Piece, Principal, Receipt, SearchRequest, SearchResult, Vectors
 
 Whose = Literal["own", "foreign"]
 OWNERS: tuple[Whose, ...] = ("own", "foreign")
@@ -54,13 +55,15 @@ ROLES: Mapping[str, tuple[str, frozenset[str]] | None] = {
     "none": None, "reader": (OURS, READS), "writer": (OURS, WRITES), "infer-only": (OURS, frozenset({"infer"})),
     "admin": (OURS, PERMISSIONS), "other tenant": (THEIRS, PERMISSIONS),
 }  # fmt: skip
-OF_A_TENANT = ("document_id", "job_id", "session_id", "data_id")  # parameters of paths that name such a thing
+OF_A_TENANT = ("document_id", "job_id", "session_id", "data_id", "interaction_id")  # parameters of paths that name such
 OF_ALL = ("key_id", "model", "name", "node", "number", "version")  # and those that name none, or a part of one
 TOLD = "The gripper closes with a torque of 4 N·m."
 QUESTION = "What is the torque of the gripper?"
 BODIES: Mapping[str, Any] = {
     "/rag/search": {"query": QUESTION, "k": 100, "explain": True}, "/rag/query": {"query": QUESTION},
     "/rag/add_document": {"filename": "new.md", "content": "New."},
+    "/memory/store": {"query": QUESTION, "response": TOLD}, "/store": {"query": QUESTION, "response": TOLD},
+    "/memory/retrieve": {"query": QUESTION, "limit": 100}, "/retrieve": {"limit": 100},
     "/rag/jobs": {"files": [{"filename": "new.md", "digest": "0" * 32, "size": 1}]},
     "/mcp/{session_id:path}/add_context": {"content": "more"}, "/mcp/{session_id:path}/query": {"input": QUESTION},
     "/v1/chat/completions": {"model": "nexus-rag", "messages": [{"role": "user", "content": QUESTION}]},
@@ -134,7 +137,7 @@ class Cell:
 
 
 class Things(Protocol):
-    """A document, a job, a session and a block of each tenant, and whether they are as they were made."""
+    """A document, job, session, block and interaction of each tenant, and whether they are as they were made."""
 
     async def make(self, tenant: str) -> Mapping[str, str]:
         """Those of this tenant, as good as new; the values for paths that lead to them."""
@@ -245,7 +248,10 @@ class Stored:
         self.lent.sessions.add_context(owner, SESSION, text)
         if await self._shared(tenant) != text:
             await (await self._sharing()).put(tenant, block_of(tenant), _once(text.encode()))
-        return values_of(tenant, document.document_id, job.job_id)
+        kept = Interaction(job.job_id, tenant, owner.subject, CANARIES[tenant], text, text, 0.0)
+        self.lent.memory.store.drop(tenant, [kept.interaction_id])
+        self.lent.memory.store.add(kept, None, "")
+        return values_of(tenant, document.document_id, job.job_id, kept.interaction_id)
 
     async def harm(self, tenant: str, values: Mapping[str, str]) -> str:
         owner = Principal(tenant, "owner", PERMISSIONS)
@@ -253,6 +259,8 @@ class Stored:
             return "a stranger deleted a document"
         if self.lent.jobs.find(values["job_id"], owner).state != "running":
             return "a stranger ended a job"
+        if not self.lent.memory.store.load(tenant, [values["interaction_id"]]):
+            return "a stranger deleted an interaction"
         if self.lent.sessions.context(owner, SESSION) != told(tenant):
             return "a stranger changed a session"
         return "" if await self._shared(tenant) == told(tenant) else "a stranger changed a block"
@@ -283,11 +291,11 @@ def block_of(tenant: str) -> str:
     return f"block-of-{tenant}"
 
 
-def values_of(tenant: str, document_id: str, job_id: str) -> dict[str, str]:
+def values_of(tenant: str, document_id: str, job_id: str, interaction_id: str) -> dict[str, str]:
     """The values for paths that lead to a tenant's things."""
     return {
         "document_id": document_id, "job_id": job_id, "session_id": SESSION, "number": "0", "version": "1",
-        "data_id": block_of(tenant),
+        "data_id": block_of(tenant), "interaction_id": interaction_id,
     }  # fmt: skip
 
 
@@ -301,6 +309,9 @@ class Alike:
 
     async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         return self.vectors(texts)
+
+    async def describe(self) -> Mapping[str, object]:
+        return {"fingerprint": self.fingerprint}
 
 
 class Embedder(Alike):
@@ -360,7 +371,7 @@ async def in_process() -> AsyncIterator[World]:
                 yield World(client, Stored(lent, hades), made)
         finally:
             here.retriever.close()
-            for part in (lent.audit, jobs, keys, documents, sharing):
+            for part in (lent.audit, jobs, keys, documents, lent.memory.store, sharing):
                 part.close()
 
 
@@ -376,6 +387,7 @@ def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here) -> Le
         documents=hades.documents,
         jobs=jobs,
         sessions=Sessions(hades.documents),
+        memory=Memory(sqlite.open_interactions("sqlite::memory:"), embedder, config.memory),
         retriever=here,
         ingestor=here,
         balancer=balancer,

@@ -1,7 +1,7 @@
 """The same matrix tried out on the Nexus that runs here, by HTTP: only what reads, and what has to be refused.
 
-Two tenants with a document, a job, a session and a block each are made for it, and their keys; all of it is removed
-again.
+Two tenants with a document, a job, a session, a block and an interaction each are made for it, and their keys; all of
+it is removed again.
 """
 
 from collections.abc import AsyncIterator, Mapping
@@ -36,7 +36,10 @@ class Sent:
             file = {"filename": f"to-come-{name}", "digest": "0" * 32, "size": 1}
             job = await self._ask(tenant, "POST", "/rag/jobs", {"files": [file]})
             await self._ask(tenant, "PUT", f"/share/{block_of(tenant)}", told(tenant))
-            self.made[tenant] = values_of(tenant, document["document_id"], job["job_id"])
+            asked = {"query": told(tenant), "response": told(tenant), "user": CANARIES[tenant]}
+            kept = await self._ask(tenant, "POST", "/memory/store", asked)
+            ids = document["document_id"], job["job_id"], kept["interaction_id"]
+            self.made[tenant] = values_of(tenant, *ids)
         if await self._context(tenant) != told(tenant):
             await self._ask(tenant, "DELETE", f"/mcp/{SESSION}/clear_context")
             await self._ask(tenant, "POST", f"/mcp/{SESSION}/add_context", {"content": told(tenant)})
@@ -50,6 +53,9 @@ class Sent:
             return "a stranger ended a job"
         if await self._ask(tenant, "GET", f"/share/{block_of(tenant)}") != told(tenant):
             return "a stranger changed a block"
+        recalled = await self._ask(tenant, "POST", "/memory/retrieve", {"filters": {"user": CANARIES[tenant]}})
+        if not recalled["interactions"]:
+            return "a stranger deleted an interaction"
         return "" if await self._context(tenant) == told(tenant) else "a stranger changed a session"
 
     async def _context(self, tenant: str) -> str:
@@ -63,6 +69,7 @@ class Sent:
             for owner in TENANTS:  # whoever named a stranger's block made one of that name in their own tenant
                 key = {"x-api-key": self.owners[tenant]}
                 await self.client.delete(f"/share/{block_of(owner)}", headers=key)
+            await self._ask(tenant, "DELETE", f"/memory/interactions?user={CANARIES[tenant]}")
 
     async def _ask(self, tenant: str, method: str, path: str, body: object = None) -> Any:
         headers = {"x-api-key": self.owners[tenant]}

@@ -26,6 +26,7 @@ from deployments.routes import (
     jobs,
     kserve,
     mcp,
+    memory,
     openai,
     pipelines,
     report,
@@ -48,6 +49,7 @@ from nexus.image_hosts import ImageHosts
 from nexus.images import Fetch
 from nexus.ingest import Source
 from nexus.jobs import Jobs
+from nexus.memory import Memory
 from nexus.models.by_embedder import nearness
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
@@ -112,6 +114,7 @@ class Lent:
     documents: DocumentStore
     jobs: Jobs
     sessions: Sessions
+    memory: Memory
     retriever: Searching
     ingestor: Ingesting
     balancer: Balancer
@@ -161,7 +164,10 @@ def screened(lent: Lent) -> Lent:
     embedders = {name: ScreenedEmbedder(embedder, screen) for name, embedder in lent.embedders.items()}
     ranking = {name: lent.reranker_called(name) for name in (*lent.embedders, *lent.rerankers)}
     rerankers = {name: ScreenedReranker(one, screen) for name, one in ranking.items() if one is not None}
-    return replace(lent, screen=screen, retriever=retriever, rag=rag, embedders=embedders, rerankers=rerankers)
+    memory = lent.memory.screened(screen)
+    return replace(
+        lent, screen=screen, retriever=retriever, rag=rag, embedders=embedders, rerankers=rerankers, memory=memory
+    )
 
 
 def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
@@ -190,6 +196,7 @@ def application(lent: Lent) -> FastAPI:
         sessions,
         sharing,
         mcp,
+        memory,
         pipelines,
         openai,
         kserve,

@@ -9,11 +9,20 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    field_validator,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -26,9 +35,10 @@ from nexus.access import MOST_PER_MINUTE, PERMISSIONS, Key
 from nexus.filters import parse_filter
 from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
+from nexus.memory import MAX_USER_CHARACTERS, Draft, Recall
 from nexus.pipelines.execute import StepResult
 from nexus.ports import Deletion
-from nexus.types import Answer, Document, Hit, Receipt, SearchRequest, SearchResult
+from nexus.types import Answer, Document, Forgotten, Hit, Interaction, Receipt, SearchRequest, SearchResult
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_INITIAL_BYTES = 64 * 1024
@@ -183,6 +193,57 @@ class SessionQuery(Shape):
     collection: CollectionName = "default"
 
 
+class StoreInteraction(Shape):
+    """What was asked and answered, and what is known of it beside. Without a `user` it is the caller's own.
+
+    `timestamp` is when it happened, in UTC where it names no zone. `metadata` is as a document's.
+    """
+
+    query: Annotated[str, Field(min_length=1, max_length=2**15)]
+    response: Annotated[str, Field(max_length=2**18)]
+    context: Annotated[list[Annotated[str, Field(max_length=2**16)]], Field(max_length=100)] = []
+    confidence: Weight | None = None
+    model_used: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    gpu_utilization: Annotated[float, Field(ge=0, le=MAX_NUMBER)] | None = None
+    latency_ms: Annotated[float, Field(ge=0, le=MAX_NUMBER)] | None = None
+    timestamp: Annotated[str, Field(max_length=64)] | None = None
+    metadata: Metadata = {}
+    user: Annotated[str, Field(min_length=1, max_length=MAX_USER_CHARACTERS)] | None = None
+
+    @field_validator("timestamp")
+    @classmethod
+    def _is_a_moment(cls, timestamp: str | None) -> str | None:
+        if timestamp is not None:
+            _seconds_of(timestamp)
+        return timestamp
+
+    def to_draft(self) -> Draft:
+        return Draft(
+            self.query, self.response, tuple(self.context), self.confidence, self.model_used, self.gpu_utilization,
+            self.latency_ms, self.metadata, self.user, None if self.timestamp is None else _seconds_of(self.timestamp),
+        )  # fmt: skip
+
+
+def _seconds_of(timestamp: str) -> float:
+    """Unix seconds of a moment as ISO 8601 writes it. Raises ValueError."""
+    try:
+        moment = datetime.fromisoformat(timestamp)
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError("a timestamp is written as 2026-01-31T12:00:00Z (ISO 8601)") from None
+
+
+class RetrieveInteractions(Shape):
+    """The nearest to a query, or without one the newest; filters see metadata and the fields of an interaction."""
+
+    query: Annotated[str, Field(max_length=8192)] = ""
+    limit: Annotated[int, Field(ge=1, le=100)] = 5
+    filters: Annotated[dict[str, Any], MaxBytes(MAX_FILTER_BYTES)] | None = None
+
+    def to_recall(self) -> Recall:
+        return Recall(self.query, self.limit, parse_filter(self.filters) if self.filters else None)
+
+
 class Execute(Shape):
     """The steps of a template, or these protocols, over any JSON object of at most 64 KiB."""
 
@@ -310,6 +371,29 @@ def show_receipt(receipt: Receipt) -> dict[str, Any]:
         "chunks": receipt.chunks,
         "sequence": receipt.sequence,
     }
+
+
+def show_interaction(interaction: Interaction, cosine: float | None) -> dict[str, Any]:
+    """An interaction as its owner sees it; `score` is its cosine to the query."""
+    return {
+        "interaction_id": interaction.interaction_id,
+        "kind": interaction.kind,
+        "user": interaction.user,
+        "query": interaction.query,
+        "response": interaction.response,
+        "context": list(interaction.context),
+        "confidence": interaction.confidence,
+        "timestamp": datetime.fromtimestamp(interaction.created_at, UTC).isoformat(),
+        "model_used": interaction.model,
+        "gpu_utilization": interaction.gpu_utilization,
+        "latency_ms": interaction.latency_ms,
+        "metadata": dict(interaction.metadata),
+        "score": cosine,
+    }
+
+
+def show_forgotten(done: Forgotten) -> dict[str, Any]:
+    return {"deleted": done.interactions + done.summaries, "summaries": done.summaries}
 
 
 def show_job(job: Job, under_way: Sequence[File], now: float) -> dict[str, Any]:

@@ -41,6 +41,8 @@ from nexus.signing import fault_of_secret
 PREFIX = "NEXUS_"
 PRODUCTION_REQUESTS = 20  # a minute
 PLACES = 64
+MOST_SESSION = 1_000_000  # characters of a session's context
+SUMMARISED_SESSION = 32_000  # the same, where a model reads half of it to summarise it
 NODE_LABEL = "nexus.io/node"  # of a machine in Ray, with its name
 NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
 ALIASES = {
@@ -554,6 +556,37 @@ class Hades(Section):
     keep_staged_seconds: Annotated[float, Field(ge=30)] = 60.0
 
 
+class Memory(Section):
+    """How long interactions are kept for recall, and sessions at what length; what goes is dropped, or summarised.
+
+    Of a tenant `max_bytes` are kept, the newest. A summary is kept for `summary_days` from the last that it was made
+    of. With `record`, what is asked and answered is kept by itself; without, only what a client stores.
+    """
+
+    record: bool = False  # who asks a question does not expect that it is kept
+    retention_days: Annotated[float, Field(gt=0, le=36_500)] = 30.0
+    max_bytes: Annotated[ByteSize, Field(ge=2**20)] = ByteSize(1000 * 2**20)
+    compaction: Literal["drop", "summarise"] = "drop"
+    summary_days: Annotated[float, Field(gt=0, le=36_500)] = 365.0
+    session_characters: Annotated[int, Field(ge=1000, le=1_000_000)] | None = (
+        None  # None: as many, or 32,000 summarised
+    )
+
+    @property
+    def session_budget(self) -> int:
+        """The characters that a session's context may have before its oldest entries go."""
+        return self.session_characters or (SUMMARISED_SESSION if self.compaction == "summarise" else MOST_SESSION)
+
+    @model_validator(mode="after")
+    def _is_summarised_in_time(self) -> "Memory":
+        if self.compaction == "summarise" and self.session_budget > 2 * SUMMARISED_SESSION:
+            raise ValueError(
+                f"session_characters is at most {2 * SUMMARISED_SESSION} where sessions are summarised, for whoever"
+                " adds to one waits for that: lower it, or set compaction to drop"
+            )
+        return self
+
+
 class Scaling(Section):
     """How replicas follow what is asked, and how bulk work gives way to chats whose first tokens come late.
 
@@ -621,6 +654,7 @@ class Config(BaseSettings):
     limits: Limits = Limits()
     ingest: Ingest = Ingest()
     hades: Hades = Hades()
+    memory: Memory = Memory()
     scaling: Scaling = Scaling()
     coordinator: Coordinator = Coordinator()
     sharing: Sharing = Sharing()
@@ -653,6 +687,15 @@ class Config(BaseSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _can_summarise(self) -> "Config":
+        if self.memory.compaction == "summarise" and not self._writes:
+            raise ValueError(
+                "memory.compaction: a summary needs a model with words of its own, and 'extractive:' only quotes: set"
+                " models.generator to another one, or memory.compaction to drop"
+            )
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
@@ -673,9 +716,14 @@ class Config(BaseSettings):
     @property
     def rewrites(self) -> bool:
         """Whether a model makes whole questions of follow-ups: one that only quotes has no words of its own."""
+        return self.pipelines.rewrite_queries and self._writes
+
+    @property
+    def _writes(self) -> bool:
+        """Whether the model that answers has words of its own."""
         models = self.models.of_task("generate")
         asked = models if self.models.generator == "auto" else models[:1]
-        return self.pipelines.rewrite_queries and not any(model.address.startswith("extractive:") for model in asked)
+        return not any(model.address.startswith("extractive:") for model in asked)
 
     @property
     def uses_gpus(self) -> bool:

@@ -4,16 +4,18 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from nexus.errors import ConfigError, Unavailable
+from nexus.filters import Combine, Compare, Filter
 
 log = logging.getLogger("nexus.database")
 
 BUSY_SECONDS = 10.0
 AGAIN_SECONDS = 0.01
+COMPARISONS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 
 
 class Database:
@@ -136,3 +138,39 @@ def _set(connection: sqlite3.Connection, pragma: str) -> None:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(AGAIN_SECONDS)
+
+
+def condition_of(condition: Filter, parameters: dict[str, object], columns: Mapping[str, str]) -> str:
+    """SQL for a filter tree over rows `v`: keys are of these columns, or else of `v.metadata`.
+
+    Every key and value becomes a bound parameter.
+    """
+    if isinstance(condition, Combine):
+        joint = " AND " if condition.every else " OR "
+        return joint.join(f"({condition_of(part, parameters, columns)})" for part in condition.parts)
+    return _comparison(condition, parameters, columns)
+
+
+def _comparison(compare: Compare, parameters: dict[str, object], columns: Mapping[str, str]) -> str:
+    def bind(value: object) -> str:
+        name = f"p{len(parameters)}"
+        parameters[name] = value
+        return f":{name}"
+
+    if compare.key in columns:
+        left, kind = columns[compare.key], f"typeof({columns[compare.key]})"
+    else:
+        path = bind(f'$."{compare.key}"')
+        left, kind = f"json_extract(v.metadata, {path})", f"json_type(v.metadata, {path})"
+    alike = [f"({left} {{}} {bind(value)} AND {kind} {_kinds(value)})" for value in compare.values]
+    if compare.operator in ("in", "nin", "eq", "ne"):
+        equal = " OR ".join(one.format("=") for one in alike)
+        return f"NOT COALESCE({equal}, 0)" if compare.operator in ("nin", "ne") else f"COALESCE({equal}, 0)"
+    return f"COALESCE({alike[0].format(COMPARISONS[compare.operator])}, 0)"
+
+
+def _kinds(value: object) -> str:
+    """SQLite says 1 for both true and 1, and orders numbers before text: compare like with like."""
+    if isinstance(value, bool):
+        return "IN ('true', 'false')"
+    return "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"

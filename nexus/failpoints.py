@@ -33,6 +33,7 @@ POINTS = frozenset(
     | _around("policy", ("action",))
     | _around("homes", FILE_MOVES)
     | {"homes.inside_copy"}  # written, under a name that does not count yet
+    | {"memory.before_replace", "memory.inside_replace", "memory.inside_drop"}
 )
 _SPEC = re.compile(r"(?P<point>[\w.]+):(?P<action>kill|raise|sleep:(?P<seconds>\d+(?:\.\d+)?))(?:@(?P<nth>[1-9]\d*))?")
 

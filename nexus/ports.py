@@ -4,7 +4,7 @@ A part is chosen by its address in the configuration (registry.py). All methods 
 several threads at once. Blocking is allowed: whoever calls from an event loop uses a thread.
 """
 
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +15,10 @@ from nexus.types import (
     Delta,
     Document,
     FileOutcome,
+    Forgotten,
+    Interaction,
+    InteractionKind,
+    MemoryEntry,
     Principal,
     Prompt,
     Receipt,
@@ -417,6 +421,15 @@ class DocumentStore(Protocol):
         """(role, content) of a session, oldest first."""
         ...
 
+    def replace_turns(
+        self, tenant: str, session_id: str, first: Sequence[tuple[str, str]], replacement: tuple[str, str] | None
+    ) -> bool:
+        """In one transaction: in place of these first (role, content) of a session one other, or none.
+
+        False, and nothing is done, unless the session still begins with them.
+        """
+        ...
+
     def clear_session(self, tenant: str, session_id: str) -> int: ...
 
     def check(self) -> None:
@@ -561,3 +574,80 @@ class Hands(Protocol):
     def tag(self, files: Sequence[StoredFile], add: frozenset[str], remove: frozenset[str]) -> list[FileOutcome]: ...
 
     def hold(self, files: Sequence[StoredFile], name: str) -> list[FileOutcome]: ...
+
+
+class InteractionStore(Protocol):
+    """What memory keeps. Nothing is found under another tenant, and nothing but `load` finds another subject's.
+
+    A filter's key is one of `user`, `kind`, `model_used`, `confidence`, `gpu_utilization`, `latency_ms` and
+    `timestamp`, or else of the metadata. What is deleted leaves nothing in the store's files.
+    """
+
+    def add(self, interaction: Interaction, vector: Vector | None, fingerprint: str) -> None:
+        """Durable on return. Without a vector it is found by filter, and by meaning once `embed` gave it one."""
+        ...
+
+    def recent(self, tenant: str, subject: str, condition: Filter | None, limit: int) -> list[Interaction]:
+        """Those that meet the condition, the newest first, of one moment by their ids."""
+        ...
+
+    def nearest(
+        self, tenant: str, subject: str, condition: Filter | None, vector: Vector, fingerprint: str, limit: int
+    ) -> list[tuple[Interaction, float]]:
+        """(interaction, cosine), best first, then by id; only vectors of this fingerprint are compared."""
+        ...
+
+    def count_stale(self, tenant: str, subject: str, fingerprint: str) -> int:
+        """How many have no vector of this fingerprint."""
+        ...
+
+    def stale(self, fingerprint: str, limit: int) -> list[Interaction]:
+        """Of all tenants, those without a vector of this fingerprint, the oldest first."""
+        ...
+
+    def embed(self, vectors: Mapping[str, Vector], fingerprint: str) -> None:
+        """Give interactions, by id, these vectors in place of those they have. Ids that are gone are passed over."""
+        ...
+
+    def usage(self) -> dict[str, int]:
+        """The sum of sizes by tenant."""
+        ...
+
+    def oldest(self, tenant: str, kind: InteractionKind, limit: int) -> list[MemoryEntry]:
+        """The oldest first, of one moment by their ids."""
+        ...
+
+    def load(self, tenant: str, interaction_ids: Sequence[str]) -> list[Interaction]:
+        """Those that are there, in the order asked for. Asks nobody whose they are."""
+        ...
+
+    def drop(self, tenant: str, interaction_ids: Sequence[str]) -> int:
+        """Remove these, and return how many there were. What a summary was made of goes with it."""
+        ...
+
+    def replace(
+        self, tenant: str, interaction_ids: Sequence[str], summary: Interaction, vector: Vector | None, fingerprint: str
+    ) -> bool:
+        """In one transaction: these go, the summary comes, and it is kept of which it was made.
+
+        False, and nothing is done, unless every one of them is still there.
+        """
+        ...
+
+    def delete(self, tenant: str, subject: str | None, interaction_id: str) -> Forgotten:
+        """This one, or the summary that was made of it. `subject` is whose it has to be; None: anybody's."""
+        ...
+
+    def forget(self, tenant: str, subject: str | None, user: str) -> Forgotten:
+        """All that is of this user, as `delete`."""
+        ...
+
+    def damaged(self) -> list[str]:
+        """Ids whose vector cannot be one, or is of nothing, for `fsck`."""
+        ...
+
+    def check(self) -> None:
+        """Return if the store answers, else raise Unavailable."""
+        ...
+
+    def close(self) -> None: ...

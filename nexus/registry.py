@@ -30,6 +30,14 @@ def open_tier(address: str, **options: Any) -> Any:
     return module.open(address, **options)
 
 
+def open_interactions(address: str, **options: Any) -> Any:
+    """What memory keeps, in the store of the documents at `address`: by its own `open_interactions`, or SQLite's."""
+    module = find_module("stores", address)
+    if hasattr(module, "open_interactions"):
+        return module.open_interactions(address, **options)
+    return find_module("stores", "sqlite:").open_interactions("sqlite:", **options)
+
+
 def open_model(task: Task, address: str, **offered: Any) -> Any:
     """Open the model of this address for one task, with those of the offered settings that its module takes.
 

@@ -1,5 +1,6 @@
 """Frozen values that every floor speaks."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -414,3 +415,58 @@ class FileOutcome:
     reason: str = ""
     code: str = ""
     rule: str = ""
+
+
+InteractionKind = Literal["interaction", "summary"]
+ROW_BYTES = 2048  # that every interaction counts as beside its texts, for its row and its vector
+
+
+@dataclass(frozen=True, slots=True)
+class Interaction:
+    """What was asked and answered, as memory keeps it; of kind `summary`, what is left of several of one user.
+
+    `subject` is who stored it, and who alone may see it; `user` is whom it is of, the subject where none was named.
+    `created_at` is when it happened, in Unix seconds; of a summary, when the last that it was made of did.
+    `confidence` is from 0 to 1, `gpu_utilization` as whoever stored it measures that.
+    """
+
+    interaction_id: str
+    tenant: str
+    subject: str
+    user: str
+    query: str
+    response: str
+    created_at: float
+    context: tuple[str, ...] = ()
+    confidence: float | None = None
+    model: str | None = None
+    gpu_utilization: float | None = None
+    latency_ms: float | None = None
+    metadata: Mapping[str, object] = field(default_factory=dict)
+    kind: InteractionKind = "interaction"
+
+    @property
+    def size(self) -> int:
+        """The bytes that it counts as: those of its texts in UTF-8, metadata as JSON, and ROW_BYTES."""
+        texts = (self.query, self.response, *self.context, json.dumps(dict(self.metadata), ensure_ascii=False))
+        return ROW_BYTES + sum(len(text.encode()) for text in texts)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEntry:
+    """What compaction decides by: an interaction without its texts."""
+
+    interaction_id: str
+    subject: str
+    user: str
+    kind: InteractionKind
+    created_at: float
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """How much a deletion from memory removed; summaries are those that were made of what was deleted, too."""
+
+    interactions: int
+    summaries: int

@@ -23,10 +23,12 @@ from nexus.conveyor import Conveyor
 from nexus.hades import Fault, Hades, Removed, chunks_of, document_id_of, version_of
 from nexus.ingest import Ingestor, Source
 from nexus.jobs import Jobs, examine
+from nexus.memory import Memory
 from nexus.models import extractive
 from nexus.parsing import Limits, Parsers
 from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore, InputType, Staged, VectorStore
+from nexus.registry import open_interactions
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
@@ -131,6 +133,9 @@ class LocalRetriever:
     async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         return self.house.embedder.embed(texts, input_type)
 
+    async def describe(self) -> dict[str, object]:
+        return {"fingerprint": self.house.embedder.fingerprint}
+
 
 class LocalIngestor:
     """The ingestor actor's methods over a House, in this process, with real parsing children."""
@@ -206,6 +211,7 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
     retriever, ingestor = LocalRetriever(house), LocalIngestor(house, jobs)
     members = [Member(extractive.open("extractive:", embed=retriever.embed), 0.5), *others]
     balancer = Balancer(members, Weights(1, 1, 1), probe_seconds=5)
+    interactions = open_interactions("sqlite:", home=home)
     sharing = AloneSharing(home)
     config = Config(
         home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]},
@@ -219,6 +225,7 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
         documents=house.hades.documents,
         jobs=jobs,
         sessions=Sessions(house.hades.documents),
+        memory=Memory(interactions, retriever, config.memory),
         retriever=retriever,
         ingestor=ingestor,
         balancer=balancer,
@@ -234,6 +241,7 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
     )  # fmt: skip
     sharing.close()
     ingestor.parsers.close()
+    interactions.close()
     jobs.close()
     keys.close()
     recorder.close()

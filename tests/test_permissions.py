@@ -44,8 +44,11 @@ ASKED: Mapping[str, tuple[str, ...]] = {
         "POST /rag/jobs/{job_id}/cancel", "PUT /rag/jobs/{job_id}/files",
         "POST /rag/jobs/{job_id}/files/{number}/retry",
     ),
-    "sessions:read": ("GET /mcp/{session_id:path}/get_context",),
-    "sessions:write": ("POST /mcp/{session_id:path}/add_context", "DELETE /mcp/{session_id:path}/clear_context"),
+    "sessions:read": ("GET /mcp/{session_id:path}/get_context", "POST /memory/retrieve", "POST /retrieve"),
+    "sessions:write": (
+        "POST /mcp/{session_id:path}/add_context", "DELETE /mcp/{session_id:path}/clear_context", "POST /memory/store",
+        "POST /store", "DELETE /memory/interactions/{interaction_id}", "DELETE /memory/interactions",
+    ),
     "documents:read sessions:read": ("POST /mcp/{session_id:path}/query",),
     "share:read": ("GET /share", "GET /share/{data_id}", "HEAD /share/{data_id}"),
     "share:write": ("PUT /share/{data_id}", "DELETE /share/{data_id}"),

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request, Response
 
 from deployments import audited
+from deployments.remembering import remembering_answer
 from deployments.routes.caller import demand, lent, permit, through
 from deployments.shapes import Query, Search, reply, show_answer, show_result
 from deployments.streaming import DONE, event, events, while_listening
@@ -38,7 +39,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
         context = await asyncio.to_thread(here.sessions.context, principal, body.session_id)
     ask = rag.Ask(body.to_request(), principal, context, session=body.session_id or "", whole=not body.stream)
     trace_id = request.state.request_id
-    stream = rag.run(ask, audited.noting(request, here.rag))
+    stream = remembering_answer(request, principal, rag.run(ask, audited.noting(request, here.rag)))
     if body.stream:
         return await events(request, _deltas(stream, trace_id))
     return reply(show_answer(await while_listening(request, timed(stream)), trace_id))

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deployments import audited
 from deployments.chat_shapes import ChatCompletion, Completion, PlainFormat, Sampling
+from deployments.remembering import remember_deltas, remembering_answer, remembering_deltas
 from deployments.routes.answers import note, timed
 from deployments.routes.caller import demand, lent, permit, require, through
 from deployments.shapes import CollectionName, Embeddings, reply, show_rewritten, show_sources
@@ -23,6 +24,7 @@ from nexus.balancer import AUTO, Weights
 from nexus.cache import CompletingGenerator
 from nexus.errors import InvalidRequest, NotFound
 from nexus.images import check_pictures
+from nexus.memory import Draft
 from nexus.pipelines import rag
 from nexus.ports import InputType
 from nexus.types import Answer, Delta, Principal, Prompt, SearchRequest, Usage
@@ -84,9 +86,15 @@ async def chat(request: Request, body: ChatCompletion, principal: Principal = pe
     generator = _generator(request, body)
     audited.note(request, model=generator.name)
     prompt = await _check_pictures(request, body.to_prompt(principal.tenant), generator)
+    draft, started = Draft(body.question(), "", model=generator.name, user=body.user), time.perf_counter()
     if body.stream:
-        return await events(request, _chat_chunks(generator.stream(prompt), head, _counter(request, body, prompt)))
+        stream = generator.stream(prompt)
+        if body.store is not False:
+            stream = remembering_deltas(request, principal, draft, stream)
+        return await events(request, _chat_chunks(stream, head, _counter(request, body, prompt)))
     deltas = await while_listening(request, generator.complete(prompt))
+    if body.store is not False:
+        await remember_deltas(request, principal, draft, deltas, started)
     choices = [_chat_choice(index, of_it) for index, of_it in _by_choice(deltas)]
     usage = await asyncio.to_thread(_usage, request, prompt, deltas)
     return reply({**head, "object": "chat.completion", "choices": choices, "usage": usage})
@@ -277,6 +285,8 @@ async def _chat_with_documents(request: Request, body: ChatCompletion, principal
     )  # fmt: skip
     head = _head(request, body, "chatcmpl")
     stream = rag.run(ask, audited.noting(request, here.rag))
+    if body.store is not False:
+        stream = remembering_answer(request, principal, stream, body.user)
     counter = UsageCounter(request, body)
     if body.stream:
         return await events(request, _answer_chunks(stream, head, counter if _wants_usage(body) else None))

@@ -1,15 +1,18 @@
 """Session contexts under the founding documents' paths (these are not Model Context Protocol)."""
 
 import asyncio
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
 from deployments.audited import noting
+from deployments.remembering import remembering_answer
 from deployments.routes.answers import timed
 from deployments.routes.caller import lent, permit, through
 from deployments.shapes import Context, SessionQuery, reply, show_hit, show_rewritten, show_sources
 from deployments.streaming import while_listening
 from nexus.pipelines import rag
+from nexus.summaries import summarise
 from nexus.types import Principal, SearchRequest
 
 # `:path` lets an id with slashes arrive here and be refused with a reason instead of a bare 404.
@@ -23,6 +26,7 @@ async def add_context(
     here = lent(request)
     content = await here.screen.text("input", body.content)
     await asyncio.to_thread(here.sessions.add_context, principal, session_id, content)
+    await here.sessions.compact(principal, session_id, partial(summarise, generator=here.rag.generator))
     return reply({"message": f"Context added for session {session_id}."})
 
 
@@ -51,7 +55,8 @@ async def query(
     ask = rag.Ask(
         SearchRequest(body.input, collection=body.collection), principal, context, session=session_id, whole=True
     )
-    answer = await while_listening(request, timed(rag.run(ask, noting(request, here.rag))))
+    stream = remembering_answer(request, principal, rag.run(ask, noting(request, here.rag)))
+    answer = await while_listening(request, timed(stream))
     return reply(
         {
             "session_context": context,

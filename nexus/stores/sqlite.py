@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from nexus.database import Database
+from nexus.database import Database, condition_of
 from nexus.errors import ConfigError, Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
-from nexus.filters import Combine, Compare, Filter
+from nexus.filters import Filter
+from nexus.interactions import SqliteInteractions
 from nexus.ports import Collection, Deletion, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
@@ -164,8 +165,7 @@ CONNECTED = f"""
     SELECT document_id, hops, kind, MIN(2 * hops + (kind = 'shared')) FROM walked
     GROUP BY document_id HAVING MIN(hops) > 0 ORDER BY 4, 1 LIMIT :limit"""
 
-COLUMNS = {"source": "v.source", "title": "v.title", "media_type": "v.media_type"}
-COMPARISONS = {"eq": "=", "ne": "!=", "gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
+COLUMNS = {"source": "v.source", "title": "v.title", "media_type": "v.media_type"}  # that filters know, beside metadata
 
 
 def open(
@@ -179,6 +179,16 @@ def open(
     if not place and home is None:
         raise ConfigError("'sqlite:' needs a home to keep its file in; give 'sqlite:PATH'")
     return SqliteDocuments(place or str((home or Path()) / "documents.db"), shared_metadata)
+
+
+def open_interactions(address: str, *, home: Path | None = None) -> SqliteInteractions:
+    """What memory keeps, in a file beside that of the documents: `memory.db`, or PATH with `.memory` before its end."""
+    place = address.partition(":")[2]
+    if not place and home is None:
+        raise ConfigError("'sqlite:' needs a home to keep its file in; give 'sqlite:PATH'")
+    if place == ":memory:":
+        return SqliteInteractions(place)
+    return SqliteInteractions(Path(place).with_suffix(".memory.db") if place else (home or Path()) / "memory.db")
 
 
 class SqliteDocuments(Database):
@@ -316,7 +326,7 @@ class SqliteDocuments(Database):
 
     def matching(self, collection: str, principal: Principal, condition: Filter, as_of: int, limit: int) -> list[str]:
         parameters: dict[str, object] = {**_who(principal), "collection": collection, "as_of": as_of, "limit": limit}
-        where = _condition(condition, parameters)
+        where = condition_of(condition, parameters, COLUMNS)
         with self._reading() as db:
             rows = db.execute(
                 "SELECT v.document_id FROM versions v JOIN spans s USING (document_id, version)"
@@ -512,6 +522,23 @@ class SqliteDocuments(Database):
                 (tenant, session_id),
             )
             return [(role, content) for role, content in rows]
+
+    def replace_turns(
+        self, tenant: str, session_id: str, first: Sequence[tuple[str, str]], replacement: tuple[str, str] | None
+    ) -> bool:
+        with self._transaction() as db:
+            found = db.execute(
+                "SELECT ordinal, role, content FROM turns WHERE tenant = ? AND session_id = ? ORDER BY ordinal LIMIT ?",
+                (tenant, session_id, len(first)),
+            ).fetchall()
+            if not first or [(role, content) for _, role, content in found] != list(first):
+                return False
+            ordinals = [ordinal for ordinal, _, _ in found]
+            if replacement is not None:  # in the place of the last of them
+                kept = ordinals.pop()
+                db.execute("UPDATE turns SET role = ?, content = ? WHERE ordinal = ?", (*replacement, kept))
+            db.execute("DELETE FROM turns WHERE ordinal IN (SELECT value FROM json_each(?))", (json.dumps(ordinals),))
+            return True
 
     def clear_session(self, tenant: str, session_id: str) -> int:
         with self._transaction() as db:
@@ -735,39 +762,6 @@ def _verdict(ours: int, may_read: int, is_open: int | None, first_opened: int | 
     if not is_open:
         return "not yet" if first_opened > as_of else "superseded"
     return "visible"
-
-
-def _condition(condition: Filter, parameters: dict[str, object]) -> str:
-    """SQL for a filter tree; every key and value becomes a bound parameter."""
-    if isinstance(condition, Combine):
-        joint = " AND " if condition.every else " OR "
-        return joint.join(f"({_condition(part, parameters)})" for part in condition.parts)
-    return _comparison(condition, parameters)
-
-
-def _comparison(compare: Compare, parameters: dict[str, object]) -> str:
-    def bind(value: object) -> str:
-        name = f"p{len(parameters)}"
-        parameters[name] = value
-        return f":{name}"
-
-    if compare.key in COLUMNS:
-        left, kind = COLUMNS[compare.key], "'text'"
-    else:
-        path = bind(f'$."{compare.key}"')
-        left, kind = f"json_extract(v.metadata, {path})", f"json_type(v.metadata, {path})"
-    alike = [f"({left} {{}} {bind(value)} AND {kind} {_kinds(value)})" for value in compare.values]
-    if compare.operator in ("in", "nin", "eq", "ne"):
-        equal = " OR ".join(one.format("=") for one in alike)
-        return f"NOT COALESCE({equal}, 0)" if compare.operator in ("nin", "ne") else f"COALESCE({equal}, 0)"
-    return f"COALESCE({alike[0].format(COMPARISONS[compare.operator])}, 0)"
-
-
-def _kinds(value: object) -> str:
-    """SQLite says 1 for both true and 1, and orders numbers before text: compare like with like."""
-    if isinstance(value, bool):
-        return "IN ('true', 'false')"
-    return "= 'text'" if isinstance(value, str) else "IN ('integer', 'real')"
 
 
 # ── rows and values ─────────────────────────────────────────────────────────────────────────────
