@@ -1,12 +1,11 @@
-"""Any moves, and every vector store gives the same answers: memory, Milvus Lite, and a server (double, or a real one).
+"""Any moves, and every store gives the same answers: vector stores by themselves, and whole houses of different stores.
 
-The document stores are held to one another in the same way in tests/test_arango.py.
-
-Of a search by text only who is found is compared: each store has statistics of its own for the scores.
+The document stores by themselves are held to one another in tests/test_arango.py. Of a search by text only who is
+found is compared: each vector store has statistics of its own for the scores.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,12 @@ from hypothesis import strategies as st
 
 from nexus.errors import NexusError
 from nexus.ports import IndexRow, Scope, VectorStore
-from nexus.types import Vector
+from nexus.types import SearchRequest, Vector
+from tests import document_stores
+from tests.conftest import ALICE, BOB, MALLORY, House, build_house
+from tests.test_arango import MOVES as MOVES_OF_DOCUMENTS
+from tests.test_arango import do as do_to_documents
+from tests.test_arango import everything, normalised
 from tests.test_stores import STORES, open_store
 
 DIMENSION = 8
@@ -178,3 +182,70 @@ def test_the_words_of_all_readers_are_ranked_alike(shelves: dict[str, Shelf]) ->
         found = [chunk_id for chunk_id, _ in shelf.store.search_text(index, "gripper", 10, Scope("acme"))]
         assert found == [f"c{n}" for n in range(6)], kind
         shelf.end()
+
+
+# ── whole houses ────────────────────────────────────────────────────────────────────────────────
+
+
+HOUSES = [
+    ("memory", "memory"), ("disk", "milvus-lite"), ("arango", "a double of a server"),
+    *([("arango server", "memory")] if document_stores.SERVER else []),
+    *([("memory", "a server")] if "a server" in STORES else []),
+]  # fmt: skip
+
+
+@contextmanager
+def open_houses(home: Path) -> Iterator[dict[str, House]]:
+    """HADES and a retriever over each pair of a document store and a vector store, all of them empty."""
+    with ExitStack() as stack:
+        houses = {}
+        for number, (documents, vectors) in enumerate(HOUSES):
+            folder = home / str(number)
+            folder.mkdir()
+            opened = stack.enter_context(document_stores.place(documents, folder))()
+            stack.callback(opened.close)
+            house = build_house(opened, stack.enter_context(open_store(vectors, folder)))
+            stack.callback(house.retriever.close)
+            houses[f"{documents} and {vectors}"] = house
+        yield houses
+
+
+def searches(house: House) -> dict[str, Any]:
+    """Who finds what, now and in the past, by both routes, and what `fsck` says."""
+    told: dict[str, Any] = {}
+    for who in (ALICE, BOB, MALLORY):
+        for as_of in (None, 0, 1, 2):
+            for query in ("gripper one", "two"):
+                asked = f"{query!r} by {who.subject} as of {as_of}"
+                try:
+                    hits = house.retriever.search(SearchRequest(query, k=50, as_of=as_of, graph="off"), who).hits
+                except NexusError as error:
+                    told[asked] = type(error).__name__
+                else:
+                    told[asked] = sorted((hit.source, hit.text, round(hit.cosine, 4)) for hit in hits)
+    told["fsck"] = [(fault.kind, fault.ids) for fault in house.hades.fsck()]
+    index = house.hades.find_collection("default").index
+    told["rows"] = (house.hades.vectors.count(index), house.hades.vectors.chunk_ids(index))
+    return told
+
+
+@settings(
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)  # fmt: skip
+@given(moves=MOVES_OF_DOCUMENTS)
+def test_any_moves_leave_all_houses_with_the_same_answers(
+    tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[Any, ...]]
+) -> None:
+    begun = [("put", "a", "one", ["b"], frozenset(), "HX-3"), ("put", "b", "two", [], frozenset({"alice"}), None)]
+    with open_houses(Path(tmp_path_factory.mktemp("houses"))) as houses:
+        for move in [*begun, *moves]:
+            came = {kind: normalised(do_to_documents(house, move)) for kind, house in houses.items()}
+            assert all(one == came["memory and memory"] for one in came.values()), (move, came)
+        ids = [houses["memory and memory"].describe(name, ["x"]).document_id for name in "abcd"]
+        found = {kind: searches(house) for kind, house in houses.items()}
+        chunks = sorted(found["memory and memory"]["rows"][1])
+        told = {kind: everything(house, ids, chunks) for kind, house in houses.items()}
+        for question, said in found["memory and memory"].items():
+            assert {kind: one[question] for kind, one in found.items()} == dict.fromkeys(found, said), question
+        assert all(one == told["memory and memory"] for one in told.values())
