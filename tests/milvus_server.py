@@ -114,6 +114,7 @@ class _Servicer(MilvusServicer):  # type: ignore[misc]
         self._lock = threading.Lock()
         self.clock = self.seen = 100  # hybrid timestamps, far above the marks that pymilvus sends for "bounded"
         self._written: dict[tuple[str, str], int] = {}
+        self._levels: dict[str, int] = {}  # of consistency, by collection, for requests that name none
 
     def GetVersion(self, request: Any, context: Any) -> Any:
         return milvus_pb2.GetVersionResponse(status=_ok(), version=self._server.version)
@@ -124,6 +125,7 @@ class _Servicer(MilvusServicer):  # type: ignore[misc]
         schema = schema_pb2.CollectionSchema.FromString(request.schema)
         if sum(one.is_partition_key for one in schema.fields) != 1 or not 1 <= request.num_partitions <= 1024:
             return _fault(INVALID, "here a collection has one partition key and a number of partitions")
+        self._levels[request.collection_name] = request.consistency_level
         return super().CreateCollection(request, context)
 
     def HasCollection(self, request: Any, context: Any) -> Any:
@@ -190,13 +192,14 @@ class _Servicer(MilvusServicer):  # type: ignore[misc]
             return milvus_pb2.QueryResults(status=_fault(INVALID, "a query has a limit of at most 16384 rows"))
         if fault := self._render(request, request.expr_template_values, "expr"):
             return milvus_pb2.QueryResults(status=fault)
+        if unseen := self._unseen(request):
+            request.expr = f"chunk_id not in {json.dumps(unseen)}" + (request.expr and f" and {request.expr}")
         return super().Query(request, context)
 
     def Search(self, request: Any, context: Any) -> Any:
         if fault := self._render(request, request.expr_template_values, "dsl"):
             return milvus_pb2.SearchResults(status=fault)
-        unseen = self._unseen(request)
-        if unseen:
+        if unseen := self._unseen(request):
             request.dsl = f"({request.dsl}) and chunk_id not in {json.dumps(unseen)}"
         answer = super().Search(request, context)
         params = {pair.key: pair.value for pair in request.search_params}
@@ -205,13 +208,14 @@ class _Servicer(MilvusServicer):  # type: ignore[misc]
         return answer
 
     def _unseen(self, request: Any) -> list[str]:
-        """Ids of rows that were written after what this search waits for."""
-        if request.use_default_consistency or request.consistency_level == STRONG:
-            return []
-        until = self.seen
-        if request.consistency_level == SESSION:
-            until = max(until, request.guarantee_timestamp)
+        """Ids of rows that were written after what this request waits for."""
         collection = self._db.resolve_collection_name(request.collection_name)
+        level = request.consistency_level
+        if request.use_default_consistency:
+            level = self._levels.get(collection, BOUNDED)
+        if level == STRONG:
+            return []
+        until = max(self.seen, request.guarantee_timestamp) if level == SESSION else self.seen
         with self._lock:
             return [pk for (name, pk), written in self._written.items() if name == collection and written > until]
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nexus.errors import NexusError
+from nexus.hades import alias_of
 from nexus.ports import IndexRow, Scope, VectorStore
 from nexus.types import SearchRequest, Vector
 from tests import document_stores
@@ -22,9 +24,10 @@ from tests.conftest import ALICE, BOB, MALLORY, House, build_house
 from tests.test_arango import MOVES as MOVES_OF_DOCUMENTS
 from tests.test_arango import do as do_to_documents
 from tests.test_arango import everything, normalised
-from tests.test_stores import STORES, open_store
+from tests.test_stores import STORES, clear, open_store
 
 DIMENSION = 8
+RUNS = f"nx_{uuid4().hex}"
 GENERATIONS = ("one", "two")
 NUMBERS = st.integers(0, 11)
 WORDS = ("gripper", "torque")
@@ -55,7 +58,7 @@ class Shelf:
         self.store, self.run = store, 0
 
     def name(self, generation: str) -> str:
-        return f"nx_agree_{self.run}_{generation}"
+        return f"{RUNS}_{self.run}_{generation}"
 
     def begin(self) -> None:
         self.run += 1
@@ -64,11 +67,7 @@ class Shelf:
         self.store.point_alias(self.name("live"), self.name("one"))
 
     def end(self) -> None:
-        """Drop what may be dropped: the alias goes to an index that stays."""
-        self.store.open_index("nx_agree_rest", DIMENSION)
-        self.store.point_alias(self.name("live"), "nx_agree_rest")
-        for generation in GENERATIONS:
-            self.store.drop_index(self.name(generation))
+        clear(self.store, [self.name("live")], map(self.name, GENERATIONS))
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +205,14 @@ def open_houses(home: Path) -> Iterator[dict[str, House]]:
             stack.callback(opened.close)
             house = build_house(opened, stack.enter_context(open_store(vectors, folder)))
             stack.callback(house.retriever.close)
+            stack.callback(remove_collections, house)
             houses[f"{documents} and {vectors}"] = house
         yield houses
+
+
+def remove_collections(house: House) -> None:
+    for collection in house.hades.documents.collections():
+        clear(house.hades.vectors, [alias_of(collection.name)], [collection.index])
 
 
 def searches(house: House) -> dict[str, Any]:
