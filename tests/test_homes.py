@@ -316,6 +316,28 @@ def test_a_tier_that_goes_away_in_the_middle_is_told_and_made_good(one: Place, m
     assert one.there() == {"run.bag": ["cold"], "other.bag": ["warm"]} and one.homes.faults("acme") == []
 
 
+@pytest.mark.parametrize(("foreign", "tier"), [("another", "hot"), ("bytes", "cold")])
+def test_after_a_crash_only_the_very_same_bytes_are_taken_for_the_copy(
+    one: Place, monkeypatch: pytest.MonkeyPatch, foreign: str, tier: str
+) -> None:
+    class Crash(RuntimeError):
+        pass
+
+    def crash(point: str) -> None:
+        raise Crash
+
+    monkeypatch.setattr("nexus.tiers.filesystem.pass_through", crash)
+    with pytest.raises(Crash):
+        one.homes.move([one.file()], "cold")
+    monkeypatch.undo()
+    assert one.intents() == 1
+    one.put("cold", "run.bag", foreign)  # where the copy would have been
+    assert one.homes.recover() == 0
+    assert one.file().tier == tier
+    assert (one.root / tier / "acme" / "run.bag").read_bytes() == b"bytes"
+    assert (one.root / "cold" / "acme" / "run.bag").read_text() == foreign
+
+
 def test_two_tiers_in_one_place_are_refused(tmp_path: Path) -> None:
     for other in ("/data", "/data/", "/data/below"):
         with pytest.raises(ConfigError, match="lies within"):

@@ -435,6 +435,21 @@ def test_rules_that_take_a_file_from_one_copy_to_the_next_are_seen() -> None:
     assert {one.reason for one in done.withheld} == {"'cold' and 'warm' would undo what they do"}
 
 
+def test_a_detour_is_left_out_and_what_is_done_is_done_once() -> None:
+    tier = lambda name: {"field": "tier", "operator": "==", "value": name}  # noqa: E731
+    rules = [
+        a_rule("sink", move("cold"), tier("hot")),
+        a_rule("thaw", [move("warm"), {"type": "tag", "add": ["t"]}], [tier("cold"), {"not": HAS_T}]),
+        a_rule("freeze", move("cold"), tier("warm")),
+    ]
+    assert told(plan(rules, [a_file()], NOW, TIERS)) == [
+        ("tag", "robots/run.bag", "+t", "thaw"), ("move", "robots/run.bag", "cold", "freeze")
+    ]  # fmt: skip
+
+
+HAS_T = {"field": "tags", "operator": "contains", "value": "t"}
+
+
 def test_a_hold_beats_deletion_of_any_priority_and_in_the_same_plan() -> None:
     expiry = a_rule("expiry", DELETE, {"field": "age", "operator": ">", "value": "30d"}, priority=1000)
     assert told(plan([expiry], [a_file()], NOW)) == [("delete", "robots/run.bag", "", "expiry")]
