@@ -56,6 +56,15 @@ def refusal(block: bytes, keyring: Keyring) -> type[BlockRefused] | None:
     return None
 
 
+def is_read(block: bytes) -> bool:
+    """Whether it can be taken apart: what is asked before anything is verified, and so of no wrap or signature."""
+    try:
+        read_envelope(io.BytesIO(block))
+    except BlockCorrupt:
+        return False
+    return True
+
+
 # ── what goes in comes out ──────────────────────────────────────────────────────────────────────────
 
 
@@ -260,7 +269,7 @@ def test_k4_a_stranger_names_itself(keyring: Keyring, tmp_path: Path) -> None:
 @pytest.mark.parametrize("alg", ["HMAC", "none", "Ed25519", ""])
 def test_k4_a_block_chooses_no_algorithm(keyring: Keyring, block: bytes, alg: str) -> None:
     values = asdict(read_envelope(io.BytesIO(block)).header)
-    assert refusal(resign(block, keyring, values=values | {"alg": alg}), keyring) is BlockCorrupt
+    assert not is_read(resign(block, keyring, values=values | {"alg": alg}))
 
 
 def test_k4_a_mac_in_the_signatures_place(keyring: Keyring, block: bytes) -> None:
@@ -411,14 +420,14 @@ def test_a_header_of_another_form_is_refused_even_if_it_is_signed(
     keyring: Keyring, block: bytes, change: dict[str, object]
 ) -> None:
     values = asdict(read_envelope(io.BytesIO(block)).header) | change
-    assert refusal(resign(block, keyring, values=values), keyring) is BlockCorrupt
+    assert not is_read(resign(block, keyring, values=values))
 
 
 def test_a_header_with_one_field_less(keyring: Keyring, block: bytes) -> None:
     for name in asdict(read_envelope(io.BytesIO(block)).header):
         values = asdict(read_envelope(io.BytesIO(block)).header)
         del values[name]
-        assert refusal(resign(block, keyring, values=values), keyring) is BlockCorrupt
+        assert not is_read(resign(block, keyring, values=values))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +438,7 @@ def test_a_header_with_one_field_less(keyring: Keyring, block: bytes) -> None:
 def test_a_header_that_is_no_canonical_json(keyring: Keyring, block: bytes, encoded: bytes) -> None:
     start = envelope.MAGIC + len(encoded).to_bytes(4, "big") + encoded
     parts = read_envelope(io.BytesIO(block))
-    assert refusal(start + block[len(parts.prelude) :], keyring) is BlockCorrupt
+    assert not is_read(start + block[len(parts.prelude) :])
 
 
 def test_a_header_written_in_another_way_is_refused_even_if_it_is_signed(keyring: Keyring, block: bytes) -> None:
@@ -442,8 +451,8 @@ def test_a_header_written_in_another_way_is_refused_even_if_it_is_signed(keyring
         canonical + b" ", canonical.replace(b'"version":1', b'"version":1,"version":1'),
         canonical.replace(b"arm", b"\\u0061rm"),
     ):  # fmt: skip
-        assert encoded != canonical
-        assert refusal(resign(block, keyring, encoded=encoded), keyring) is BlockCorrupt
+        assert json.loads(encoded) == values
+        assert not is_read(resign(block, keyring, encoded=encoded))
 
 
 def test_more_ciphertext_than_the_length_says_is_refused_even_if_it_is_signed(keyring: Keyring, small: int) -> None:
@@ -451,7 +460,7 @@ def test_more_ciphertext_than_the_length_says_is_refused_even_if_it_is_signed(ke
     parts = read_envelope(io.BytesIO(whole))
     body = whole[parts.start : parts.end]
     for segments in (body + b"\0", body + body[:32], body[:-1], body[:32] + body):
-        assert refusal(resign(whole, keyring, segments), keyring) is BlockCorrupt
+        assert not is_read(resign(whole, keyring, segments))
 
 
 @settings(max_examples=200, deadline=None)
