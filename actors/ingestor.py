@@ -4,7 +4,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,19 @@ import numpy as np
 
 from actors.coordination import Coordination
 from actors.pressure import yielding
+from nexus.audit import Chain
 from nexus.background import begin_in_background, has_failed
 from nexus.config import Config
 from nexus.conveyor import Conveyor, Pace
-from nexus.errors import TryAgain
+from nexus.enforcement import Enforcer, Evaluation, Order, open_tiers
+from nexus.errors import NexusError, TryAgain
 from nexus.hades import Fault, Hades, Removed
+from nexus.homes import HadesIndexer, Homes
 from nexus.ingest import Ingestor as Steps
 from nexus.ingest import Source, open_steps
 from nexus.jobs import Jobs, examine
 from nexus.memory import Compacted, Compactor
+from nexus.policy import Rule
 from nexus.ports import Collection
 from nexus.registry import open_interactions, open_part
 from nexus.summaries import Summarise
@@ -33,6 +38,7 @@ Result = TypeVar("Result")
 
 TEXTS_PER_CALL = 128  # to the embedder pool, so that a long document does not keep others waiting
 JANITOR_SECONDS = 60.0
+POLL_SECONDS = 30.0  # between two looks at what tiers that place files by themselves have done
 NICENESS = 10  # reading and cutting give way to questions
 
 
@@ -51,6 +57,8 @@ class Ingestor:
         self._config, self._vectors_address, self._pool = config, vectors_address, pool
         self._summarise = summarise
         self._threads = ThreadPoolExecutor(4, "ask")
+        self._enforcing = ThreadPoolExecutor(2, "policies")  # which may take long, and keep no question waiting
+        self._enforcer: Enforcer | None = None
         self._starting: asyncio.Task[Conveyor] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,6 +98,25 @@ class Ingestor:
         found = await self._run(hades.find_collection, collection)
         await self._run(hades.vectors.flush, found.index)
 
+    async def policies(self, tenant: str) -> list[Rule]:
+        return await self._enforce(lambda enforcer: enforcer.rules(tenant))
+
+    async def policy(self, tenant: str, name: str) -> Rule:
+        """Raises NotFound."""
+        return await self._enforce(lambda enforcer: enforcer.rule(tenant, name))
+
+    async def put_policy(self, principal: Principal, name: str, tree: Mapping[str, object]) -> tuple[Rule, int]:
+        """Make or replace a policy; its version, from 1. Raises InvalidRequest."""
+        return await self._enforce(lambda enforcer: enforcer.put(principal, name, tree))
+
+    async def drop_policy(self, principal: Principal, name: str) -> None:
+        """Raises NotFound. What the policy did stays done."""
+        await self._enforce(lambda enforcer: enforcer.drop(principal, name))
+
+    async def evaluate_policy(self, principal: Principal, order: Order) -> Evaluation:
+        """What a policy does, or after it was carried out, did. Raises NotFound, Unavailable."""
+        return await self._enforce(lambda enforcer: enforcer.evaluate(principal, order))
+
     async def ready(self) -> bool:
         """True once the embedder pool and both stores answer. Raises Unavailable."""
         hades = (await self._conveyor()).ingestor.hades
@@ -119,11 +146,15 @@ class Ingestor:
         embedders = config.ingest.embedders or 1 + (config.models.embedder_threads or os.cpu_count() or 1)
         pace = Pace(config.parsing.workers, embedders, stuck_seconds=config.ingest.stuck_seconds)
         conveyor = Conveyor(Jobs(home), steps, pace, yielding=yielding(config.scaling))
+        homes = Homes(home, open_tiers(config), HadesIndexer(steps))
+        self._enforcer = Enforcer(homes, Chain(home, config.audit.file_bytes).append)
         self._keep(conveyor.run())
         memory = open_interactions(config.stores.documents, home=home)
         compactor = Compactor(memory, config.memory, fingerprint, self._pool.embed, self._summarise)
         self._keep(self._keep_clean(conveyor))
         self._keep(self._keep_compact(compactor))
+        if config.policies.tiers:
+            self._keep(self._keep_policies(self._enforcer))
         return conveyor
 
     def _keep(self, work: Awaitable[None]) -> None:
@@ -171,6 +202,30 @@ class Ingestor:
             except TryAgain as error:  # a store or the embedder is away
                 log.warning("compacting memory was put off: %s", error)
             await asyncio.sleep(JANITOR_SECONDS)
+
+    async def _keep_policies(self, enforcer: Enforcer) -> None:
+        """Learn what tiers have done, and where it is wanted carry all policies out, now and then."""
+        every = self._config.policies.every_seconds
+        due = time.monotonic() + (every or 0.0)
+        while True:
+            try:
+                await self._run_enforcing(enforcer.poll)
+                if every is not None and time.monotonic() >= due:
+                    due = time.monotonic() + every
+                    done = await self._run_enforcing(enforcer.run)
+                    if done:
+                        log.info("policies: %s", dict(Counter(f"{one.action} {one.status}" for one in done)))
+            except NexusError as error:  # a tier or the audit record is away; the next round finds the same
+                log.warning("policies were put off: %s", error.message)
+            await asyncio.sleep(POLL_SECONDS if every is None else min(POLL_SECONDS, every))
+
+    async def _enforce(self, work: Callable[[Enforcer], Result]) -> Result:
+        await self._conveyor()
+        assert self._enforcer is not None  # it is made with the conveyor
+        return await self._run_enforcing(work, self._enforcer)
+
+    async def _run_enforcing(self, work: Callable[..., Result], *arguments: object) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._enforcing, partial(work, *arguments))
 
     async def _run(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))

@@ -90,6 +90,7 @@ class Gateway:
                 memory=Memory(open_interactions(config.stores.documents, home=home), retriever, config.memory),
                 retriever=retriever,
                 ingestor=parts["ingestor"],
+                policies=parts["ingestor"],
                 balancer=balancer,
                 cache=cache,
                 embedders=opened.embedders,

@@ -7,9 +7,10 @@ touched. Its embedder finds all texts alike: a search that forgot to look at the
 import asyncio
 import re
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -28,13 +29,16 @@ from nexus.access import PERMISSIONS, KeyRing
 from nexus.audit import Chain, Recorder
 from nexus.balancer import Balancer, Member, Weights
 from nexus.config import Config
+from nexus.enforcement import Enforcer, Evaluation, Order
 from nexus.errors import NotFound, TryAgain
 from nexus.hades import Hades, chunks_of, document_id_of, version_of
+from nexus.homes import Homes
 from nexus.ingest import Source
 from nexus.jobs import Announced, Jobs
 from nexus.memory import Memory
 from nexus.models import extractive
 from nexus.pipelines.rag import Tools
+from nexus.policy import Rule
 from nexus.ports import InputType, Staged
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
@@ -55,8 +59,9 @@ ROLES: Mapping[str, tuple[str, frozenset[str]] | None] = {
     "none": None, "reader": (OURS, READS), "writer": (OURS, WRITES), "infer-only": (OURS, frozenset({"infer"})),
     "admin": (OURS, PERMISSIONS), "other tenant": (THEIRS, PERMISSIONS),
 }  # fmt: skip
-OF_A_TENANT = ("document_id", "job_id", "session_id", "data_id", "interaction_id")  # parameters of paths that name such
-OF_ALL = ("key_id", "model", "name", "node", "number", "version")  # and those that name none, or a part of one
+# Parameters of paths that name such a thing, and those that name none, or a part of one.
+OF_A_TENANT = ("document_id", "job_id", "session_id", "data_id", "interaction_id", "policy")
+OF_ALL = ("key_id", "model", "name", "node", "number", "version")
 TOLD = "The gripper closes with a torque of 4 N·m."
 QUESTION = "What is the torque of the gripper?"
 BODIES: Mapping[str, Any] = {
@@ -71,6 +76,7 @@ BODIES: Mapping[str, Any] = {
     "/v1/embeddings": {"model": "alike", "input": QUESTION},
     "/v1/rerank": {"model": "alike", "query": QUESTION, "documents": ["a", "b"]},
     "/auth/keys": {"name": "new"},
+    "/policies/{policy}": {"description": TOLD, "actions": [{"type": "hold"}]}, "/policies/{policy}/evaluate": {},
     "/execute": {"template_name": "analyze_only", "initial_data": {"text": QUESTION}},
 }  # fmt: skip
 
@@ -93,8 +99,8 @@ class Route:
 
     @property
     def names_something(self) -> bool:
-        """Whether its path leads to a thing of some tenant."""
-        return any(f"{{{name}" in self.path for name in OF_A_TENANT)
+        """Whether its path leads to a thing of some tenant. A policy that is put is the caller's, whatever its name."""
+        return any(f"{{{name}" in self.path for name in OF_A_TENANT) and str(self) != "PUT /policies/{policy}"
 
     def address(self, values: Mapping[str, str]) -> str:
         """The path with these values, and "missing" for those that are not given."""
@@ -244,6 +250,7 @@ class Stored:
             self.hades.stage([Staged(document, epoch, chunks, [text], Alike().vectors([text]))])
             self.hades.publish([(document, epoch)])
         job, _ = self.lent.jobs.accept(owner, "default", [Announced(source, "0" * 32, 1)], accepted_at=0)
+        await self.lent.policies.put_policy(owner, policy_of(tenant), told_policy(tenant))
         self.lent.sessions.clear(owner, SESSION)
         self.lent.sessions.add_context(owner, SESSION, text)
         if await self._shared(tenant) != text:
@@ -263,6 +270,8 @@ class Stored:
             return "a stranger deleted an interaction"
         if self.lent.sessions.context(owner, SESSION) != told(tenant):
             return "a stranger changed a session"
+        if policy_of(tenant) not in {rule.name for rule in await self.lent.policies.policies(tenant)}:
+            return "a stranger deleted a policy"
         return "" if await self._shared(tenant) == told(tenant) else "a stranger changed a block"
 
     async def _shared(self, tenant: str) -> str | None:
@@ -291,11 +300,21 @@ def block_of(tenant: str) -> str:
     return f"block-of-{tenant}"
 
 
+def policy_of(tenant: str) -> str:
+    """The name of a tenant's policy."""
+    return f"policy-of-{tenant}"
+
+
+def told_policy(tenant: str) -> dict[str, Any]:
+    """What a tenant's policy is."""
+    return {"description": CANARIES[tenant], "actions": [{"type": "hold"}]}
+
+
 def values_of(tenant: str, document_id: str, job_id: str, interaction_id: str) -> dict[str, str]:
     """The values for paths that lead to a tenant's things."""
     return {
         "document_id": document_id, "job_id": job_id, "session_id": SESSION, "number": "0", "version": "1",
-        "data_id": block_of(tenant), "interaction_id": interaction_id,
+        "data_id": block_of(tenant), "interaction_id": interaction_id, "policy": policy_of(tenant),
     }  # fmt: skip
 
 
@@ -319,6 +338,36 @@ class Embedder(Alike):
 
     def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:  # type: ignore[override]
         return self.vectors(texts)
+
+
+class LocalPolicies:
+    """The ingestor's methods for policies, in this process; what they need is opened by the first."""
+
+    def __init__(self, open: Callable[[], Enforcer]) -> None:
+        self._open = open
+
+    @cached_property
+    def enforcer(self) -> Enforcer:
+        return self._open()
+
+    def close(self) -> None:
+        if "enforcer" in self.__dict__:
+            self.enforcer.close()
+
+    async def policies(self, tenant: str) -> list[Rule]:
+        return self.enforcer.rules(tenant)
+
+    async def policy(self, tenant: str, name: str) -> Rule:
+        return self.enforcer.rule(tenant, name)
+
+    async def put_policy(self, principal: Principal, name: str, tree: Mapping[str, object]) -> tuple[Rule, int]:
+        return self.enforcer.put(principal, name, tree)
+
+    async def drop_policy(self, principal: Principal, name: str) -> None:
+        self.enforcer.drop(principal, name)
+
+    async def evaluate_policy(self, principal: Principal, order: Order) -> Evaluation:
+        return self.enforcer.evaluate(principal, order)
 
 
 @dataclass(frozen=True)
@@ -358,8 +407,8 @@ async def in_process() -> AsyncIterator[World]:
         documents, keys, jobs = sqlite.open("sqlite::memory:"), KeyRing(home), Jobs(home)
         hades = Hades(documents, memory.open("memory:"), Alike.fingerprint, Alike.dimension)
         here = Here(Retriever(hades, Embedder(), RetrievalSettings()))
-        sharing = AloneSharing(home)
-        lent = replace(_lend(home, keys, jobs, hades, here), sharing=sharing)
+        sharing, policies = AloneSharing(home), LocalPolicies(lambda: Enforcer(Homes(home, {}), Chain(home).append))
+        lent = replace(_lend(home, keys, jobs, hades, here, policies), sharing=sharing)
         made = {
             role: keys.create(f"role-{number}", *known)[0]
             for number, (role, known) in enumerate(ROLES.items())
@@ -371,11 +420,11 @@ async def in_process() -> AsyncIterator[World]:
                 yield World(client, Stored(lent, hades), made)
         finally:
             here.retriever.close()
-            for part in (lent.audit, jobs, keys, documents, lent.memory.store, sharing):
+            for part in (lent.audit, policies, jobs, keys, documents, lent.memory.store, sharing):
                 part.close()
 
 
-def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here) -> Lent:
+def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here, policies: LocalPolicies) -> Lent:
     embedder = Alike()
     balancer = Balancer([Member(extractive.open("extractive:", embed=embedder.embed), 0.5)], Weights(1, 1, 1), 5.0)
     config = Config(home=home)
@@ -390,6 +439,7 @@ def _lend(home: Path, keys: KeyRing, jobs: Jobs, hades: Hades, here: Here) -> Le
         memory=Memory(sqlite.open_interactions("sqlite::memory:"), embedder, config.memory),
         retriever=here,
         ingestor=here,
+        policies=policies,
         balancer=balancer,
         embedders={"alike": embedder},
         count_tokens=lambda texts: [len(text.split()) for text in texts],

@@ -12,7 +12,18 @@ from typing import Any
 
 import httpx
 
-from deployments.authz import CANARIES, ROLES, SESSION, TENANTS, World, block_of, told, values_of
+from deployments.authz import (
+    CANARIES,
+    ROLES,
+    SESSION,
+    TENANTS,
+    World,
+    block_of,
+    policy_of,
+    told,
+    told_policy,
+    values_of,
+)
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, KeyRing
 from nexus.errors import Unavailable
 
@@ -36,6 +47,7 @@ class Sent:
             file = {"filename": f"to-come-{name}", "digest": "0" * 32, "size": 1}
             job = await self._ask(tenant, "POST", "/rag/jobs", {"files": [file]})
             await self._ask(tenant, "PUT", f"/share/{block_of(tenant)}", told(tenant))
+            await self._ask(tenant, "PUT", f"/policies/{policy_of(tenant)}", told_policy(tenant))
             asked = {"query": told(tenant), "response": told(tenant), "user": CANARIES[tenant]}
             kept = await self._ask(tenant, "POST", "/memory/store", asked)
             ids = document["document_id"], job["job_id"], kept["interaction_id"]
@@ -56,6 +68,8 @@ class Sent:
         recalled = await self._ask(tenant, "POST", "/memory/retrieve", {"filters": {"user": CANARIES[tenant]}})
         if not recalled["interactions"]:
             return "a stranger deleted an interaction"
+        if (await self.client.get(f"/policies/{policy_of(tenant)}", headers=key)).status_code == 404:
+            return "a stranger deleted a policy"
         return "" if await self._context(tenant) == told(tenant) else "a stranger changed a session"
 
     async def _context(self, tenant: str) -> str:
@@ -65,6 +79,7 @@ class Sent:
         for tenant, values in self.made.items():
             await self._ask(tenant, "DELETE", f"/rag/jobs/{values['job_id']}")
             await self._ask(tenant, "DELETE", f"/rag/documents/{values['document_id']}?purge=true")
+            await self._ask(tenant, "DELETE", f"/policies/{values['policy']}")
             await self._ask(tenant, "DELETE", f"/mcp/{SESSION}/clear_context")
             for owner in TENANTS:  # whoever named a stranger's block made one of that name in their own tenant
                 key = {"x-api-key": self.owners[tenant]}

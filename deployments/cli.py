@@ -17,7 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import adding, archiving, auditing, nodes, overview, planning, running, sharing, upkeep, voters
+from deployments import (
+    adding,
+    archiving,
+    auditing,
+    nodes,
+    overview,
+    planning,
+    policies,
+    running,
+    sharing,
+    upkeep,
+    voters,
+)
 from deployments import client as http
 from deployments.auditing import recorded, recorded_if_possible
 from deployments.doctor import examine
@@ -45,6 +57,7 @@ app.add_typer(voters.app, name="coordinator")
 app.add_typer(nodes.app, name="node")
 app.add_typer(auditing.app, name="audit")
 app.add_typer(sharing.app, name="share")
+app.add_typer(policies.app, name="policy")
 app.command("backup")(archiving.backup)
 app.command("restore")(archiving.restore)
 
@@ -87,6 +100,7 @@ def up(
     home = Path(settings.home)
     for kind, address, task in settings.parts():
         check_part(kind, address, task)
+    policies.check_tiers(settings)
     bootstrap.prepare_home(home)
     patience = _patience(settings) if wait is None else wait
     with running.stopped_by_signals(lambda: bootstrap.stop(home)) if stay else nullcontext():

@@ -42,7 +42,7 @@ def examine() -> list[Finding]:
         return [*findings, Finding("settings", False, error.message)]
     findings.append(Finding("settings", True, f"read; home is {config.home}"))
     checks: dict[str, Callable[[Config], str]] = {
-        "home": _home, "ports": _ports, "disk": _disk, "memory": _memory, "models": _models,
+        "home": _home, "ports": _ports, "disk": _disk, "memory": _memory, "models": _models, "tiers": _tiers,
         "versions": exposure.versions, "files": exposure.files, "access": exposure.mode, "ray": exposure.ray,
         "listening": exposure.listening, "audit": _audit, "sharing": _sharing,
     }  # fmt: skip
@@ -129,6 +129,15 @@ def _memory(config: Config) -> str:
     if available < FREE_MEMORY_BYTES:
         raise _Wrong(f"only {available / 2**30:.1f} GiB available; Nexus needs about 3")
     return f"{available / 2**30:.0f} GiB available"
+
+
+def _tiers(config: Config) -> str:
+    if not config.policies.tiers:
+        return "none are configured"
+    from nexus import enforcement  # with all that files and stores need
+
+    enforcement.check_tiers(config, at_work=True)
+    return f"{', '.join(config.policies.tiers)} answer"
 
 
 def _models(config: Config) -> str:

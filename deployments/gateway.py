@@ -29,6 +29,7 @@ from deployments.routes import (
     memory,
     openai,
     pipelines,
+    policies,
     report,
     reranking,
     sessions,
@@ -43,6 +44,7 @@ from nexus.audit import Recorder
 from nexus.balancer import Balancer, Weights
 from nexus.cache import CompletingGenerator, ResponseCache, cached
 from nexus.config import Config
+from nexus.enforcement import Evaluation, Order
 from nexus.errors import NexusError
 from nexus.hades import Fault, Removed
 from nexus.image_hosts import ImageHosts
@@ -53,6 +55,7 @@ from nexus.memory import Memory
 from nexus.models.by_embedder import nearness
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
+from nexus.policy import Rule
 from nexus.ports import DocumentStore
 from nexus.screening import (
     Embedding,
@@ -80,6 +83,14 @@ class Ingesting(Protocol):
     async def find_unchanged(self, sources: Sequence[Source], principal: Principal) -> list[Receipt | None]: ...
     async def vacuum(self, keep_closed_seconds: float, document_ids: Sequence[str] | None = None) -> list[Removed]: ...
     async def fsck(self, repair: bool) -> list[Fault]: ...
+
+
+class Enforcing(Protocol):
+    async def policies(self, tenant: str) -> list[Rule]: ...
+    async def policy(self, tenant: str, name: str) -> Rule: ...
+    async def put_policy(self, principal: Principal, name: str, tree: Mapping[str, object]) -> tuple[Rule, int]: ...
+    async def drop_policy(self, principal: Principal, name: str) -> None: ...
+    async def evaluate_policy(self, principal: Principal, order: Order) -> Evaluation: ...
 
 
 class Operating(Protocol):
@@ -117,6 +128,7 @@ class Lent:
     memory: Memory
     retriever: Searching
     ingestor: Ingesting
+    policies: Enforcing
     balancer: Balancer
     embedders: Mapping[str, Embedding]
     count_tokens: Callable[[Sequence[str]], list[int]]
@@ -198,6 +210,7 @@ def application(lent: Lent) -> FastAPI:
         mcp,
         memory,
         pipelines,
+        policies,
         openai,
         kserve,
         reranking,

@@ -20,7 +20,7 @@ from nexus.types import Evidence, Principal, SearchRequest, SearchResult
 
 UNHURRIED = frozenset({"/rag/fsck", "/rag/vacuum"})  # which look at all there is, for who administers it
 UNGATED = frozenset({"/metrics"})  # whoever watches must see how bad it is
-BULK = ("/rag/add_document", "/rag/jobs", "/rag/fsck", "/rag/vacuum")
+BULK = ("/rag/add_document", "/rag/jobs", "/rag/fsck", "/rag/vacuum", "/policies/")
 LISTS = ("/v1/embeddings", "/v1/rerank")
 LONG_LIST_BYTES = 32 * 1024  # of a body: more is bulk work
 

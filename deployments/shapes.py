@@ -32,11 +32,13 @@ from cluster.sharing import Overview
 from cluster.steward import Shared
 from deployments.cluster_state import Deployed, Machine, SeenGpu, State
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, Key
+from nexus.enforcement import Evaluation, Order
 from nexus.filters import parse_filter
 from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
 from nexus.memory import MAX_USER_CHARACTERS, Draft, Recall
 from nexus.pipelines.execute import StepResult
+from nexus.policy import Rule, show_outcome, show_rule
 from nexus.ports import Deletion
 from nexus.types import Answer, Document, Forgotten, Hit, Interaction, Receipt, SearchRequest, SearchResult
 
@@ -44,6 +46,7 @@ MAX_METADATA_BYTES = 16 * 1024
 MAX_INITIAL_BYTES = 64 * 1024
 MAX_FILTER_BYTES = 2**20
 MAX_READERS = 100
+MAX_ACTIONS_SHOWN = 10_000
 MAX_NUMBER = 2**53  # what JSON carries exactly, and a database holds
 STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
 MAX_LIFETIME_SECONDS = 100 * 365 * 86_400
@@ -260,6 +263,36 @@ class Execute(Shape):
         if (self.template_name is None) == (self.protocol_names is None):
             raise ValueError("either template_name or protocol_names is needed, and not both")
         return self
+
+
+class Policy(Shape):
+    """A rule: what is done with the files that meet its conditions. A list of conditions means all of them.
+
+    A condition is `{field, operator, value}`, or one of `{all: [...]}`, `{any: [...]}` and `{not: ...}`; an action has
+    a `type`, and what that takes: `{type: move, target}`, `{type: replicate, targets | count}`, `{type: index,
+    collection, readers}`, `{type: tag, add, remove}`, `{type: hold, name}`, `{type: delete}`.
+    """
+
+    name: Annotated[str, Field(max_length=64)] | None = None
+    description: Annotated[str, Field(max_length=1024)] = ""
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    enabled: bool = True
+    conditions: Annotated[list[Any] | dict[str, Any], MaxBytes(MAX_FILTER_BYTES)] = []
+    actions: Annotated[list[Any], Field(min_length=1, max_length=16), MaxBytes(MAX_FILTER_BYTES)]
+
+
+class EvaluatePolicy(Shape):
+    """On all files, or on one: its path, or what is known of it (`file_path`, `file_size` and so on).
+
+    Nothing is done while `dry_run` is true. `delegate` has the Hammerspace share of its tiers keep the policy.
+    """
+
+    file: Annotated[str, Field(min_length=1, max_length=1024)] | Metadata | None = None
+    dry_run: bool = True
+    delegate: bool = False
+
+    def to_order(self, name: str) -> Order:
+        return Order(name, self.file, self.dry_run, self.delegate)
 
 
 class NewVoter(Shape):
@@ -546,6 +579,28 @@ def show_answer(answer: Answer, trace_id: str) -> dict[str, Any]:
 def show_rewritten(answer: Answer) -> str | None:
     """What was searched for, where that was not the question as it was asked."""
     return None if answer.searched_for == answer.query else answer.searched_for
+
+
+def show_policy(rule: Rule, **more: Any) -> dict[str, Any]:
+    return {**show_rule(rule), **more}
+
+
+def show_evaluation(evaluation: Evaluation, dry_run: bool) -> dict[str, Any]:
+    """As the founding documents have it, with the sums of what was or would be done; at most 10,000 actions."""
+    outcomes = evaluation.outcomes
+    counts = Counter(f"{one.action} {one.status}" for one in outcomes)
+    return {
+        "policy_name": evaluation.policy_name,
+        "dry_run": dry_run,
+        "result": evaluation.result,
+        "actions": [show_outcome(one) for one in outcomes[:MAX_ACTIONS_SHOWN]],
+        "summary": dict(sorted(counts.items())),
+        "metadata": dict(evaluation.metadata),
+        "delegated": [
+            {"tier": one.tier, "state": one.state, "expression": one.reference, "reason": one.reason or None}
+            for one in evaluation.delegated
+        ],
+    }
 
 
 def show_step(step: StepResult) -> dict[str, Any]:

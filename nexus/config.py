@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from platformdirs import user_data_path
@@ -59,6 +60,7 @@ PerMinute = Annotated[int, Field(gt=0, le=10_000_000)]
 HostName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}(:[1-9][0-9]{0,4})?$")]  # for port 443, or its own
 NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,62}$")]
 PublicKeyAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
+TierName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 TenantName = Annotated[str, Field(pattern=rf"^(?:{NAME.pattern})$")]
 FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
 
@@ -587,6 +589,35 @@ class Memory(Section):
         return self
 
 
+class Hammerspace(Section):
+    """The user of the Anvil that Hammerspace tiers belong to: one that may read shares and set objectives.
+
+    `ca_file` holds the authority that signed the Anvil's certificate, where this machine does not know it. A task of
+    the Anvil is waited for during `task_seconds`.
+    """
+
+    username: str = ""
+    password: SecretStr | None = None
+    ca_file: Path | None = None
+    task_seconds: Annotated[float, Field(gt=0)] = 600.0
+
+
+class Policies(Section):
+    """Where files may live: tiers by name, in the order in which copies prefer them, such as `cold: file:/mnt/cold`.
+
+    Rules are evaluated when somebody asks; with `every_seconds` all of them are also carried out that often.
+    """
+
+    tiers: dict[TierName, Address] = {}
+    every_seconds: Annotated[float, Field(ge=1)] | None = None
+
+    @property
+    def anvils(self) -> set[str]:
+        """The hosts and ports that Hammerspace tiers name."""
+        parts = [urlsplit(address) for address in self.tiers.values() if address.startswith("hammerspace:")]
+        return {f"{one.hostname}:{one.port or 8443}" for one in parts}
+
+
 class Scaling(Section):
     """How replicas follow what is asked, and how bulk work gives way to chats whose first tokens come late.
 
@@ -655,6 +686,8 @@ class Config(BaseSettings):
     ingest: Ingest = Ingest()
     hades: Hades = Hades()
     memory: Memory = Memory()
+    policies: Policies = Policies()
+    hammerspace: Hammerspace = Hammerspace()
     scaling: Scaling = Scaling()
     coordinator: Coordinator = Coordinator()
     sharing: Sharing = Sharing()
@@ -694,6 +727,18 @@ class Config(BaseSettings):
                 "memory.compaction: a summary needs a model with words of its own, and 'extractive:' only quotes: set"
                 " models.generator to another one, or memory.compaction to drop"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_anvil_gets_the_password(self) -> "Config":
+        anvils = self.policies.anvils
+        if len(anvils) > 1:
+            raise ValueError(
+                f"the tiers name {len(anvils)} Anvils ({', '.join(sorted(anvils))}), and the one user of `hammerspace`"
+                " is told to one of them only: use the tiers of one"
+            )
+        if anvils and (not self.hammerspace.username or self.hammerspace.password is None):
+            raise ValueError("the tiers name an Anvil: set hammerspace.username and hammerspace.password")
         return self
 
     @classmethod

@@ -158,7 +158,7 @@ class Homes(Database):
         super().__init__(home / DATABASE, "the list of files", ["journal_mode = WAL"])
         self._migrate(MIGRATIONS)
         self.tiers = dict(tiers)
-        _check_apart(self.tiers)
+        check_apart(self.tiers)
         self._indexer = indexer
         self._lock_file = home / LOCK_FILE
         self._at_work = threading.Lock()
@@ -538,6 +538,7 @@ class Homes(Database):
         with self._working():
             with self._reading() as db:
                 rows = db.execute("SELECT tenant, path, tier, role, reference FROM placements").fetchall()
+                sources = {row[:2]: kept.tier for row in rows if (kept := _kept(db, *row[:2])) is not None}
             ended = []
             for tier in sorted({row[2] for row in rows} & set(self.tiers)):
                 waiting = [
@@ -555,7 +556,8 @@ class Homes(Database):
         return [
             FileOutcome(
                 "move" if one.role == "home" else "replicate", one.tenant, one.path,
-                "success" if one.state == "aligned" else "failed", "", one.tier, one.reason,
+                "success" if one.state == "aligned" else "failed", sources.get((one.tenant, one.path), ""), one.tier,
+                one.reason,
             )
             for one in ended
         ]  # fmt: skip
@@ -899,7 +901,7 @@ def _places(tier: Tier | None) -> bool:
     return hasattr(tier, "place")
 
 
-def _check_apart(tiers: Mapping[str, Tier]) -> None:
+def check_apart(tiers: Mapping[str, Tier]) -> None:
     """Raises ConfigError where one tier lies within another: a move between them would delete what it moved."""
     plain = {name: tier.address.rstrip("/") + "/" for name, tier in tiers.items() if not _places(tier)}
     for name, address in plain.items():

@@ -56,6 +56,12 @@ blocks_refused = _counter(
     "share_blocks_refused_total", "Copies that were missing, damaged or not what they should be.", ["node_id", "reason"]
 )
 blocks_repaired = _counter("share_blocks_repaired_total", "Such copies that were replaced by good ones.", ["node_id"])
+policy_evaluations = _counter(
+    "policy_evaluations_total", "Policies evaluated, and how that ended.", ["policy_name", "result"]
+)
+data_movements = _counter(
+    "data_movements_total", "Files moved and copied between tiers, by policies.", ["source", "target", "status"]
+)
 gpu_memory = _gauge(
     "gpu_memory_bytes", "Of each GPU: total, planned, or taken by others, as of the last look.", ["node", "gpu", "kind"]
 )

@@ -256,7 +256,7 @@ class Double:
         self._require(share in self.shares, 404, "no such share", at_fault=False)
         self._require(query["path"].startswith("/"), 400, "a path begins with a slash")
         name = query["objective-identifier"]
-        self._require(name in self.objectives, 404, "no such objective")
+        self._require(name in self.objectives, 404, "no such objective", at_fault=how == "objective-set")
         order = (share, query["path"], name)
         steps = self.as_tasks.pop(0) if self.as_tasks else None
         if steps is None or steps[-1][0] == "COMPLETED":

@@ -12,6 +12,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from cluster.alone import AloneSharing
+from deployments.authz import LocalPolicies
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
 from nexus.audit import Chain, Recorder
@@ -20,7 +21,9 @@ from nexus.cache import ResponseCache, cached
 from nexus.chunking import ChunkSettings
 from nexus.config import Config
 from nexus.conveyor import Conveyor
+from nexus.enforcement import Enforcer, open_tiers
 from nexus.hades import Fault, Hades, Removed, chunks_of, document_id_of, version_of
+from nexus.homes import HadesIndexer, Homes
 from nexus.ingest import Ingestor, Source
 from nexus.jobs import Jobs, examine
 from nexus.memory import Memory
@@ -215,8 +218,10 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
     sharing = AloneSharing(home)
     config = Config(
         home=home, http={"max_body_bytes": 2**20, "allowed_hosts": ["testserver"]},
+        policies={"tiers": {name: f"file:{home}/{name}" for name in ("hot", "cold")}},
         sharing={"max_block_bytes": 64 * 2**20},
     )  # fmt: skip
+    policies = LocalPolicies(lambda: open_enforcer(config, ingestor.steps, recorder))
     yield Lent(
         config=config,
         keys=keys,
@@ -228,6 +233,7 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
         memory=Memory(interactions, retriever, config.memory),
         retriever=retriever,
         ingestor=ingestor,
+        policies=policies,
         balancer=balancer,
         embedders={"word-embedder": retriever},
         count_tokens=lambda texts: [len(text.split()) for text in texts],
@@ -240,11 +246,19 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
         sharing=sharing,
     )  # fmt: skip
     sharing.close()
+    policies.close()
     ingestor.parsers.close()
     interactions.close()
     jobs.close()
     keys.close()
     recorder.close()
+
+
+def open_enforcer(config: Config, steps: Ingestor, recorder: Recorder) -> Enforcer:
+    """Policies over the tiers of these settings, which are folders."""
+    for address in config.policies.tiers.values():
+        Path(address.removeprefix("file:")).mkdir(exist_ok=True)
+    return Enforcer(Homes(Path(config.home), open_tiers(config), HadesIndexer(steps)), recorder.chain.append)
 
 
 @contextmanager

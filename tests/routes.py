@@ -11,7 +11,7 @@ from deployments import authz, gateway
 # What stands for each part of a path; none of it is there.
 SAMPLES = {
     "number": "7", "version": "1", "session_id": "a-session", "job_id": "0" * 32, "document_id": "0" * 32,
-    "data_id": "a-block", "interaction_id": "0" * 32,
+    "data_id": "a-block", "interaction_id": "0" * 32, "policy": "a-policy",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import asyncio
 import warnings
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from nexus.errors import Unavailable
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # `ray.serve` uses what pydantic will remove
+    from actors import ingestor
     from actors.ingestor import Ingestor
     from deployments.remote import Remote
 
@@ -51,6 +53,50 @@ def test_an_opening_that_was_cancelled_is_begun_again(tmp_path: Path) -> None:
 
     asyncio.run(run())
     assert pool.asked_by == ["none", "none"]  # on behalf of no request: the opening is everybody's
+
+
+class Enforcer:
+    """Notes what it is asked for; `enough` is set once that was this much."""
+
+    def __init__(self, most: int) -> None:
+        self.asked: list[str] = []
+        self._most, self._loop, self.enough = most, asyncio.get_running_loop(), asyncio.Event()
+
+    def _note(self, what: str) -> list[Any]:
+        self.asked.append(what)
+        if len(self.asked) >= self._most:
+            self._loop.call_soon_threadsafe(self.enough.set)
+        if len(self.asked) == 2:
+            raise Unavailable("a tier is away")
+        return []
+
+    def poll(self) -> list[Any]:
+        return self._note("poll")
+
+    def run(self) -> list[Any]:
+        return self._note("run")
+
+
+@pytest.mark.parametrize(
+    ("every", "asked"),
+    [(None, ["poll"] * 6), (25.0, ["poll"] * 4 + ["run"] + ["poll"] * 3 + ["run"])],
+)  # fmt: skip
+def test_policies_are_carried_out_when_it_is_time_and_tiers_are_asked_each_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float | None, asked: list[str]
+) -> None:
+    moments = iter(range(0, 10_000, 10))  # ten seconds pass between two looks at the clock
+    monkeypatch.setattr(ingestor, "time", SimpleNamespace(monotonic=lambda: float(next(moments))))
+    monkeypatch.setattr(ingestor, "POLL_SECONDS", 0.0)
+
+    async def run() -> list[str]:
+        host = Ingestor(Config(home=tmp_path, policies={"every_seconds": every}), "milvus:127.0.0.1:1", Pool())
+        enforcer = Enforcer(len(asked))
+        keeping = asyncio.create_task(host._keep_policies(enforcer))  # type: ignore[arg-type]
+        await enforcer.enough.wait()
+        keeping.cancel()
+        return enforcer.asked[: len(asked)]
+
+    assert asyncio.run(run()) == asked
 
 
 def test_a_call_that_serve_cancelled_can_be_made_again() -> None:

@@ -944,6 +944,7 @@ def test_what_fails_leaves_its_place(door: Door, fault: Exception) -> None:
         ("POST", "/mcp/s/add_context", "100", "interactive"), ("POST", "/v1/embeddings", "100", "interactive"),
         ("POST", "/rag/add_document", "100", "bulk"), ("POST", "/rag/jobs", "100", "bulk"),
         ("PUT", "/rag/jobs/x/files", None, "bulk"), ("POST", "/rag/vacuum", None, "bulk"),
+        ("POST", "/policies/cold/evaluate", "2", "bulk"), ("GET", "/policies/cold", None, "interactive"),
         ("POST", "/v1/embeddings", "100000", "bulk"), ("POST", "/v1/embeddings", None, "bulk"),
         ("POST", "/v1/rerank", "9" * 5000, "bulk"), ("POST", "/v1/rerank", "-1", "bulk"),
     ],

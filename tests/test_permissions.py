@@ -49,6 +49,8 @@ ASKED: Mapping[str, tuple[str, ...]] = {
         "POST /mcp/{session_id:path}/add_context", "DELETE /mcp/{session_id:path}/clear_context", "POST /memory/store",
         "POST /store", "DELETE /memory/interactions/{interaction_id}", "DELETE /memory/interactions",
     ),
+    "policies:read": ("GET /policies", "GET /policies/{policy}", "POST /policies/{policy}/evaluate"),
+    "policies:write": ("PUT /policies/{policy}", "DELETE /policies/{policy}"),
     "documents:read sessions:read": ("POST /mcp/{session_id:path}/query",),
     "share:read": ("GET /share", "GET /share/{data_id}", "HEAD /share/{data_id}"),
     "share:write": ("PUT /share/{data_id}", "DELETE /share/{data_id}"),
