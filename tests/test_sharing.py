@@ -472,6 +472,20 @@ def test_a_machine_that_is_forgotten_is_not_waited_for(tell: Callable[..., None]
     tell(story, copies=3)
 
 
+def test_who_moves_copies_of_a_version_that_was_replaced_meanwhile_changes_nothing(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share(there, "a", b"older")
+        older = await there.directory.find("acme", "a")
+        assert older is not None
+        later = await share(there, "a", b"later")
+        assert not await there.directory.move(older, NODES)
+        found = await there.directory.find("acme", "a")
+        assert found is not None and found.record == later
+        assert await there.directory.move(found, NODES[:1]) and await there.copies("a") == NODES[:1]
+
+    tell(story)
+
+
 def test_what_no_record_names_is_swept_a_day_later_and_nothing_else(tell: Callable[..., None]) -> None:
     async def story(there: Machines) -> None:
         await share(there, "kept", b"x")
@@ -549,6 +563,27 @@ def test_a_key_is_rotated_while_blocks_are_shared_and_read(tell: Callable[..., N
         for number in range(6):
             for node in await there.copies(f"b-{number}"):
                 assert await opened(there, node, f"b-{number}") == b"%d" % number
+
+    tell(story)
+
+
+def test_no_key_is_retired_that_another_machine_still_needs(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share(there, "a", b"x")
+        tron = there.stewards["tron"]
+        handle = await tron.begin("acme", "b", "data", "a/b", {})
+        await tron.append(handle, 0, b"y")
+        await there.sharing.rotate("acme")
+        for _ in range(4):
+            for node in ("clu", "sark"):
+                await there.stewards[node].stay()
+                await there.stewards[node].tend()
+        assert states(there, "clu") == ["readable", "active"]
+        await tron.finish(handle)
+        for _ in range(3):
+            await there.settle()
+        assert states(there, "clu") == ["retired", "active"]
+        assert await got(there, "b") == b"y"
 
     tell(story)
 
