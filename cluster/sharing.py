@@ -6,13 +6,15 @@ version at another one, after as many bytes as were read.
 """
 
 import asyncio
+import itertools
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.directory import Directory, Entry, View
-from cluster.steward import Opened, Reach, Settings, Shared, Standing, pieces_of, rank
+from cluster.steward import AHEAD, Opened, Reach, Settings, Shared, Standing, end_all, pieces_of, rank
 from nexus import telemetry
 from nexus.background import begin_in_background
 from nexus.envelope import BlockId
@@ -87,11 +89,7 @@ class Sharing:
         """
         node, handle = await self._begin(tenant, data_id, data_type, media_type, metadata or {})
         try:
-            number = 0
-            async with aclosing(_evenly(content)) as pieces:
-                async for piece in pieces:
-                    await self._answered(node, "append", handle, number, piece)
-                    number += 1
+            await self._send(node, handle, content)
             shared: Shared = await self._answered(node, "finish", handle)
         except BaseException:
             begin_in_background(self._forget(node, handle))
@@ -99,6 +97,24 @@ class Sharing:
         telemetry.data_shared.labels(node, self._counted_as(data_type)).inc()
         telemetry.replication.labels(node).observe(shared.replication_seconds)
         return shared
+
+    async def _send(self, node: str, handle: str, content: AsyncIterable[bytes]) -> None:
+        """All pieces, a few of them at once."""
+        under_way: deque[asyncio.Task[Any]] = deque()
+        numbers = itertools.count()
+        try:
+            async with aclosing(_evenly(content)) as pieces:
+                async for piece in pieces:
+                    if len(under_way) == AHEAD:
+                        await under_way[0]
+                        under_way.popleft()
+                    sending = self._answered(node, "append", handle, next(numbers), piece)
+                    under_way.append(begin_in_background(sending))
+            while under_way:
+                await under_way[0]
+                under_way.popleft()
+        finally:
+            begin_in_background(end_all(under_way))
 
     async def _answered(self, node: str, method: str, *arguments: object) -> Any:
         try:

@@ -25,8 +25,8 @@ record still names it.
 is active at once; every steward re-wraps what it keeps; when no machine that is there has anything under the old key
 any more, that is retired, and every steward destroys it. One that was away does the same when it returns.
 
-What is asked of a steward is asked through a `Reach`: by pieces, in order, each answered before the next is sent, so
-that a slow disk holds back whoever sends, and no block is ever whole in memory.
+What is asked of a steward is asked through a `Reach`: by numbered pieces, of which a few are under way at once, so that
+a slow disk holds back whoever sends, and no block is ever whole in memory.
 """
 
 import asyncio
@@ -35,9 +35,9 @@ import itertools
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, suppress
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +70,8 @@ TAKEN_AT_ONCE = 4  # copies
 BORROWED = 5  # times that a copy is borrowed before its reader is told to come again
 TENDED_AT_ONCE = 8  # records
 STREAMS = 256  # open at once
+AHEAD = 4  # pieces of a stream that are under way at once
+LOST_SECONDS = 30.0  # after which a piece that was overtaken does not come any more
 IDLE_SECONDS = 300.0  # after which a stream is closed that nobody asks for
 SHARING_SECONDS = 3_600.0  # that sharing a block may take; what nobody has on record by then was given up
 ORPHAN_SECONDS = 86_400.0
@@ -141,7 +143,7 @@ class _Stream:
     pieces: Iterator[bytes]
     about: Mapping[str, str] = field(default_factory=dict)
     number: int = 0
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    turn: asyncio.Condition = field(default_factory=asyncio.Condition)
 
 
 def rank(nodes: Iterable[str], tenant: str, data_id: str) -> list[str]:
@@ -150,18 +152,24 @@ def rank(nodes: Iterable[str], tenant: str, data_id: str) -> list[str]:
 
 
 async def pieces_of(reach: Reach, node: str, handle: str) -> AsyncGenerator[bytes, None]:
-    """All pieces of what is open there, one ahead of who uses them; closed at the end. Raises ConnectionError."""
-    ahead = begin_in_background(reach.call(node, "piece", handle, 0))
+    """All pieces of what is open there, a few ahead of who uses them; closed at the end. Raises ConnectionError."""
+    numbers = itertools.count()
+    ahead = deque(begin_in_background(reach.call(node, "piece", handle, next(numbers))) for _ in range(AHEAD))
     try:
-        for number in itertools.count(1):
-            piece = await ahead
-            if not piece:
-                return
-            ahead = begin_in_background(reach.call(node, "piece", handle, number))
+        while piece := await ahead[0]:
+            ahead.popleft()
+            ahead.append(begin_in_background(reach.call(node, "piece", handle, next(numbers))))
             yield piece
     finally:
-        ahead.cancel()
+        begin_in_background(end_all(ahead))
         begin_in_background(_quietly(reach.call(node, "close", handle)))
+
+
+async def end_all(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    """What becomes of them matters to nobody any more."""
+    for one in tasks:
+        one.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _quietly(call: Any) -> None:
@@ -208,14 +216,13 @@ class Steward:
     async def append(self, handle: str, number: int, piece: bytes) -> None:
         """Its pieces are numbered from 0."""
         stream = self._stream(handle, Draft)
-        async with stream.lock:
-            self._advance(stream, number)
+        async with self._in_turn(stream, number):
             await asyncio.to_thread(stream.source.feed, piece)
 
     async def finish(self, handle: str) -> Shared:
         """Once it is on as many disks as are wanted, and on record. Raises Unavailable, Conflict."""
         stream = self._stream(handle, Draft)
-        async with stream.lock:
+        async with stream.turn:
             del self._streams[handle]
             try:
                 stored = await asyncio.to_thread(stream.source.commit)
@@ -346,8 +353,7 @@ class Steward:
     async def piece(self, handle: str, number: int) -> bytes:
         """The next one, numbered from 0; empty after the last, and then it is closed."""
         stream = self._stream(handle, Reading)
-        async with stream.lock:
-            self._advance(stream, number)
+        async with self._in_turn(stream, number):
             piece = await asyncio.to_thread(next, stream.pieces, b"")
         if not piece:
             await self.close(handle)
@@ -357,7 +363,7 @@ class Steward:
         """Whatever it is, it is over."""
         stream = self._streams.pop(handle, None)
         if stream is not None:
-            async with stream.lock:
+            async with stream.turn:
                 await asyncio.to_thread(stream.source.close)
 
     async def take(self, block: BlockId, digest: str, sources: Sequence[str]) -> None:
@@ -438,16 +444,23 @@ class Steward:
         stream.touched = self._time()
         return stream
 
-    @staticmethod
-    def _advance(stream: _Stream, number: int) -> None:
-        if number != stream.number:  # an answer was lost on the way
-            raise Unavailable("a piece of the transfer was lost; begin again")
-        stream.number += 1
+    @asynccontextmanager
+    async def _in_turn(self, stream: _Stream, number: int) -> AsyncIterator[None]:
+        """Of the few pieces that are under way at once, one that overtook another waits for it."""
+        async with stream.turn:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOST_SECONDS if number <= stream.number + AHEAD else 0):
+                    await stream.turn.wait_for(lambda: number <= stream.number)
+            if number != stream.number:
+                raise Unavailable("a piece of the transfer was lost; begin again")
+            yield
+            stream.number += 1
+            stream.turn.notify_all()
 
     async def _close_idle(self) -> None:
         idle = [
             handle for handle, one in self._streams.items()
-            if self._time() - one.touched > IDLE_SECONDS and not one.lock.locked()
+            if self._time() - one.touched > IDLE_SECONDS and not one.turn.locked()
         ]  # fmt: skip
         for handle in idle:
             await self.close(handle)

@@ -211,6 +211,20 @@ def test_who_goes_away_in_the_middle_leaves_nothing(tell: Callable[..., None]) -
     tell(story)
 
 
+def test_pieces_that_overtake_each_other_wait_for_their_turn(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        steward = there.stewards[rank(NODES, "acme", "a")[0]]
+        handle = await steward.begin("acme", "a", "data", "a/b", {})
+        parts = [bytes([65 + number]) * 10 for number in range(4)]
+        await asyncio.gather(*(steward.append(handle, number, parts[number]) for number in (2, 0, 3, 1)))
+        await steward.finish(handle)
+        assert await got(there, "a") == b"".join(parts)
+        with pytest.raises(Unavailable):
+            await steward.append(handle, 4, b"after the end")
+
+    tell(story)
+
+
 def test_streams_are_bounded_and_those_that_nobody_uses_are_closed(
     tell: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +236,7 @@ def test_streams_are_bounded_and_those_that_nobody_uses_are_closed(
             await steward.begin("acme", "one-more", "data", "a/b", {})
         await steward.append(handles[0], 0, b"x")
         with pytest.raises(Unavailable, match="a piece of the transfer was lost"):
-            await steward.append(handles[0], 2, b"x")
+            await steward.append(handles[0], 99, b"x")
         times["now"] = IDLE_SECONDS + 1
         await steward.append(handles[1], 0, b"x")
         await steward.tend()
@@ -376,7 +390,7 @@ def test_another_content_under_the_same_version_is_not_the_one_on_record(tell: C
 
 def test_a_reader_whose_steward_dies_goes_on_at_another(tell: Callable[..., None]) -> None:
     async def story(there: Machines) -> None:
-        text = bytes(range(256)) * 20_000
+        text = bytes(range(256)) * 50_000
         first, _ = (await share(there, "a", text)).copies
         found = await there.sharing.get("acme", "a")
         parts = [await anext(found.pieces)]
@@ -389,10 +403,10 @@ def test_a_reader_whose_steward_dies_goes_on_at_another(tell: Callable[..., None
 
 def test_a_reader_never_gets_half_of_one_version_and_half_of_another(tell: Callable[..., None]) -> None:
     async def story(there: Machines) -> None:
-        first, _ = (await share(there, "a", b"1" * (4 * MIB))).copies
+        first, _ = (await share(there, "a", b"1" * (12 * MIB))).copies
         found = await there.sharing.get("acme", "a")
         await anext(found.pieces)
-        await share(there, "a", b"2" * (4 * MIB))
+        await share(there, "a", b"2" * (12 * MIB))
         there.kill(first)
         with pytest.raises(Unavailable, match="replaced by a later version"):
             await read(found.pieces)
