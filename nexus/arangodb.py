@@ -50,7 +50,8 @@ COMPARISONS = {"gt": ">", "gte": ">=", "lt": "<", "lte": "<="}
 MIGRATED = "FOR s IN schema FILTER s._key == @key RETURN s.version"
 MIGRATE = """
     LET known = (FOR s IN schema FILTER s._key == @key RETURN s.version)
-    INSERT {_key: @key, version: MAX(PUSH(known, @version))} INTO schema OPTIONS {overwriteMode: 'replace'}"""
+    INSERT {_key: @key, version: MAX(PUSH(known, @version))} INTO schema
+    OPTIONS {overwriteMode: 'replace', waitForSync: true}"""
 
 
 @dataclass(frozen=True, slots=True)

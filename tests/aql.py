@@ -717,6 +717,7 @@ class Query:
     writes: frozenset[str]
     reads: frozenset[str]
     exclusive: bool
+    waits_for_sync: bool
 
     def run(self, data: Data, values: Mapping[str, Any]) -> list[Any]:
         if missing := self.binds - set(values):
@@ -732,5 +733,5 @@ def read(query: str) -> Query:
     operations = parser.query(set(), "")
     flat = json.dumps(operations, default=list)
     reads = frozenset(re.findall(r'\["each", "\w+", "(\w+)"\]', flat))
-    exclusive = '["exclusive", ["value", true]]' in flat
-    return Query(planned(operations), frozenset(parser.binds), frozenset(parser.written), reads, exclusive)
+    said = [f'["{option}", ["value", true]]' in flat for option in ("exclusive", "waitForSync")]
+    return Query(planned(operations), frozenset(parser.binds), frozenset(parser.written), reads, *said)

@@ -274,7 +274,7 @@ class ArangoDouble:
         self.fails: list[tuple[str, int, int]] = []  # (path, status, number): the next request to it fails so
         self.read_only = False
         self.requests: list[tuple[str, str]] = []
-        self.synced: list[bool] = []  # of each commit: whether it waited for the disk
+        self.synced: list[bool] = []  # of each commit, or query that writes: whether it waited for the disk
         self._server: _Server | None = None
         self._port = 0
 
@@ -463,6 +463,7 @@ class ArangoDouble:
         else:
             with database.alone(query.reads, query.writes, query.exclusive) as one:
                 found = query.run(one, given.get("bindVars", {}))
+            self.synced += [query.waits_for_sync] if query.writes else []
         size = given.get("batchSize", 1000)
         pages = [found[start : start + size] for start in range(0, len(found), size)] or [[]]
         ident = str(next(database.numbers))

@@ -26,6 +26,7 @@ from nexus.ports import DocumentStore, Staged
 from nexus.registry import check_part, open_part
 from nexus.stores import arango, memory, sqlite
 from nexus.types import Document, Principal
+from tests import aql
 from tests.arango_double import ArangoDouble
 from tests.conftest import ALICE, BOB, MALLORY, House, build_house
 from tests.document_stores import the_double
@@ -262,10 +263,14 @@ def test_of_what_is_purged_only_its_fence_and_receipt_are_left(house: House, dou
 def test_what_is_answered_for_is_on_the_disk_and_staging_is_not_waited_for(house: House, double: ArangoDouble) -> None:
     document = house.describe("a.txt", ["gripper"])
     epoch = house.stage(document, ["gripper"])
-    assert double.synced == [False, False]
+    assert double.synced == [True, True, False, False]  # its form, the collection, and what may be lost
+    double.synced.clear()
     house.hades.publish([(document, epoch)])
     house.hades.delete([document.document_id], ALICE)
-    assert double.synced == [False, False, True, True]
+    house.hades.documents.add_turn("acme", "s", "context", "x")
+    house.hades.documents.replace_turns("acme", "s", [("context", "x")], ("context", "y"))
+    house.hades.documents.clear_session("acme", "s")
+    assert double.synced == [True] * 5
 
 
 def test_what_fails_within_a_publish_leaves_nothing_and_holds_nobody_up(house: House, double: ArangoDouble) -> None:
@@ -381,28 +386,23 @@ def test_writers_at_once_each_get_a_number_of_their_own(double: ArangoDouble) ->
 
 
 def test_of_two_makers_of_one_document_one_is_fenced_wherever_they_meet(house: House, double: ArangoDouble) -> None:
-    """The second begins while the first is within its publish: it waits for it, or it was there before and wins."""
+    """The second begins while the first is within its publish, and has to wait for it."""
     document = house.describe("a.txt", ["gripper one"])
     epoch = house.stage(document, ["gripper one"])
     other = arango.open(double.address("nexus"))
     begun: list[int] = []
-    started = threading.Event()
-
-    def begin() -> None:
-        started.set()
-        begun.append(other.begin(document))
-
-    thread = threading.Thread(target=begin)
+    thread = threading.Thread(target=lambda: begun.append(other.begin(document)))
 
     def meanwhile(_: str) -> None:
         thread.start()
-        started.wait()
+        thread.join(0.3)  # whoever need not wait has ended by then
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arango, "pass_through", meanwhile)
         (published,) = house.hades.publish([(document, epoch)])
     thread.join()
     assert published.opened == 1 and begun == [epoch + 1]
+    assert double.synced[-2:] == [True, False], "the publish was there first"
     with pytest.raises(Fenced):
         house.hades.documents.stage([Staged(document, epoch, [], [], np.zeros((0, 64), np.float32))])
     other.close()
@@ -416,7 +416,7 @@ def test_turns_of_a_session_keep_their_order_whoever_adds_them(store: arango.Ara
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(add, range(3)))
     turns = [content for _, content in store.turns("acme", "s")]
-    assert len(turns) == 15
+    assert len(turns) == 15 and aql.read(arango.ADD_TURN).exclusive
     for number in range(3):
         assert [one for one in turns if one.startswith(f"{number}:")] == [f"{number}:{n}" for n in range(5)]
     assert store.turns("other", "s") == [] and store.clear_session("other", "s") == 0

@@ -270,6 +270,16 @@ def test_neither_other_tenants_nor_a_document_itself_take_its_neighbours_places(
     assert (reach(house, "a"), reach(house, "b")) == ({"b": (1, "shared")}, {"a": (1, "shared")})
 
 
+@every_store
+def test_links_that_lead_nowhere_take_no_places(
+    house: House, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FAN_OUT", 1)
+    put(house, "a", *(f"nowhere {n}" for n in range(9)), "b")
+    put(house, "b")
+    assert reach(house, "a") == {"b": (1, "link")}
+
+
 @pytest.mark.timeout(60)
 def test_a_hub_of_thousands_is_walked_in_a_moment(house: House) -> None:
     document = put(house, "a", metadata={"robot_id": "HX-3"})
