@@ -205,6 +205,15 @@ def test_the_fewest_hops_count_and_a_link_before_a_shared_value(house: House) ->
 
 
 @every_store
+@pytest.mark.parametrize(("links", "hops"), [("ab", 1), ("a", 2), ("b", 1), ("b", 3)])
+def test_of_several_ways_of_one_length_a_link_counts(house: House, links: str, hops: int) -> None:
+    put(house, "a", "b", metadata={"robot_id": "HX-3"})
+    put(house, "b", metadata={"robot_id": "HX-3"})
+    put(house, "c", *links, metadata={"robot_id": "HX-3"})
+    assert reach(house, "a", "b", hops=hops) == {"c": (1, "link")}
+
+
+@every_store
 def test_the_nearest_are_kept_where_not_all_may_be(house: House) -> None:
     put(house, "a", "b")
     put(house, "b", *"cdefgh")

@@ -162,8 +162,8 @@ CONNECTED = f"""
         CROSS JOIN versions v ON v.document_id = seed.value JOIN spans s USING (document_id, version) WHERE {VISIBLE}
         UNION {REFERS} UNION {IS_REFERRED_TO} UNION {SHARES} ORDER BY 3 LIMIT :rows
     )
-    SELECT document_id, hops, kind, MIN(2 * hops + (kind = 'shared')) FROM walked
-    GROUP BY document_id HAVING MIN(hops) > 0 ORDER BY 4, 1 LIMIT :limit"""
+    SELECT document_id, MIN(2 * hops + (kind = 'shared')) AS nearest FROM walked
+    GROUP BY document_id HAVING nearest > 1 ORDER BY 2, 1 LIMIT :limit"""  # a link comes before a shared value
 
 COLUMNS = {"source": "v.source", "title": "v.title", "media_type": "v.media_type"}  # that filters know, beside metadata
 
@@ -386,7 +386,7 @@ class SqliteDocuments(Database):
         parameters |= {"looked_at": LOOKED_AT, "rows": (len(document_ids) + limit) * (2 * hops + 1)}
         with self._reading() as db:
             rows = db.execute(CONNECTED, parameters)
-            return {document_id: (reached, kind) for document_id, reached, kind, _ in rows}
+            return {document_id: (nearest // 2, "shared" if nearest % 2 else "link") for document_id, nearest in rows}
 
     def vectors_of(
         self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int
