@@ -71,12 +71,38 @@ def rules(turn: int) -> list[Rule]:
     return [parse_rule(tree) for tree in trees]
 
 
+EXPIRY = -1  # the turn in which those ending in 7 are deleted, but for those that are held
+
+
+def expiry() -> list[Rule]:
+    def about(digits: str) -> list[dict[str, object]]:
+        return [{"field": "path", "operator": "ends_with", "value": f"{digits}.bag"}]
+
+    return [
+        parse_rule({"name": "expiry", "priority": 9, "actions": [{"type": "delete"}], "conditions": about("7")}),
+        parse_rule({"name": "case", "actions": [{"type": "hold"}], "conditions": about("17")}),
+    ]
+
+
+def check_expired(root: Path, files: int) -> None:
+    """What was to go is nowhere, what is held is there, and everything else as it was."""
+    numbers = [number for number in range(files) if number % 10 != 7 or number % 100 == 17]
+    assert lying(root) == {path_of(number): {TIERS[0]: len(bytes_of(path_of(number)))} for number in numbers}
+    homes = open_homes(root)
+    assert homes.recover() == 0 and homes.faults(TENANT) == []
+    assert {file.path for file in homes.files(TENANT)} == {path_of(number) for number in numbers}
+    assert [file.path for file in homes.files(TENANT) if file.holds] == [path_of(17)]
+    assert plan(expiry(), homes.files(TENANT), NOW, TIERS).actions == ()
+    homes.close()
+
+
 def keep(root: Path, turn: int, testing: dict[str, str], progress: Connection | None = None) -> None:
     """Evaluate the rules of this turn and converge, telling after every action how many outcomes there are."""
     os.environ.update(testing)
     homes = open_homes(root)
+    homes.recover()  # as whoever looks at the tiers first does
     done = converge(
-        plan(rules(turn), homes.files(TENANT), NOW, TIERS), homes,
+        plan(expiry() if turn == EXPIRY else rules(turn), homes.files(TENANT), NOW, TIERS), homes,
         lambda outcomes: progress.send(len(outcomes)) if progress is not None else None,
     )  # fmt: skip
     homes.close()

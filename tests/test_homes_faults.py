@@ -6,7 +6,16 @@ from signal import SIGKILL
 
 import pytest
 
-from tests.housing import POINTS_HERE, build, check_after_kill, check_at_rest, kill_somewhere, run
+from tests.housing import (
+    EXPIRY,
+    POINTS_HERE,
+    build,
+    check_after_kill,
+    check_at_rest,
+    check_expired,
+    kill_somewhere,
+    run,
+)
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(600)]
 
@@ -31,6 +40,14 @@ def test_who_makes_good_after_a_kill_may_be_killed_too(tmp_path: Path, point: st
     check_after_kill(tmp_path, FEW)
     assert run(tmp_path, 2) == 0  # with other rules by now
     check_at_rest(tmp_path, 2, FEW)
+
+
+@pytest.mark.parametrize("point", [point for point in POINTS_HERE if point.endswith(("switch", "remove", "forget"))])
+def test_a_kill_during_deletion_leaves_no_half_and_takes_nothing_held(tmp_path: Path, point: str) -> None:
+    build(tmp_path, FEW)
+    assert run(tmp_path, EXPIRY, f"{point}:kill") == -SIGKILL
+    assert run(tmp_path, EXPIRY) == 0
+    check_expired(tmp_path, FEW)
 
 
 def test_a_policy_run_killed_20_times_leaves_every_file_one_home(tmp_path: Path) -> None:
