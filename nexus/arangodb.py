@@ -63,6 +63,11 @@ class Table:
     edges: bool = False
 
 
+def persistent(name: str, *fields: str, **options: object) -> Mapping[str, Any]:
+    """An index of a Table."""
+    return {"type": "persistent", "name": name, "fields": list(fields), **options}
+
+
 class Contended(Exception):
     """Another transaction was first: nothing was written, and the same may be tried again."""
 

@@ -8,13 +8,14 @@ import functools
 import itertools
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nexus.arangodb import Place, create_database
-from nexus.ports import DocumentStore
+from nexus.registry import open_interactions, open_part
 from nexus.stores import arango, sqlite
 from tests import arango_double
 
@@ -22,7 +23,21 @@ SERVER = os.environ.get("NEXUS_TEST_ARANGO_URL", "")
 STORES = ("memory", "disk", "arango", *(("arango server",) if SERVER else ()))
 MODULES = {"memory": sqlite, "disk": sqlite, "arango": arango, "arango server": arango}
 
-Open = Callable[..., DocumentStore]
+
+@dataclass(frozen=True)
+class Open:
+    """Opens a store, as often as one likes: it is the same. `interactions` opens memory's beside it."""
+
+    address: str
+    home: Path
+
+    def __call__(self, **options: object) -> Any:
+        return open_part("stores", self.address, home=self.home, **options)
+
+    def interactions(self) -> Any:
+        return open_interactions(self.address, home=self.home)
+
+
 _names = (f"test_{number}" for number in itertools.count())
 
 
@@ -36,18 +51,17 @@ def the_double() -> arango_double.ArangoDouble:
 
 @contextmanager
 def place(kind: str, home: Path) -> Iterator[Open]:
-    """Open this store, as often as one likes: it is the same, and it is gone after."""
+    """What opens this store, which is gone after."""
     if kind in ("memory", "disk"):
-        address = "sqlite::memory:" if kind == "memory" else "sqlite:"
-        yield lambda **options: sqlite.open(address, home=home, **options)
+        yield Open("sqlite::memory:" if kind == "memory" else "sqlite:", home)
     elif kind == "arango":
         name = next(_names)
         address = the_double().create(name)
-        yield lambda **options: arango.open(address, **options)
+        yield Open(address, home)
         del the_double().databases[name]
     else:
         with database_of_a_server() as address:
-            yield lambda **options: arango.open(address, **options)
+            yield Open(address, home)
 
 
 @contextmanager

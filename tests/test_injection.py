@@ -31,6 +31,8 @@ RENDERERS = {
     ("nexus/stores/sqlite.py", "matching"): "a filter's tree, of which `_condition` makes placeholders",
     ("nexus/arangodb.py", "_run"): "the statements of the stores, each looked at where it is given to `aql`",
     ("nexus/stores/arango.py", "matching"): "a filter's tree, of which `_condition` makes bind parameters",
+    ("nexus/interactions_arango.py", "recent"): "a filter's tree, as bind parameters",
+    ("nexus/interactions_arango.py", "nearest"): "a filter's tree, as bind parameters",
     ("nexus/stores/milvus.py", "_restrict"): "Lite has no parameters: values go through `literal`",
 }
 

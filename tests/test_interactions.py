@@ -15,9 +15,10 @@ import pytest
 from nexus import failpoints
 from nexus.errors import Unavailable
 from nexus.filters import parse_filter
-from nexus.interactions import SqliteInteractions
+from nexus.ports import InteractionStore
 from nexus.registry import open_interactions
 from nexus.types import Forgotten, Interaction, digest
+from tests.document_stores import STORES, place
 from tests.remembered import EMBEDDER, NOW, SUMMARY, PlainInteractions, compact, random_unit
 
 CANARY = "canary-4b1d-of-alice"
@@ -32,9 +33,9 @@ def interaction(number: int, **fields: Any) -> Interaction:
     return Interaction(**given | fields)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteInteractions]:
-    with closing(open_interactions("sqlite:", home=tmp_path)) as opened:
+@pytest.fixture(params=[kind for kind in STORES if kind != "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[InteractionStore]:
+    with place(request.param, tmp_path) as opens, closing(opens.interactions()) as opened:
         yield opened
 
 
@@ -46,7 +47,7 @@ def bytes_in(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file())
 
 
-def test_what_is_kept_comes_back_as_it_was(store: SqliteInteractions) -> None:
+def test_what_is_kept_comes_back_as_it_was(store: InteractionStore) -> None:
     kept = interaction(
         1, context=("a", "b"), confidence=0.5, model="m", gpu_utilization=71.5, latency_ms=12.5,
         metadata={"type": "context", "n": [1, {"x": None}]}, query="tür\u2028", response="",
@@ -56,7 +57,7 @@ def test_what_is_kept_comes_back_as_it_was(store: SqliteInteractions) -> None:
     assert store.usage() == {"acme": kept.size} and store.damaged() == []
 
 
-def test_what_is_nearest_is_found_first_and_only_among_vectors_of_one_embedder(store: SqliteInteractions) -> None:
+def test_what_is_nearest_is_found_first_and_only_among_vectors_of_one_embedder(store: InteractionStore) -> None:
     for number in range(9):
         store.add(interaction(number), random_unit(number), "new" if number % 3 else "old")
     store.add(interaction(9), None, "")
@@ -83,11 +84,15 @@ CONDITIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_whatever_is_done_it_is_as_the_plainest_store_and_nothing_of_others_is_seen(seed: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "seed"), [("memory", seed) for seed in range(12)] + [(kind, 12) for kind in STORES if "arango" in kind]
+)
+def test_whatever_is_done_it_is_as_the_plainest_store_and_nothing_of_others_is_seen(
+    tmp_path: Path, kind: str, seed: int
+) -> None:
     """Of two tenants with two subjects each, which name the same users; all answers of both stores, step by step."""
     rng, plain = random.Random(seed), PlainInteractions()
-    with closing(open_interactions("sqlite::memory:")) as store:
+    with place(kind, tmp_path) as opens, closing(opens.interactions()) as store:
         for number in range(120):
             _step(rng, number, (plain, store))
         assert store.damaged() == [] and len(plain.kept) > 5
@@ -132,7 +137,7 @@ def _step(rng: random.Random, number: int, stores: tuple[Any, Any]) -> None:
     assert answers[0] == answers[1], kind
 
 
-def test_a_summary_goes_with_any_of_what_it_was_made_of(store: SqliteInteractions) -> None:
+def test_a_summary_goes_with_any_of_what_it_was_made_of(store: InteractionStore) -> None:
     for number in range(3):
         store.add(interaction(number), None, "")
     summary = interaction(9, kind="summary", response=SUMMARY)
@@ -144,7 +149,7 @@ def test_a_summary_goes_with_any_of_what_it_was_made_of(store: SqliteInteraction
     assert ids(store.recent("acme", "app", None, 9)) == [interaction(2).interaction_id]
 
 
-def test_what_was_deleted_meanwhile_is_in_no_summary(store: SqliteInteractions) -> None:
+def test_what_was_deleted_meanwhile_is_in_no_summary(store: InteractionStore) -> None:
     for number in range(2):
         store.add(interaction(number), None, "")
     store.delete("acme", "app", interaction(0).interaction_id)

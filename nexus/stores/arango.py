@@ -23,10 +23,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nexus.arangodb import ArangoDatabase, Table, Transaction, condition_of, facts_of
+from nexus import interactions_arango
+from nexus.arangodb import ArangoDatabase, Table, Transaction, condition_of, facts_of, persistent
 from nexus.errors import Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Filter
+from nexus.interactions_arango import ArangoInteractions
 from nexus.ports import Collection, Deletion, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of, digest
 
@@ -40,36 +42,34 @@ RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on 
 FOREVER = 1e15  # seconds: JSON knows no infinity
 
 
-def _index(name: str, *fields: str, **options: object) -> Mapping[str, Any]:
-    return {"type": "persistent", "name": name, "fields": list(fields), **options}
-
-
 MIGRATIONS = (
     (
-        Table("collections", (_index("by_index", "index"),)),
+        Table("collections", (persistent("by_index", "index"),)),
         Table("sequences"),
-        Table("audiences", (_index("by_place", "place"),)),
+        Table("audiences", (persistent("by_place", "place"),)),
         Table("fences"),
         Table(
             "versions",
             (
-                _index("one_current_version", "current_of", unique=True, sparse=True),
-                _index("by_document", "document_id"),
-                _index("by_place", "place", "is_current", "document_id"),
-                _index("by_tenant", "tenant_key", "is_current", "document_id"),
-                _index("by_collection", "collection_key", "is_current"),
-                _index("by_state", "is_current", "staged_at"),
+                persistent("one_current_version", "current_of", unique=True, sparse=True),
+                persistent("by_document", "document_id"),
+                persistent("by_place", "place", "is_current", "document_id"),
+                persistent("by_tenant", "tenant_key", "is_current", "document_id"),
+                persistent("by_collection", "collection_key", "is_current"),
+                persistent("by_state", "is_current", "staged_at"),
             ),
         ),
-        Table("chunks", (_index("by_ordinal", "version_key", "ordinal", unique=True),)),
-        Table("deletions", (_index("by_document", "document_id"), _index("by_tenant", "tenant_key", "deleted_at"))),
+        Table("chunks", (persistent("by_ordinal", "version_key", "ordinal", unique=True),)),
+        Table(
+            "deletions", (persistent("by_document", "document_id"), persistent("by_tenant", "tenant_key", "deleted_at"))
+        ),
         Table("shared_values"),
         Table(
             "edges",
-            (_index("outward", "_from", "kind", "target"), _index("inward", "_to", "place", "document_id")),
+            (persistent("outward", "_from", "kind", "target"), persistent("inward", "_to", "place", "document_id")),
             edges=True,
         ),
-        Table("turns", (_index("by_session", "session", "ordinal", unique=True),)),
+        Table("turns", (persistent("by_session", "session", "ordinal", unique=True),)),
     ),
 )
 
@@ -261,6 +261,11 @@ def open(
     `shared_metadata` are the fields whose equal values connect documents; who only reads need not say them.
     """
     return ArangoDocuments(ArangoDatabase(address, "the document store", "documents", MIGRATIONS), shared_metadata)
+
+
+def open_interactions(address: str, *, home: Path | None = None) -> ArangoInteractions:
+    """What memory keeps, in the same database as the documents."""
+    return ArangoInteractions(ArangoDatabase(address, "memory", "memory", interactions_arango.MIGRATIONS))
 
 
 def check(address: str) -> None:
