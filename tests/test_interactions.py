@@ -158,6 +158,25 @@ def test_what_was_deleted_meanwhile_is_in_no_summary(store: InteractionStore) ->
     assert store.recent("acme", "app", None, 9) == [interaction(1)]
 
 
+@pytest.mark.parametrize("how", ["drop", "replace"])
+def test_what_fails_within_a_move_leaves_everything_as_it_was(
+    store: InteractionStore, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    kept = [interaction(number) for number in range(3)]
+    for number, one in enumerate(kept):
+        store.add(one, random_unit(number), "f")
+    moves = {
+        "drop": lambda: store.drop("acme", ids(kept[:2])),
+        "replace": lambda: store.replace("acme", ids(kept[:2]), interaction(9, kind="summary"), None, ""),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(failpoints, "_active", {f"memory.inside_{how}": failpoints._Failpoint("raise", 0, 1)})
+        with pytest.raises(failpoints.FailpointReached):
+            moves[how]()
+    assert store.load("acme", ids(kept)) == kept and store.damaged() == []
+    assert moves[how]() and store.load("acme", ids(kept)) == kept[2:]
+
+
 @pytest.mark.parametrize("how", ["forget", "delete", "drop", "replace"])
 def test_nothing_of_what_is_deleted_stays_in_any_file(tmp_path: Path, how: str) -> None:
     with closing(open_interactions("sqlite:", home=tmp_path)) as store:
