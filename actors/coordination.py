@@ -55,6 +55,9 @@ class Coordination:
     def point(self, collection: str, to: LiveIndex) -> LiveIndex:
         return self._run(self._point(collection, to))
 
+    def move(self, collection: str, expected: LiveIndex, to: LiveIndex) -> bool:
+        return self._run(self._move(collection, expected, to))
+
     def peek(self, key: str) -> bytes | None:
         """What any voter had under a key a second ago; None for nothing, and until that is known. Never waits."""
         if key not in self._peeked or self._looking is None or self._looking.done():
@@ -110,8 +113,19 @@ class Coordination:
         await voters.compare_and_set(key, 0, json.dumps(asdict(to)).encode())
         found = await voters.get(key)
         assert found is not None  # nothing removes such a key
-        self._live[collection] = _read(found[0])
+        self._live[collection] = read_live(found[0])
         return self._live[collection]
+
+    async def _move(self, collection: str, expected: LiveIndex, to: LiveIndex) -> bool:
+        voters, key = await self._voters(), f"{COLLECTIONS}{collection}"
+        found = await voters.get(key)
+        if found is not None and read_live(found[0]) == expected:
+            await voters.compare_and_set(key, found[1], json.dumps(asdict(to)).encode())
+            found = await voters.get(key)
+        if found is None:
+            return False
+        self._live[collection] = read_live(found[0])
+        return self._live[collection] == to
 
     async def _begin_to_look(self) -> None:
         await self._look()
@@ -137,11 +151,12 @@ class Coordination:
 
     async def _look(self) -> None:
         found = await (await self._voters()).range(COLLECTIONS, fresh=False)
-        self._live = {key.removeprefix(COLLECTIONS): _read(value) for key, value, _ in found}
+        self._live = {key.removeprefix(COLLECTIONS): read_live(value) for key, value, _ in found}
         for key in list(self._peeked):
             value = await (await self._voters()).get(key, fresh=False)
             self._peeked[key] = None if value is None else value[0]
 
 
-def _read(value: bytes) -> LiveIndex:
+def read_live(value: bytes) -> LiveIndex:
+    """What is kept under a collection's key."""
     return LiveIndex(**json.loads(value))

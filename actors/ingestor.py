@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -20,7 +21,7 @@ from nexus.background import begin_in_background, has_failed
 from nexus.config import Config
 from nexus.conveyor import Conveyor, Pace
 from nexus.enforcement import Enforcer, Evaluation, Order, open_tiers
-from nexus.errors import NexusError, TryAgain
+from nexus.errors import InvalidRequest, NexusError, TryAgain
 from nexus.hades import Fault, Hades, Removed
 from nexus.homes import HadesIndexer, Homes
 from nexus.ingest import Ingestor as Steps
@@ -28,8 +29,10 @@ from nexus.ingest import Source, open_steps
 from nexus.jobs import Jobs, examine
 from nexus.memory import Compacted, Compactor
 from nexus.policy import Rule
-from nexus.ports import Collection
+from nexus.ports import Collection, Embedder, InputType, LiveIndex
 from nexus.registry import open_interactions, open_part
+from nexus.reindex import Progress, Reindexer
+from nexus.retrieval import RetrievalSettings
 from nexus.summaries import Summarise
 from nexus.types import Principal, Receipt, Vectors
 
@@ -39,12 +42,26 @@ Result = TypeVar("Result")
 TEXTS_PER_CALL = 128  # to the embedder pool, so that a long document does not keep others waiting
 JANITOR_SECONDS = 60.0
 POLL_SECONDS = 30.0  # between two looks at what tiers that place files by themselves have done
+REINDEX_SECONDS = 1.0  # between two looks at whether an index is to be built, or removed
 NICENESS = 10  # reading and cutting give way to questions
 
 
 class EmbedderPool(Protocol):
-    async def embed(self, texts: Sequence[str]) -> Vectors: ...
+    async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors: ...
     async def describe(self) -> dict[str, object]: ...
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """The embedder pool as code that blocks asks it."""
+
+    fingerprint: str
+    dimension: int
+    ask: Callable[[Sequence[str], InputType], Vectors]
+    max_tokens: int = 0
+
+    def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
+        return self.ask(texts, input_type)
 
 
 class Ingestor:
@@ -59,6 +76,8 @@ class Ingestor:
         self._threads = ThreadPoolExecutor(4, "ask")
         self._enforcing = ThreadPoolExecutor(2, "policies")  # which may take long, and keep no question waiting
         self._enforcer: Enforcer | None = None
+        self._building = ThreadPoolExecutor(1, "reindex")
+        self._reindexer: Reindexer | None = None
         self._starting: asyncio.Task[Conveyor] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -86,17 +105,60 @@ class Ingestor:
         conveyor = await self._conveyor()
         return await self._run(examine, conveyor.ingestor.hades, conveyor.jobs, repair)
 
-    async def open_collection(self, name: str, tenant: str) -> tuple[Collection, int]:
-        """The collection of this tenant, made if it is new, and the dimension of its vectors. Raises Conflict."""
+    async def open_collection(self, name: str, tenant: str) -> tuple[Collection, LiveIndex, tuple[str, int]]:
+        """The collection of this tenant, made if it is new; its own index; and the configured embedder's fingerprint
+        and dimension. Raises Conflict."""
         hades = (await self._conveyor()).ingestor.hades
         opened = await self._run(hades.open_collection, name)
-        return await self._run(hades.documents.collection, name, tenant) or opened, hades.dimension
+        own, _ = await self._run(hades.written, name)
+        found = await self._run(hades.documents.collection, name, tenant) or opened
+        return found, own, (hades.fingerprint, hades.dimension)
 
     async def flush(self, collection: str) -> None:
         """Make what was written to a collection cheap to search."""
         hades = (await self._conveyor()).ingestor.hades
-        found = await self._run(hades.find_collection, collection)
-        await self._run(hades.vectors.flush, found.index)
+        own, beside = await self._run(hades.written, collection)
+        for live in (own, *beside):
+            await self._run(hades.vectors.flush, live.index)
+
+    async def begin_reindex(
+        self, collection: str, embedder: str | None, by: Principal, questions: Sequence[tuple[str, Sequence[str]]]
+    ) -> Progress:
+        """Begin a second index with one of the configured embedders, by its name or address; by default the first.
+
+        It is built and compared here, in the background, also after a restart. Raises as `Reindexer.begin`.
+        """
+        served = self._config.models.of_task("embed")
+        found = [one for one in served if embedder in (None, one.called, one.address)]
+        if not found:
+            known = ", ".join(repr(one.called) for one in served)
+            raise InvalidRequest(
+                f"no embedder {embedder!r} is configured; there are {known}: list it in models.served, with task embed",
+                pointer="/embedder",
+            )
+        reindexer = await self._reindexing()
+        await self._run(reindexer.begin, collection, found[0].address, by, questions)
+        return await self._run(reindexer.progress, collection)
+
+    async def reindex_progress(self, collection: str) -> Progress:
+        return await self._run((await self._reindexing()).progress, collection)
+
+    async def switch_index(self, collection: str, anyway: bool) -> Progress:
+        """The second index is the live one from now on, and within a second everywhere. Raises Conflict."""
+        return await self._run((await self._reindexing()).switch, collection, anyway)
+
+    async def roll_index_back(self, collection: str) -> Progress:
+        """As above, the other way round."""
+        return await self._run((await self._reindexing()).rollback, collection)
+
+    async def drop_index(self, collection: str) -> Progress:
+        """Whichever of the two indexes is not live will be removed. Raises Conflict."""
+        return await self._run((await self._reindexing()).drop, collection)
+
+    async def _reindexing(self) -> Reindexer:
+        await self._conveyor()
+        assert self._reindexer is not None
+        return self._reindexer
 
     async def policies(self, tenant: str) -> list[Rule]:
         return await self._enforce(lambda enforcer: enforcer.rules(tenant))
@@ -141,8 +203,11 @@ class Ingestor:
             fingerprint,
             dimension,
             Coordination(),
+            config.models.embedder,
         )
-        steps: Steps = open_steps(config, hades, partial(self._embed, asyncio.get_running_loop()))
+        embed = partial(self._embed, asyncio.get_running_loop())
+        steps: Steps = open_steps(config, hades, embed)
+        self._reindexer = self._open_reindexer(steps, Pooled(fingerprint, dimension, embed))
         embedders = config.ingest.embedders or 1 + (config.models.embedder_threads or os.cpu_count() or 1)
         pace = Pace(config.parsing.workers, embedders, stuck_seconds=config.ingest.stuck_seconds)
         conveyor = Conveyor(Jobs(home), steps, pace, yielding=yielding(config.scaling))
@@ -155,7 +220,19 @@ class Ingestor:
         self._keep(self._keep_compact(compactor))
         if config.policies.tiers:
             self._keep(self._keep_policies(self._enforcer))
+        self._keep(self._keep_reindexing(self._reindexer))
         return conveyor
+
+    def _open_reindexer(self, steps: Steps, configured: Embedder) -> Reindexer:
+        def embedder_of(live: LiveIndex) -> Embedder:
+            return configured if live.fingerprint == configured.fingerprint else steps.others.of(live)
+
+        retrieval = self._config.retrieval
+        settings = RetrievalSettings(
+            retrieval.candidates, retrieval.embedding_weight, retrieval.text_weight, retrieval.fusion
+        )
+        pauses = yielding(self._config.scaling).pauses
+        return Reindexer(steps.hades, steps.others, steps.embed_for, embedder_of, settings, pauses)
 
     def _keep(self, work: Awaitable[None]) -> None:
         """Run something for as long as this process; if it ends, so does the process, and Serve makes another."""
@@ -169,13 +246,14 @@ class Ingestor:
 
         self._tasks.add(asyncio.create_task(run()))
 
-    def _embed(self, loop: asyncio.AbstractEventLoop, texts: Sequence[str]) -> Vectors:
+    def _embed(
+        self, loop: asyncio.AbstractEventLoop, texts: Sequence[str], input_type: InputType = "passage"
+    ) -> Vectors:
         """Called in a thread of ours: the pool is asked on the loop, and waited for here."""
-        parts = [
-            asyncio.run_coroutine_threadsafe(_await(self._pool.embed(texts[i : i + TEXTS_PER_CALL])), loop).result()
-            for i in range(0, len(texts), TEXTS_PER_CALL)
-        ]
-        return np.concatenate(parts)
+        asked = (
+            self._pool.embed(texts[i : i + TEXTS_PER_CALL], input_type) for i in range(0, len(texts), TEXTS_PER_CALL)
+        )
+        return np.concatenate([asyncio.run_coroutine_threadsafe(_await(one), loop).result() for one in asked])
 
     async def _keep_clean(self, conveyor: Conveyor) -> None:
         """Now and then, remove what nobody needs any more, and say what that was."""
@@ -226,6 +304,15 @@ class Ingestor:
 
     async def _run_enforcing(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._enforcing, partial(work, *arguments))
+
+    async def _keep_reindexing(self, reindexer: Reindexer) -> None:
+        """Go on with every index that was begun, by whomever and in whichever life, and remove what was dropped."""
+        while True:
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._building, reindexer.work)
+            except NexusError as error:  # a store is away, or the coordinator is; the next round goes on
+                log.warning("reindexing was put off: %s", error)
+            await asyncio.sleep(REINDEX_SECONDS)
 
     async def _run(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(work, *arguments))

@@ -1,6 +1,7 @@
 """Searches in a process of their own, with the query embedder beside them."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,14 +10,17 @@ from typing import Any, Protocol, TypeVar
 
 from actors.coordination import Coordination
 from nexus.config import Config
-from nexus.hades import Hades
-from nexus.ports import Coordinator, Embedder, InputType
+from nexus.embedders import of_config
+from nexus.errors import Conflict
+from nexus.hades import Hades, live_in
+from nexus.ports import Coordinator, Embedder, InputType, LiveIndex
 from nexus.registry import open_model, open_part
 from nexus.reranking import Reranking, in_threads
 from nexus.retrieval import RetrievalSettings
 from nexus.retrieval import Retriever as Searching
 from nexus.types import Evidence, Principal, SearchRequest, SearchResult, Vector, Vectors
 
+log = logging.getLogger("nexus.retriever")
 Result = TypeVar("Result")
 THREADS = 8
 
@@ -45,14 +49,17 @@ class Retriever:
             self._embedder.fingerprint,
             self._embedder.dimension,
             coordinator or Coordination(),
+            config.models.embedder,
         )
         retrieval = config.retrieval
         settings = RetrievalSettings(
             retrieval.candidates, retrieval.embedding_weight, retrieval.text_weight, retrieval.fusion
         )
         self._reranker = reranker
-        self._retriever = Searching(hades, self._embedder, settings, self._reranking(config))
+        self._others = of_config(config, threads=1)
+        self._retriever = Searching(hades, self._embedder, settings, self._reranking(config), self._others)
         self._threads = ThreadPoolExecutor(THREADS, "search")
+        self._is_prepared = False
 
     def _reranking(self, config: Config) -> Reranking | None:
         models = config.models
@@ -93,11 +100,31 @@ class Retriever:
         """What embeds here."""
         return {"fingerprint": self._embedder.fingerprint, "dimension": self._embedder.dimension}
 
+    async def prepare(self, live: LiveIndex) -> None:
+        """Load what embeds the questions for an index that is about to be the live one. Raises Conflict."""
+        if live.fingerprint != self._embedder.fingerprint:
+            await self._run(self._others.of, live)
+
     async def ready(self) -> bool:
-        """True once both stores answer. Raises Unavailable."""
-        await self._run(self._retriever.hades.documents.check)
-        await self._run(self._retriever.hades.vectors.check)
+        """True once both stores answer, and the embedders of what is there are loaded. Raises Unavailable."""
+        hades = self._retriever.hades
+        await self._run(hades.documents.check)
+        await self._run(hades.vectors.check)
+        if not self._is_prepared:
+            await self._run(self._prepare_all)
+            self._is_prepared = True
         return True
+
+    def _prepare_all(self) -> None:
+        """Load what embeds the questions for every collection, so that nobody's first one waits for it."""
+        hades = self._retriever.hades
+        for one in hades.documents.collections():
+            try:
+                live = live_in(hades.find_collection(one.name))
+                if live.fingerprint != self._embedder.fingerprint:
+                    self._others.of(live)
+            except Conflict as error:  # whoever asks that collection is told the same
+                log.warning("collection %r cannot be searched: %s", one.name, error)
 
     async def _run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         self._loop = asyncio.get_running_loop()

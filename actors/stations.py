@@ -10,7 +10,7 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -21,13 +21,14 @@ from actors.coordination import Coordination
 from actors.pressure import yielding
 from nexus import telemetry
 from nexus.config import Config
+from nexus.embedders import of_config
 from nexus.errors import Fenced, InvalidRequest, NexusError, TooLarge, TryAgain
 from nexus.hades import Hades
 from nexus.ingest import Ingestor, Prepared, attach, open_steps
 from nexus.jobs import MAX_ATTEMPTS, FileState, Jobs, Outcome, worn_out
 from nexus.parsing import ENDED
-from nexus.ports import DocumentStore, Embedder, Staged
-from nexus.registry import open_model, open_part
+from nexus.ports import DocumentStore, Embedder, LiveIndex, Staged
+from nexus.registry import open_part
 from nexus.types import Principal, Receipt, Upload, Vectors
 
 Result = TypeVar("Result")
@@ -54,12 +55,15 @@ class Run:
     vectors_address: str
     fingerprint: str
     dimension: int
+    own: LiveIndex  # the collection's: who commits adds the vectors for another beside it
     principal: Principal
     collection: str
     accepted_at: int
 
     def open_steps(self) -> Ingestor:
-        return open_steps(self.config, self.open_hades(), _no_embedder)
+        steps = open_steps(self.config, self.open_hades(), _no_embedder)
+        configured = self.config.models.embedder
+        return replace(steps, embedder=lambda texts: steps.others.open(configured).embed(texts))
 
     def open_documents(self) -> DocumentStore:
         address, shared = self.config.stores.documents, self.config.graph.shared_metadata
@@ -68,7 +72,8 @@ class Run:
 
     def open_hades(self) -> Hades:
         vectors = open_part("stores", self.vectors_address, home=self.config.home)
-        return Hades(self.open_documents(), vectors, self.fingerprint, self.dimension, Coordination())
+        embedder = self.config.models.embedder
+        return Hades(self.open_documents(), vectors, self.fingerprint, self.dimension, Coordination(), embedder)
 
 
 class Read:
@@ -106,10 +111,8 @@ class Embed:
 
     def __init__(self, run: Run) -> None:
         give_way()
-        self._model: Embedder = open_model(
-            "embed", run.config.models.embedder, **run.config.models.of_task("embed")[0].offered(), threads=1
-        )
-        self._dimension = run.dimension
+        self._model: Embedder = of_config(run.config, threads=1).of(run.own)
+        self._own = run.own
         self._yielding = yielding(run.config.scaling)
 
     def __call__(self, batch: pyarrow.Table) -> pyarrow.Table:
@@ -125,7 +128,7 @@ class Embed:
             return []
         prepared = [document for _, document in batch]
         texts = [text for document in prepared for text in document.texts]
-        made = _try(lambda: attach(prepared, self._model.embed(texts), self._dimension))
+        made = _try(lambda: attach(prepared, self._model.embed(texts), self._own.dimension, self._own.fingerprint))
         if isinstance(made, list):
             return [(*row, staged) for row, staged in zip(batch, made, strict=True)]
         if len(batch) == 1:

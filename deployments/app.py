@@ -28,6 +28,7 @@ from cluster.plan import DRAINED, KEY, Place, Plan, decode, encode
 from cluster.voter import Pace
 from deployments import gateway, machines, models, planning
 from deployments.observer import RayObserver
+from deployments.reindexing import Reindexing
 from deployments.remote import Remote
 from nexus.access import KeyRing
 from nexus.audit import Chain, Recorder
@@ -70,6 +71,7 @@ class Gateway:
         home = Path(config.home)
         documents = open_part("stores", config.stores.documents, home=home)
         retriever: Any = parts["retriever"]
+        ingestor: Any = parts["ingestor"]
         answers = config.answers
         opened = models.open_models(config, doors, retriever)
         limit = config.scaling.first_token_seconds
@@ -91,6 +93,7 @@ class Gateway:
                 retriever=retriever,
                 ingestor=parts["ingestor"],
                 policies=parts["ingestor"],
+                reindexing=Reindexing(ingestor, retriever),
                 balancer=balancer,
                 cache=cache,
                 embedders=opened.embedders,

@@ -118,8 +118,8 @@ def _check_collection(name: str) -> None:
 
 
 def _plan(config: Config, address: str, principal: Principal, collection: str) -> Run:
-    opened, dimension = _ask("open_collection", collection, principal.tenant)
-    return Run(config, address, opened.fingerprint, dimension, principal, collection, opened.sequence)
+    opened, own, configured = _ask("open_collection", collection, principal.tenant)
+    return Run(config, address, *configured, own, principal, collection, opened.sequence)
 
 
 def _ask(method: str, *arguments: object) -> Any:

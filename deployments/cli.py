@@ -25,6 +25,7 @@ from deployments import (
     overview,
     planning,
     policies,
+    reindexing,
     running,
     sharing,
     upkeep,
@@ -420,13 +421,13 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr when that is a terminal; calling what it yields says how many files have ended."""
-    columns = (TextColumn("adding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress_bar(total: int, doing: str = "adding") -> Iterator[Callable[..., None]]:
+    """A bar on stderr when that is a terminal; calling what it yields says how many have ended, and of how many."""
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("adding", total=total)
-        yield lambda done: progress.update(task, completed=done)
+        task = progress.add_task(doing, total=total)
+        yield lambda done, total=total: progress.update(task, completed=done, total=total)
 
 
 @app.command()
@@ -494,6 +495,48 @@ def vacuum(
     else:
         why = ", ".join(f"{count} {kind}" for kind, count in sorted(removed["why"].items())) or "nothing to remove"
         typer.echo(f"removed {removed['versions']} versions with {removed['chunks']} chunks ({why})")
+
+
+@app.command()
+def reindex(
+    embedder: Annotated[
+        str | None, typer.Option(help="Name or address of a configured embedder; by default models.embedder.")
+    ] = None,
+    collection: InCollection = "default",
+    questions: Annotated[
+        Path | None, typer.Option(help='Kept questions, one a line: {"query": …, "documents": [sources or ids]}.')
+    ] = None,
+    build_only: Annotated[bool, typer.Option("--build-only", help="Build and compare, and do not switch.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only say how it stands.")] = False,
+    switch: Annotated[bool, typer.Option("--switch", help="Search the index that is ready.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="With --switch: also one that finds less.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Search the former index again.")] = False,
+    drop: Annotated[bool, typer.Option("--drop", help="Remove the index that is not searched.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed a collection anew with another model while it works, and switch to that if it finds no less.
+
+    Nothing waits meanwhile, and one command goes back. Exit code 1 if it was refused.
+    """
+    if status + switch + rollback + drop > 1:
+        raise InvalidRequest("--status, --switch, --rollback and --drop are one at a time")
+    with http.Client() as nexus:
+        if status:
+            now = reindexing.look(nexus, collection)
+        elif drop:
+            now = reindexing.drop(nexus, collection)
+        elif switch or rollback:
+            now = reindexing.make_live(nexus, collection, "former" if rollback else "new", anyway)
+        else:
+            body: dict[str, Any] = {"collection": collection, **({"embedder": embedder} if embedder else {})}
+            if questions is not None:
+                body["questions"] = reindexing.read_questions(questions)
+            with progress_bar(1, "embedding") as show:
+                now = reindexing.build(nexus, body, lambda now: show(now["done"], now["total"]))
+            if now["state"] == "ready" and not build_only:
+                now = reindexing.make_live(nexus, collection, "new")
+    typer.echo(json.dumps(now) if as_json else "\n".join(reindexing.lines(now)))
+    raise typer.Exit(1 if now["state"] == "refused" and not now["is_switched"] and not status else 0)
 
 
 @app.command()

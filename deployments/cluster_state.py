@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from cluster.client import Absent
@@ -69,11 +69,12 @@ class Deployed:
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What the coordinator keeps of the machines; no plan where none was applied."""
+    """What the coordinator keeps of the machines; no plan where none was applied. `embedders` are by collection."""
 
     plan: Plan | None
     drained: Sequence[str] = ()
     claims: Sequence[Claim] = ()
+    embedders: Mapping[str, str] = field(default_factory=dict)
 
 
 class Observing(Protocol):
@@ -179,7 +180,19 @@ async def observe(here: Lent, principal: Principal) -> State:
     working = {name: sum(load) for name, load in zip(here.engines, loads, strict=True) if isinstance(load, list)}
     queues = _queues(here, deployed or (), working)
     found = [] if machines is None else compare(described, machines, deployed, agreed)
+    found += _other_embedders(here.config.models.embedder, agreed, collections or ())
     return State(machines, agreed, deployed, queues, voters, collections, found, asked.unknown)
+
+
+def _other_embedders(configured: str, agreed: Agreed | None, collections: Sequence[Counted]) -> list[str]:
+    """Of the caller's collections: what is live stays so, whatever the settings say by now."""
+    known = {} if agreed is None else agreed.embedders
+    return [
+        f"collection {one.name!r} is searched with another embedder than models.embedder:"
+        " `nexus reindex --status` says which, `nexus reindex` moves it"
+        for one in collections
+        if known.get(one.name, "") not in ("", configured)
+    ]
 
 
 @dataclass(frozen=True, slots=True)

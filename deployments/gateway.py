@@ -17,6 +17,7 @@ from cluster.sharing import Sharing
 from deployments import middleware
 from deployments.cluster_state import Observing
 from deployments.limiting import PacedRetriever, searches
+from deployments.reindexing import Reindexing
 from deployments.routes import (
     answers,
     auth,
@@ -30,6 +31,7 @@ from deployments.routes import (
     openai,
     pipelines,
     policies,
+    reindex,
     report,
     reranking,
     sessions,
@@ -139,6 +141,7 @@ class Lent:
     cache: ResponseCache | None = None
     triton: TritonPool | None = None
     operator: Operating | None = None  # of the coordinator
+    reindexing: Reindexing | None = None
     observer: Observing | None = None  # of the machines, and of what runs on them
     sharing: Callable[[], Awaitable[Sharing]] | None = None  # of blocks; its stewards may have to be found first
     fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
@@ -204,6 +207,7 @@ def application(lent: Lent) -> FastAPI:
         documents,
         jobs,
         upkeep,
+        reindex,
         answers,
         sessions,
         sharing,

@@ -18,9 +18,9 @@ from nexus.limits import Level, Limiter, caller_of, spending
 from nexus.screening import Retrieving, Searching
 from nexus.types import Evidence, Principal, SearchRequest, SearchResult
 
-UNHURRIED = frozenset({"/rag/fsck", "/rag/vacuum"})  # which look at all there is, for who administers it
+UNHURRIED = frozenset({"/rag/fsck", "/rag/vacuum", "/rag/reindex"})  # for who administers all there is: they look at it
 UNGATED = frozenset({"/metrics"})  # whoever watches must see how bad it is
-BULK = ("/rag/add_document", "/rag/jobs", "/rag/fsck", "/rag/vacuum", "/policies/")
+BULK = ("/rag/add_document", "/rag/jobs", "/rag/fsck", "/rag/vacuum", "/rag/reindex", "/policies/")
 LISTS = ("/v1/embeddings", "/v1/rerank")
 LONG_LIST_BYTES = 32 * 1024  # of a body: more is bulk work
 

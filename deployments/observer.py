@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
 from actors import coordinator
+from actors.coordination import COLLECTIONS, read_live
 from cluster.client import Client
 from cluster.gpu_leases import held
 from cluster.inventory import LOCAL, Inventory
@@ -46,11 +47,13 @@ class RayObserver:
         """As any voter has it, with or without a quorum."""
         if self._voters is None:
             self._voters = await coordinator.connect()
-        plan, drained, claims = await asyncio.gather(
-            self._voters.get(KEY, fresh=False), self._voters.range(DRAINED, fresh=False), held(self._voters)
-        )
+        plan, drained, claims, live = await asyncio.gather(
+            self._voters.get(KEY, fresh=False), self._voters.range(DRAINED, fresh=False), held(self._voters),
+            self._voters.range(COLLECTIONS, fresh=False),
+        )  # fmt: skip
         names = [key.removeprefix(DRAINED) for key, _, _ in drained]
-        return Agreed(None if plan is None else decode(plan[0]), names, claims)
+        embedders = {key.removeprefix(COLLECTIONS): read_live(value).embedder for key, value, _ in live}
+        return Agreed(None if plan is None else decode(plan[0]), names, claims, embedders)
 
 
 class Look(Generic[Said]):

@@ -40,6 +40,7 @@ from nexus.memory import MAX_USER_CHARACTERS, Draft, Recall
 from nexus.pipelines.execute import StepResult
 from nexus.policy import Rule, show_outcome, show_rule
 from nexus.ports import Deletion
+from nexus.reindex import MOST_QUESTIONS, Progress
 from nexus.types import Answer, Document, Forgotten, Hit, Interaction, Receipt, SearchRequest, SearchResult
 
 MAX_METADATA_BYTES = 16 * 1024
@@ -295,6 +296,29 @@ class EvaluatePolicy(Shape):
         return Order(name, self.file, self.dry_run, self.delegate)
 
 
+class KeptQuestion(Shape):
+    """A query, and the ids or sources of the documents that it should find."""
+
+    query: Annotated[str, Field(min_length=1, max_length=8192)]
+    documents: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=100)]
+
+
+class Reindex(Shape):
+    """`embedder` is the name or address of a configured one; without it, models.embedder."""
+
+    collection: CollectionName = "default"
+    embedder: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    questions: Annotated[list[KeptQuestion], Field(max_length=MOST_QUESTIONS)] = []
+
+
+class MakeLive(Shape):
+    """`anyway` takes a new index that finds less."""
+
+    collection: CollectionName = "default"
+    live: Literal["new", "former"]
+    anyway: bool = False
+
+
 class NewVoter(Shape):
     """A voter's number, never used before, and the labels that its machine must have."""
 
@@ -505,6 +529,23 @@ def show_deletion(deletion: Deletion) -> dict[str, Any]:
             "document store": {"versions": deletion.versions, "chunks": deletion.chunks},
             "vector store": {"vectors": deletion.vectors},
         },
+    }
+
+
+def show_progress(progress: Progress) -> dict[str, Any]:
+    """Where a collection's indexes stand; `former` is there while one can go back to it."""
+    beside = progress.beside
+    is_switched = beside is not None and beside.live == progress.live
+    return {
+        "collection": progress.collection,
+        "live": asdict(progress.live),
+        "state": None if beside is None else beside.state,
+        "beside": None if beside is None else asdict(beside.live),
+        "is_switched": is_switched,
+        "former": asdict(progress.own) if is_switched else None,
+        "done": progress.done,
+        "total": progress.total,
+        "figures": {} if beside is None else dict(beside.figures),
     }
 
 

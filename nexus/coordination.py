@@ -1,5 +1,6 @@
 """What a process that is alone agrees on with itself: the coordinator where there are no machines to ask."""
 
+import threading
 import time
 
 from nexus.ports import LiveIndex
@@ -13,6 +14,7 @@ class Alone:
     def __init__(self) -> None:
         self._working: dict[str, float] = {}
         self._live: dict[str, LiveIndex] = {}
+        self._moving = threading.Lock()
 
     def stay(self, worker: str) -> None:
         self._working[worker] = time.monotonic()
@@ -29,3 +31,9 @@ class Alone:
 
     def point(self, collection: str, to: LiveIndex) -> LiveIndex:
         return self._live.setdefault(collection, to)
+
+    def move(self, collection: str, expected: LiveIndex, to: LiveIndex) -> bool:
+        with self._moving:
+            if self._live.get(collection) == expected:
+                self._live[collection] = to
+            return self._live.get(collection) == to

@@ -19,6 +19,7 @@ MOVES = ("accept", "begin", "parse", "embed", "stage", "publish", "finish", "del
 KEY_MOVES = ("write", "forget")
 BLOCK_MOVES = ("seal", "register", "rename", "rewrap", "delete")
 FILE_MOVES = ("intend", "copy", "settle", "switch", "remove", "forget")
+INDEX_MOVES = ("begin", "fill", "judge", "switch", "adopt", "forget")
 
 
 def _around(part: str, moves: Iterable[str]) -> set[str]:
@@ -34,6 +35,8 @@ POINTS = frozenset(
     | _around("homes", FILE_MOVES)
     | {"homes.inside_copy"}  # written, under a name that does not count yet
     | {"memory.before_replace", "memory.inside_replace", "memory.inside_drop"}
+    | _around("reindex", INDEX_MOVES)
+    | {"reindex.between_stores"}  # the rows of a version brought in, not yet their vectors
 )
 _SPEC = re.compile(r"(?P<point>[\w.]+):(?P<action>kill|raise|sleep:(?P<seconds>\d+(?:\.\d+)?))(?:@(?P<nth>[1-9]\d*))?")
 

@@ -20,6 +20,10 @@ principal at this sequence number. From that one rule follows the rest:
   may show; the document store, asked about each row found, is believed about that too. Where readers are
   narrowed, they are so for what the document was before: no `as_of` opens it again.
 - A crash leaves only invisible rows. They are named by `fsck` and removed by `vacuum`.
+- A collection has an index of its own, and may have a second one beside it, with another embedder (reindex.py). All
+  is written to both, and a version that lacks something in one of them is not published. Which of them is searched
+  is one value of the coordinator: a search looks that up once, and stays with it to its end. Versions keep their
+  names whichever it is: they are named by the embedder with which the collection began.
 
 The order of writes matters twice. Rows are staged before vectors, and both before `publish`: what
 is visible can be found, and a vector without a row is nobody's work under way. Vectors are purged
@@ -28,7 +32,7 @@ before rows: what is left after a crash is still known, and the next `vacuum` fi
 
 import posixpath
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import unquote, urljoin
@@ -44,14 +48,16 @@ from nexus.ports import (
     Collection,
     Coordinator,
     DocumentStore,
+    Generation,
     IndexRow,
+    KeepsGenerations,
     LiveIndex,
     Scope,
     Staged,
     VectorStore,
 )
 from nexus.terms import shadow
-from nexus.types import Chunk, Document, Piece, Principal, chunk_id_of, digest
+from nexus.types import Chunk, Document, Piece, Principal, Vector, Vectors, chunk_id_of, digest
 
 
 def document_id_of(tenant: str, collection: str, source: str) -> str:
@@ -157,27 +163,32 @@ class Hades:
 
     def __init__(
         self, documents: DocumentStore, vectors: VectorStore, fingerprint: str, dimension: int,
-        coordinator: Coordinator | None = None,
+        coordinator: Coordinator | None = None, embedder: str = "",
     ) -> None:  # fmt: skip
-        """`fingerprint` and `dimension` are those of the embedder that made, and will query, the vectors.
+        """`fingerprint` and `dimension` are those of the configured embedder, `embedder` is its address.
 
-        Without a coordinator this process agrees with nobody but itself.
+        It makes the vectors of new collections, and of those whose embedder nobody noted. Without a coordinator this
+        process agrees with nobody but itself.
         """
         self.documents = documents
         self.vectors = vectors
         self.fingerprint = fingerprint
         self.dimension = dimension
         self.coordinator = coordinator or Alone()
+        self.embedder = embedder
+        self.keeper = documents if isinstance(documents, KeepsGenerations) else None
         self._pointed: dict[str, str] = {}  # by collection, the index that its alias was last pointed to from here
 
     def open_collection(self, name: str) -> Collection:
-        """The collection, made on first use. Raises Conflict when its vectors are another embedder's."""
-        index = f"{INDEX_PREFIX}{digest('index', name, self.fingerprint)}"
+        """The collection, made on first use. Raises Conflict when nobody knows which embedder its vectors are of."""
+        index = index_of(name, self.fingerprint)
         recorded = self.documents.open_collection(name, self.fingerprint, index)
+        own = self._own(recorded)
         if self.coordinator.live_index(name) is None:
-            self.coordinator.point(name, LiveIndex(recorded.index, recorded.fingerprint))
-        collection = self._ours(recorded)
-        self.vectors.open_index(collection.index, self.dimension)
+            self.coordinator.point(name, own)
+        collection = self._live(recorded)
+        for live in (own, live_in(collection)):
+            self.vectors.open_index(live.index, live.dimension)
         if self._pointed.get(name) != collection.index:  # the alias follows the coordinator, which alone is believed
             self.vectors.point_alias(alias_of(name), collection.index)
             self._pointed[name] = collection.index
@@ -188,19 +199,55 @@ class Hades:
         collection = self.documents.collection(name, tenant)
         if collection is None:
             raise NotFound(f"there is no collection {name!r}; add a document to it and it will be there")
-        return self._ours(collection)
+        return self._live(collection)
 
-    def _ours(self, collection: Collection) -> Collection:
-        live = self.coordinator.live_index(collection.name)
-        if live is not None:
-            collection = replace(collection, index=live.index, fingerprint=live.fingerprint)
-        if collection.fingerprint != self.fingerprint:
-            raise Conflict(
-                f"collection {collection.name!r} was embedded with another model than the one configured now;"
-                " configure that model again, or add the documents to a new collection",
-                code="embedder_changed",
-            )
-        return collection
+    def identity_of(self, name: str) -> str:
+        """The fingerprint that names the versions of a collection, as it is or will be made."""
+        recorded = self.documents.collection(name)
+        return self.fingerprint if recorded is None else recorded.identity or recorded.fingerprint
+
+    def written(self, name: str) -> tuple[LiveIndex, tuple[LiveIndex, ...]]:
+        """The indexes that versions of a collection, which exists, are written to: its own, and those beside it."""
+        recorded = self.documents.collection(name)
+        if recorded is None:
+            raise NotFound(f"there is no collection {name!r}")
+        return self._own(recorded), tuple(one.live for one in self.generations(name) if one.is_written)
+
+    def generations(self, name: str) -> list[Generation]:
+        """Those beside the collection's own index."""
+        return self.keeper.generations(name) if self.keeper else []
+
+    def live_vectors(self, collection: Collection, chunk_ids: Sequence[str]) -> dict[str, Vector]:
+        """Those of the index that is live in this collection, as far as there are any."""
+        found = self._beside(collection.index, chunk_ids) if collection.is_beside else None
+        return self.documents.vectors(chunk_ids) if found is None else found
+
+    def lacking(self, name: str, live: LiveIndex, limit: int = 1000) -> list[Document]:
+        """Versions that were published and are not whole in an index beside the collection's own."""
+        return self.keeper.lacking(name, live.index, limit) if self.keeper else []
+
+    def _beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]:
+        return self.keeper.vectors_beside(index, chunk_ids) if self.keeper else {}
+
+    def _own(self, recorded: Collection) -> LiveIndex:
+        """A collection's own index. What nobody noted is told by the coordinator, or by being the configured one's."""
+        live = self.coordinator.live_index(recorded.name)
+        if live is not None and live.index == recorded.index and live.embedder:
+            return live
+        is_configured = recorded.fingerprint == self.fingerprint
+        embedder = recorded.embedder or (self.embedder if is_configured else "")
+        dimension = self.dimension if is_configured else recorded.dimension or self.dimension
+        return LiveIndex(recorded.index, recorded.fingerprint, embedder, dimension)
+
+    def _live(self, recorded: Collection) -> Collection:
+        """The collection with the index that is live in it."""
+        live = self.coordinator.live_index(recorded.name) or self._own(recorded)
+        if not live.embedder and live.fingerprint != self.fingerprint:
+            raise refusal(f"collection {recorded.name!r}")
+        return replace(
+            recorded, index=live.index, fingerprint=live.fingerprint, embedder=live.embedder,
+            dimension=live.dimension or self.dimension, is_beside=live.index != recorded.index,
+        )  # fmt: skip
 
     # ── the five moves ──────────────────────────────────────────────────────────────────────────
 
@@ -219,11 +266,17 @@ class Hades:
     def stage(self, batch: Sequence[Staged]) -> None:
         """Write chunks and vectors of versions of one collection, visible to nobody. Raises Fenced, Unavailable."""
         pass_through("ingest.before_stage")
-        collection = self.open_collection(batch[0].document.collection)
+        name = batch[0].document.collection
+        self.open_collection(name)
+        own, beside = self.written(name)
         self.documents.stage(batch)
         pass_through("ingest.between_stores")
-        rows = [row for staged in batch for row in _index_rows(staged)]
-        self.vectors.upsert(collection.index, rows)
+        self.vectors.upsert(own.index, [row for staged in batch for row in _index_rows(staged, staged.vectors)])
+        for live in beside:
+            have = [staged for staged in batch if live.fingerprint in staged.beside]
+            rows = [row for staged in have for row in _index_rows(staged, staged.beside[live.fingerprint])]
+            self.vectors.open_index(live.index, live.dimension)
+            self.vectors.upsert(live.index, rows)
         pass_through("ingest.after_stage")
 
     def publish(self, versions: Sequence[tuple[Document, int]]) -> list[Document]:
@@ -261,13 +314,14 @@ class Hades:
         if chunk_ids is None:
             return []
         pass_through("ingest.after_retire")
-        collection = self.documents.collection(document.collection)
-        if collection is not None and chunk_ids:
-            self.vectors.delete(collection.index, chunk_ids)
+        if chunk_ids and self.documents.collection(document.collection) is not None:
+            own, beside = self.written(document.collection)
+            for live in (own, *beside):
+                self.vectors.delete(live.index, chunk_ids)
         pass_through("ingest.before_purge")
         if not self.documents.purge(document):
             # It was staged again while its vectors were on their way out; these are the same ones.
-            self._write_again(chunk_ids)
+            self.write_again(chunk_ids)
             return []
         pass_through("ingest.after_purge")
         why: Literal["closed", "never published"] = "never published" if document.opened is None else "closed"
@@ -292,9 +346,14 @@ class Hades:
         readers = current.readers if keeps_readers else document.readers
         if (current.metadata, current.readers) != (document.metadata, readers):
             changed = replace(current, metadata=document.metadata, readers=readers)
-            if readers != current.readers:
-                self._write_again(self.documents.chunk_ids_of(current.document_id, current.version), readers)
-            self.documents.annotate(changed)
+            if readers == current.readers:
+                self.documents.annotate(changed)
+            else:
+                chunk_ids = self.documents.chunk_ids_of(current.document_id, current.version)
+                self.write_again(chunk_ids, readers)
+                self.documents.annotate(changed)
+                if self.generations(current.collection):
+                    self.write_again(chunk_ids)  # who fills an index meanwhile, may have read the readers of before
             current = changed
         return current
 
@@ -315,11 +374,17 @@ class Hades:
     def _look(self) -> list[Fault]:
         faults = []
         for collection in self.documents.collections():
+            own, generations = self._own(collection), self.generations(collection.name)
+            complete = [one.live for one in generations if one.state in ("ready", "refused", "staying")]
+            growing = [one.live for one in generations if one.state == "building"]
             published = self.documents.chunk_ids(collection.index, published=True)
-            indexed = self.vectors.chunk_ids(collection.index)
+            indexed = {live.index: self.vectors.chunk_ids(live.index) for live in (own, *complete, *growing)}
             known = self.documents.chunk_ids(collection.index, published=False)
-            damaged = self.documents.damaged(collection.index, self.dimension)
-            for kind, ids in ((MISSING, published - indexed), (ORPHANS, indexed - known), (DAMAGED, set(damaged))):
+            damaged = set(self.documents.damaged(collection.index, own.dimension))
+            damaged |= {one.document_id for live in complete for one in self.lacking(collection.name, live)}
+            missing = set[str]().union(*(published - indexed[live.index] for live in (own, *complete)))
+            orphans = set[str]().union(*indexed.values()) - known
+            for kind, ids in ((MISSING, missing), (ORPHANS, orphans), (DAMAGED, damaged)):
                 if ids:
                     faults.append(Fault(kind, collection.name, tuple(sorted(ids))))
         return faults
@@ -329,12 +394,14 @@ class Hades:
         for fault in faults:
             if fault.kind == MISSING:
                 self.open_collection(fault.collection)  # its index may be gone altogether
-                self._write_again(fault.ids)
+                self.write_again(fault.ids)
             elif fault.kind == ORPHANS:
-                self.vectors.delete(self.find_collection(fault.collection).index, fault.ids)
+                own, beside = self.written(fault.collection)
+                for live in (own, *beside):
+                    self.vectors.delete(live.index, fault.ids)
         return [fault for fault in faults if fault.kind not in (MISSING, ORPHANS)]
 
-    def _write_again(self, chunk_ids: Sequence[str], readers: frozenset[str] | None = None) -> None:
+    def write_again(self, chunk_ids: Sequence[str], readers: frozenset[str] | None = None) -> None:
         """Bring rows of the vector store back from the document store; whole documents, for the terms of neighbours.
 
         They are for these readers, where given, and else for the documents' own.
@@ -343,17 +410,47 @@ class Hades:
         for document in documents.values():
             document = document if readers is None else replace(document, readers=readers)
             chunks = self.documents.neighbours(document.document_id, document.version, 0, document.chunks)
-            vectors = self.documents.vectors([chunk.chunk_id for chunk in chunks])
-            texts = [embedded_text(document.title, chunk.piece) for chunk in chunks]
-            staged = Staged(document, 0, chunks, texts, np.stack([vectors[chunk.chunk_id] for chunk in chunks]))
-            self.vectors.upsert(self.find_collection(document.collection).index, _index_rows(staged))
+            own, beside = self.written(document.collection)
+            self._upsert(own, document, chunks, self.documents.vectors([chunk.chunk_id for chunk in chunks]))
+            for live in beside:
+                self._upsert(live, document, chunks, self._beside(live.index, [chunk.chunk_id for chunk in chunks]))
+
+    def _upsert(
+        self, live: LiveIndex, document: Document, chunks: Sequence[Chunk], vectors: Mapping[str, Vector]
+    ) -> None:
+        """A version's rows, unless some of its vectors are not there yet: then they are still to be written."""
+        if chunks and len(vectors) == len(chunks):
+            self.vectors.upsert(live.index, rows_of(document, chunks, np.stack([vectors[c.chunk_id] for c in chunks])))
 
 
-def _index_rows(staged: Staged) -> list[IndexRow]:
+def refusal(what: str) -> Conflict:
+    """What is said where nothing here makes the vectors that `what` holds."""
+    return Conflict(
+        f"{what} was embedded with another model than the one configured now;"
+        " configure that model again, or add the documents to a new collection",
+        code="embedder_changed",
+    )
+
+
+def live_in(collection: Collection) -> LiveIndex:
+    """The index that is live in a collection, as HADES gave it."""
+    return LiveIndex(collection.index, collection.fingerprint, collection.embedder, collection.dimension)
+
+
+def index_of(collection: str, fingerprint: str) -> str:
+    """The name of an index in the vector store."""
+    return f"{INDEX_PREFIX}{digest('index', collection, fingerprint)}"
+
+
+def rows_of(document: Document, chunks: Sequence[Chunk], vectors: Vectors) -> list[IndexRow]:
+    """What an index keeps of a version: all of its chunks, in order, and a vector for each."""
+    texts = [embedded_text(document.title, chunk.piece) for chunk in chunks]
+    return _index_rows(Staged(document, 0, chunks, texts, vectors), vectors)
+
+
+def _index_rows(staged: Staged, vectors: Vectors) -> list[IndexRow]:
     audience = audience_of(staged.document.tenant, staged.document.readers)
     return [
         IndexRow(chunk.chunk_id, chunk.document_id, audience, terms, vector)
-        for chunk, terms, vector in zip(
-            staged.chunks, lexical(staged.chunks, staged.texts), staged.vectors, strict=True
-        )
+        for chunk, terms, vector in zip(staged.chunks, lexical(staged.chunks, staged.texts), vectors, strict=True)
     ]

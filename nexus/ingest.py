@@ -5,20 +5,23 @@ Three steps, so that whoever drives them can keep each busy: `prepare` reads and
 transaction. Any of them may run twice. `ingest` is all three, for one document.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import numpy as np
 
 from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text
 from nexus.config import Config
-from nexus.errors import Conflict, InvalidRequest, NexusError, UpstreamInvalid
+from nexus.embedders import Embedders, of_config
+from nexus.errors import ConfigError, Conflict, InvalidRequest, NexusError, UpstreamInvalid
 from nexus.failpoints import pass_through
 from nexus.hades import Hades, chunks_of, document_id_of, linked, version_of
 from nexus.parsing import PARSER, Limits, Parsers
-from nexus.ports import Staged
+from nexus.ports import Embedder, LiveIndex, Staged
 from nexus.registry import find_module
 from nexus.types import Chunk, Document, Principal, Receipt, Upload, Vectors, content_digest
 
@@ -59,6 +62,9 @@ class Ingestor:
     embedder: Callable[[Sequence[str]], Vectors]
     count_tokens: CountTokens
     chunking: ChunkSettings
+    others: Embedders = field(
+        default_factory=lambda: Embedders(no_embedder)
+    )  # of indexes that are not the configured's
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _unflushed: dict[str, int] = field(default_factory=dict)
 
@@ -113,9 +119,45 @@ class Ingestor:
     def embed(self, batch: Sequence[Prepared]) -> list[Staged]:
         """The vectors of several documents, asked for at once. Raises UpstreamInvalid when they are not vectors."""
         pass_through("ingest.before_embed")
-        vectors = self.embedder([text for prepared in batch for text in prepared.texts])
+        found = [self._completed(list(some), {}) for _, some in groupby(batch, lambda one: one.document.collection)]
         pass_through("ingest.after_embed")
-        return attach(batch, vectors, self.hades.dimension)
+        return [staged for some in found for staged in some]
+
+    def _completed(self, batch: Sequence[Prepared], made: Mapping[str, Sequence[Vectors]]) -> list[Staged]:
+        """Documents of one collection with their vectors for each of its indexes.
+
+        `made` are vectors that are there already, by the fingerprint of their embedder: for each document its own.
+        """
+        own, beside = self.hades.written(batch[0].document.collection)
+        found = dict(made)
+        for live in (own, *beside):
+            if live.fingerprint not in found:
+                vectors = self.embed_for(live, [text for prepared in batch for text in prepared.texts])
+                staged = attach(batch, vectors, live.dimension)
+                found[live.fingerprint] = [one.vectors for one in staged]
+        return [
+            Staged(
+                one.document, one.epoch, one.chunks, one.texts, found[own.fingerprint][place], own.fingerprint,
+                {live.fingerprint: found[live.fingerprint][place] for live in beside},
+            )
+            for place, one in enumerate(batch)
+        ]  # fmt: skip
+
+    def embed_for(self, live: LiveIndex, texts: Sequence[str]) -> Vectors:
+        """Passages, by the embedder of an index. Raises Conflict where nobody knows which that is."""
+        if live.fingerprint == self.hades.fingerprint:
+            return self.embedder(texts)
+        return self.others.of(live).embed(texts)
+
+    def _with_all(self, batch: Sequence[Prepared], staged: Sequence[Staged]) -> Sequence[Staged]:
+        """The same with the vectors that an index wants which came, or was exchanged, since they were embedded."""
+        own, beside = self.hades.written(batch[0].document.collection)
+        wanted = {own.fingerprint, *(live.fingerprint for live in beside)}
+        if all({one.fingerprint or own.fingerprint, *one.beside} >= wanted for one in staged):
+            return staged
+        known = [{one.fingerprint or own.fingerprint: one.vectors, **one.beside} for one in staged]
+        shared = set.intersection(*(set(each) for each in known))
+        return self._completed(batch, {name: [each[name] for each in known] for name in shared})
 
     def commit(self, batch: Sequence[Prepared], staged: Sequence[Staged]) -> list[Receipt | NexusError]:
         """Stage and publish documents of one collection in one transaction; one that cannot be fails alone.
@@ -123,6 +165,7 @@ class Ingestor:
         Raises TryAgain when a store is away; then none is published, and all of it may be done again.
         """
         try:
+            staged = self._with_all(batch, staged)
             self.hades.stage(staged)
             published = self.hades.publish([(one.document, one.epoch) for one in staged])
         except Conflict as error:
@@ -141,7 +184,10 @@ class Ingestor:
             collections = [name for name, count in self._unflushed.items() if count]
             self._unflushed.clear()
         for name in collections:
-            self.hades.vectors.flush(self.hades.open_collection(name).index)
+            self.hades.open_collection(name)
+            own, beside = self.hades.written(name)
+            for live in (own, *beside):
+                self.hades.vectors.flush(live.index)
 
     def _note_unflushed(self, batch: Sequence[Staged]) -> None:
         collection = batch[0].document.collection
@@ -154,7 +200,9 @@ class Ingestor:
     def _describe(self, source: Source, principal: Principal) -> Document:
         return Document(
             document_id=document_id_of(principal.tenant, source.collection, source.source),
-            version=version_of(source.digest, PARSER, self.chunking.fingerprint, self.hades.fingerprint),
+            version=version_of(
+                source.digest, PARSER, self.chunking.fingerprint, self.hades.identity_of(source.collection)
+            ),
             tenant=principal.tenant,
             collection=source.collection,
             source=source.source,
@@ -177,22 +225,34 @@ def open_steps(config: Config, hades: Hades, embedder: Callable[[Sequence[str]],
         embedder=embedder,
         count_tokens=find_module("models", config.models.embedder).open_tokenizer(config.models.embedder),
         chunking=ChunkSettings(config.chunking.target_tokens, config.chunking.max_tokens),
+        others=of_config(config, config.models.embedder_threads or os.cpu_count() or 1),
     )
 
 
-def attach(batch: Sequence[Prepared], vectors: Vectors, dimension: int) -> list[Staged]:
+def no_embedder(address: str) -> Embedder:
+    """Where no others are lent."""
+    raise ConfigError(f"no embedder but the configured one can be opened here, so not {address!r}")
+
+
+def attach(batch: Sequence[Prepared], vectors: Vectors, dimension: int, fingerprint: str = "") -> list[Staged]:
     """Documents with their vectors, checked: nothing but finite unit vectors, one per text, is ever stored."""
     count = sum(len(prepared.texts) for prepared in batch)
+    check_vectors(vectors, count, dimension)
+    staged, start = [], 0
+    for prepared in batch:
+        end = start + len(prepared.texts)
+        rows = vectors[start:end]
+        staged.append(Staged(prepared.document, prepared.epoch, prepared.chunks, prepared.texts, rows, fingerprint))
+        start = end
+    return staged
+
+
+def check_vectors(vectors: Vectors, count: int, dimension: int) -> None:
+    """Raises UpstreamInvalid for anything but so many finite unit vectors."""
     if vectors.shape != (count, dimension):
         raise UpstreamInvalid(f"the embedder answered {vectors.shape} where ({count}, {dimension}) was asked for")
     if count and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2):
         raise UpstreamInvalid("the embedder answered rows that are not unit vectors")
-    staged, start = [], 0
-    for prepared in batch:
-        end = start + len(prepared.texts)
-        staged.append(Staged(prepared.document, prepared.epoch, prepared.chunks, prepared.texts, vectors[start:end]))
-        start = end
-    return staged
 
 
 def check_source(source: str, pointer: str = "/filename") -> None:

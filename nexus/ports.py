@@ -5,8 +5,8 @@ several threads at once. Blocking is allowed: whoever calls from an event loop u
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
 
 from nexus.errors import ConfigError
 from nexus.filters import Filter
@@ -198,10 +198,15 @@ class VectorStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LiveIndex:
-    """Which index of a collection is searched and written to, and the fingerprint of the vectors in it."""
+    """Which index of a collection is searched, and which embedder made the vectors in it: the questions are its, too.
+
+    `embedder` is its address, "" where nobody noted it: then it must be the configured one. So with a dimension of 0.
+    """
 
     index: str
     fingerprint: str
+    embedder: str = ""
+    dimension: int = 0
 
 
 class Coordinator(Protocol):
@@ -227,12 +232,17 @@ class Coordinator(Protocol):
         """Make this index the live one where none is; returns which one is. Raises Unavailable."""
         ...
 
+    def move(self, collection: str, expected: LiveIndex, to: LiveIndex) -> bool:
+        """Make this index the live one if the expected one is; whether it is now, by whomever. Raises Unavailable."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Collection:
     """A named set of documents. `fingerprint` says how its vectors were made; `index` where they are.
 
     Tenants share a name and an index, and nothing else: `sequence` and `horizon` are those of the tenant asked for.
+    A store says of its own index what it was told, HADES of the one that is live.
     """
 
     name: str
@@ -240,17 +250,50 @@ class Collection:
     index: str
     sequence: int
     horizon: int  # versions closed at or before it may have been vacuumed: no `as_of` below it is whole
+    embedder: str = ""  # as in LiveIndex
+    dimension: int = 0
+    identity: str = ""  # the fingerprint that names its versions, whichever index is live; "": `fingerprint`
+    is_beside: bool = False  # the live index is the second one, whose vectors `KeepsGenerations` has
+
+
+GenerationState = Literal["building", "ready", "refused", "staying", "leaving"]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An index of a collection, with another embedder than that of its own one, and how far it has come.
+
+    It is written to like the own one from the moment it is there. "building": what was published before is being
+    brought in; "ready" and "refused": it is complete, and was compared; "staying": it is live, and will be the own one
+    in a while; "leaving": nothing is written to it any more, and it will be removed. `since` is in Unix seconds.
+    """
+
+    live: LiveIndex
+    state: GenerationState
+    since: float
+    asked: Mapping[str, object]  # on which questions it is compared, and for whom
+    figures: Mapping[str, object]
+
+    @property
+    def is_written(self) -> bool:
+        return self.state != "leaving"
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """One version ready to be written: its chunks, the texts that were embedded, and their vectors."""
+    """One version ready to be written: its chunks, the texts that were embedded, and their vectors.
+
+    `vectors` are those of the collection's own index, made by the embedder of that `fingerprint` ("": nobody asks);
+    `beside` are those of other embedders, by fingerprint.
+    """
 
     document: Document
     epoch: int
     chunks: Sequence[Chunk]
     texts: Sequence[str]
     vectors: Vectors
+    fingerprint: str = ""
+    beside: Mapping[str, Vectors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -651,3 +694,48 @@ class InteractionStore(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class KeepsGenerations(Protocol):
+    """What a document store can that keeps vectors of a second index beside those of a collection's own.
+
+    From the moment a generation is there, and until it leaves, `publish` takes no version that lacks a vector in it:
+    it raises Unavailable (code "generation_lacks"), as `stage` does where `Staged.fingerprint` is not the own one's.
+    """
+
+    def generations(self, collection: str) -> list[Generation]:
+        """Those beside the own index, at most one of which is not leaving."""
+        ...
+
+    def add_generation(self, collection: str, own: LiveIndex, generation: Generation) -> None:
+        """Note a generation, and what the own index is. Nothing where it is there. Raises Conflict beside another."""
+        ...
+
+    def note_generation(
+        self, index: str, state: GenerationState, since: float, figures: Mapping[str, object] | None = None
+    ) -> None:
+        """Its state from now on, and its figures where given."""
+        ...
+
+    def lacking(self, collection: str, index: str, limit: int) -> list[Document]:
+        """Versions that were published, of all tenants, and have chunks without a vector in this generation."""
+        ...
+
+    def filled(self, collection: str, index: str) -> tuple[int, int]:
+        """Of the chunks of published versions, how many have a vector in this generation; and how many there are."""
+        ...
+
+    def fill(self, index: str, document: Document, vectors: Mapping[str, Vector]) -> bool:
+        """Keep vectors of a version's chunks in a generation; False, and nothing kept, if either is on its way out."""
+        ...
+
+    def vectors_beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]: ...
+
+    def adopt(self, collection: str, index: str) -> None:
+        """In one transaction: this generation is the own index, and the one that was so leaves. Twice is once."""
+        ...
+
+    def forget_generation(self, index: str) -> None:
+        """Remove a generation that leaves, with its vectors."""
+        ...

@@ -24,8 +24,9 @@ from typing import Literal
 
 import numpy as np
 
+from nexus.embedders import Embedders
 from nexus.errors import InvalidRequest
-from nexus.hades import Hades
+from nexus.hades import Hades, live_in
 from nexus.ports import Collection, Embedder, Scope, Verdict
 from nexus.reranking import Reranked, Reranking
 from nexus.terms import shadow
@@ -96,6 +97,7 @@ class Retriever:
     embedder: Embedder
     settings: RetrievalSettings
     reranking: Reranking | None = None
+    others: Embedders | None = None  # of indexes that are not the configured embedder's
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "route"))
 
     def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
@@ -124,7 +126,8 @@ class Retriever:
             return SearchResult((), sequence, clock.seconds, explain)
         wanted = max(self.settings.candidates, request.k)
         # Asked for while the text route runs, and made once however often the routes are widened.
-        embedded = cache(lambda: self._embed(request.query, clock))
+        embedder = self._embedder_of(collection)
+        embedded = cache(lambda: self._embed(embedder, request.query, clock))
         while True:
             candidates = self._candidates(request, collection, scope, wanted, clock, embedded)
             with clock.time("authority"):
@@ -144,7 +147,7 @@ class Retriever:
         if graph.expanded:
             among = set(scope.document_ids) if scope.document_ids is not None else allowed
             with clock.time("graph"):
-                judged, graph = self._widen(request, principal, sequence, judged, graph, among, embedded)
+                judged, graph = self._widen(request, principal, collection, sequence, judged, graph, among, embedded)
         hits, reranked = self._rank(request, judged.visible, clock)
         explain = _explanation(judged, graph, reranked) if request.explain else None
         fused = tuple(hits[: request.k]) if reranked.applied else ()
@@ -184,16 +187,22 @@ class Retriever:
                 text = searching.result()
         if vector is not None:
             with clock.time("authority"):
-                cosines = self._complete(dense, text, vector)
+                cosines = self._complete(collection, dense, text, vector)
         else:
             cosines = {}
         fusion = request.fusion or self.settings.fusion
         return fuse(dense, text, cosines, embedding_weight, text_weight, fusion)
 
-    def _embed(self, query: str, clock: "Clock") -> Vector:
+    def _embed(self, embedder: Embedder, query: str, clock: "Clock") -> Vector:
         with clock.time("embed"):
-            vector: Vector = self.embedder.embed([query], "query")[0]
+            vector: Vector = embedder.embed([query], "query")[0]
         return vector
+
+    def _embedder_of(self, collection: Collection) -> Embedder:
+        """The one that made the vectors of the index that is searched."""
+        if collection.fingerprint == self.embedder.fingerprint or self.others is None:
+            return self.embedder
+        return self.others.of(live_in(collection))
 
     def _weights(self, request: SearchRequest) -> tuple[float, float]:
         settings = self.settings
@@ -201,11 +210,11 @@ class Retriever:
         text = settings.text_weight if request.text_weight is None else request.text_weight
         return embedding, text
 
-    def _complete(self, dense: Route, text: Route, vector: Vector) -> dict[str, float]:
+    def _complete(self, collection: Collection, dense: Route, text: Route, vector: Vector) -> dict[str, float]:
         """The exact cosine of every candidate of the union."""
         cosines = dict(dense)
         missing = [chunk_id for chunk_id, _ in text if chunk_id not in cosines]
-        stored = self.hades.documents.vectors(missing) if missing else {}
+        stored = self.hades.live_vectors(collection, missing) if missing else {}
         return cosines | _cosines(stored, vector)
 
     def _filtered(self, candidates: list[Candidate], allowed: set[str]) -> list[Candidate]:
@@ -216,6 +225,7 @@ class Retriever:
         self,
         request: SearchRequest,
         principal: Principal,
+        collection: Collection,
         sequence: int,
         judged: Judged,
         graph: Expansion,
@@ -238,6 +248,9 @@ class Retriever:
             return judged, graph
         stored = documents.vectors_of(*where, list(reached), sequence, GRAPH_CHUNKS)
         document_of |= {i: document_id for i, (document_id, _) in stored.items()}
+        if collection.is_beside:
+            found = self.hades.live_vectors(collection, list(stored))
+            stored = {i: (document_id, found[i]) for i, (document_id, _) in stored.items() if i in found}
         new = [i for i in stored if i not in judged.verdicts]
         verdicts = judged.verdicts | documents.verdicts(request.collection, principal, new, sequence)
         embedding_weight, _ = self._weights(request)

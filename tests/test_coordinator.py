@@ -403,6 +403,20 @@ def test_all_agree_on_one_live_index_and_keep_to_it_without_a_quorum(several: li
         assert new.live_index("manuals") == told[0]
 
 
+def test_an_index_becomes_live_once_and_only_in_place_of_the_one_that_was(several: list[Coordination]) -> None:
+    """Of many who would replace the same one, each with another, one does; to replace it with what is live is done."""
+    first = several[0].point("manuals", LiveIndex("index", "model", "words:", 64))
+    others = [LiveIndex(f"index {place}", f"model {place}", "wide:", 96) for place in range(12)]
+    with ThreadPoolExecutor(12) as threads:
+        won = list(threads.map(lambda n: several[n % 3].move("manuals", first, others[n]), range(12)))
+    assert sum(won) == 1
+    live = others[won.index(True)]
+    assert {one.point("manuals", first) for one in several} == {live}
+    assert several[1].move("manuals", first, live) and not several[1].move("manuals", first, others[won.index(False)])
+    assert several[2].move("manuals", live, first) and several[2].live_index("manuals") == first
+    assert not several[0].move("nowhere", first, live)
+
+
 def test_what_was_agreed_on_elsewhere_is_known_in_a_while(several: list[Coordination]) -> None:
     one, another, _ = several
     assert another.live_index("late") is None

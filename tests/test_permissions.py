@@ -31,6 +31,7 @@ ASKED: Mapping[str, tuple[str, ...]] = {
         "POST /auth/issuers/refresh", "POST /coordinator/snapshot", "POST /coordinator/transfer",
         "POST /coordinator/voters", "DELETE /coordinator/voters/{number}", "POST /rag/fsck", "POST /rag/vacuum",
         "POST /sharing/keys", "POST /sharing/scrub", "DELETE /sharing/stewards/{node}",
+        "POST /rag/reindex", "GET /rag/reindex", "PUT /rag/reindex", "DELETE /rag/reindex",
         "POST /v2/repository/models/{model}/load", "POST /v2/repository/models/{model}/unload",
     ),
     "documents:read": (

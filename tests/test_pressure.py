@@ -17,9 +17,11 @@ from actors.stations import Embed, Run, Task, outcomes
 from cluster.catalog import LeaseGone
 from nexus import pressure as module
 from nexus.config import Config, Scaling
+from nexus.embedders import Embedders
 from nexus.errors import Unavailable
 from nexus.ingest import Prepared
 from nexus.jobs import Outcome
+from nexus.ports import LiveIndex
 from nexus.pressure import UNYIELDING, WINDOW_SECONDS, FirstTokens, Yielding
 from nexus.types import Vectors
 from tests.conftest import ALICE
@@ -339,6 +341,8 @@ def test_a_station_gives_way_before_each_batch(clock: Clock, tmp_path: Path, mon
     embedded_after: list[float] = []
 
     class Model:
+        fingerprint = "eight"
+
         def embed(self, texts: Sequence[str]) -> Vectors:
             embedded_after.append(sum(slept))
             return np.eye(len(texts), 8, dtype=np.float32)
@@ -348,11 +352,12 @@ def test_a_station_gives_way_before_each_batch(clock: Clock, tmp_path: Path, mon
         clock.now += seconds
 
     monkeypatch.setattr(stations, "give_way", lambda: None)
-    monkeypatch.setattr(stations, "open_model", lambda *_, **__: Model())
+    monkeypatch.setattr(stations, "of_config", lambda *_, **__: Embedders(lambda address: Model()))  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(stations, "yielding", lambda scaling: Yielding(lambda: True, scaling.yield_seconds, clock))
     monkeypatch.setattr(stations.time, "sleep", sleep)
     config = Config(home=tmp_path, scaling=Scaling(first_token_seconds=1.0, yield_seconds=3.0))
-    station = Embed(Run(config, "", "", 8, ALICE, "default", 0))
+    own = LiveIndex("index", "eight", "eight:", 8)
+    station = Embed(Run(config, "", "eight", 8, own, ALICE, "default", 0))
     document = Prepared(None, ALICE, 0, (), ("one", "two"), False)  # type: ignore[arg-type]
     failed = Outcome("job", 1, "failed", "parse")
     batch = pyarrow.table(

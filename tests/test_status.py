@@ -189,6 +189,21 @@ def test_all_of_it_is_told_side_by_side(client: TestClient, door: Door) -> None:
     assert collection["chunks"] >= 1
 
 
+def test_a_collection_that_another_embedder_is_live_in_is_named_to_who_has_it(
+    client: TestClient, door: Door, observer: Observer
+) -> None:
+    add(door, "a.md", headers=dict(client.headers))
+    assert not sentences(client, "embedder")
+    told = {"default": "other:", "of-somebody-else": "other:"}
+    observer.says["agreed"] = Agreed(PLAN, embedders=told)
+    (sentence,) = sentences(client, "embedder")
+    assert "'default'" in sentence and "other:" not in sentence
+    configured = door.lent.config.models.embedder
+    for same in ("", configured):
+        observer.says["agreed"] = Agreed(PLAN, embedders={"default": same})
+        assert not sentences(client, "embedder")
+
+
 def test_a_deployment_is_told_with_its_model_replicas_and_queue(client: TestClient) -> None:
     gateway, on_sark, on_clu = read(client)["deployments"]
     assert gateway == {

@@ -3,7 +3,9 @@
 A version's content is written once (`versions`, `chunks`); when it was visible is a list of spans
 of sequence numbers (`spans`), so that A, then B, then A again leaves a true history. The partial
 unique index on open spans makes two current versions of one document impossible, not just unlikely.
-Vectors stand beside their chunks, so an index can be rebuilt and checked without a model. A version's
+Vectors stand beside their chunks, so an index can be rebuilt and checked without a model. Those for a
+second index, while there is one (`generations`), are in `vectors_beside`; `collections.vectors_of` says
+whose those beside the chunks are, where it is no more the embedder that names the versions. A version's
 edges (`edges`) lead to other documents: a "link" to the document it refers to, which need not be there,
 and a "shared" to `field=value`, where all documents of the same tenant and collection that say so meet.
 
@@ -14,7 +16,7 @@ is synced to the disk at commit; staging is not, for the publish after it syncs 
 import json
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +29,7 @@ from nexus.errors import ConfigError, Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Filter
 from nexus.interactions import SqliteInteractions
-from nexus.ports import Collection, Deletion, Staged, Verdict
+from nexus.ports import Collection, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
 FAN_OUT = 25  # documents that one step goes on to from one document, or from one value that documents share
@@ -105,8 +107,22 @@ MIGRATIONS = (
     INSERT INTO audiences SELECT DISTINCT tenant, collection, readers FROM versions WHERE readers != '[]';
     ALTER TABLE deletions ADD COLUMN readers TEXT NOT NULL DEFAULT '[]';
     """,
+    """
+    ALTER TABLE collections ADD COLUMN vectors_of TEXT;
+    ALTER TABLE collections ADD COLUMN embedder TEXT NOT NULL DEFAULT '';
+    ALTER TABLE collections ADD COLUMN dimension INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE generations (
+        index_name TEXT PRIMARY KEY, collection TEXT NOT NULL, fingerprint TEXT NOT NULL, embedder TEXT NOT NULL,
+        dimension INTEGER NOT NULL, state TEXT NOT NULL, since REAL NOT NULL, asked TEXT NOT NULL,
+        figures TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE vectors_beside (
+        chunk_id TEXT NOT NULL, index_name TEXT NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (chunk_id, index_name)
+    ) STRICT;
+    """,
 )
 
+LACKS = "generation_lacks"  # the code of an error: the version has to be staged again, with what it lacks
 RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on their way out
 
 DOCUMENT = (
@@ -115,11 +131,15 @@ DOCUMENT = (
 )
 CURRENT = f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version) WHERE s.closed IS NULL"
 MAY_READ = "(v.readers = '[]' OR EXISTS (SELECT 1 FROM json_each(v.readers) WHERE value = :subject))"
-COLLECTION = "SELECT k.name, k.fingerprint, k.index_name, 0, 0 FROM collections k"
+MADE_BY = "COALESCE(k.vectors_of, k.fingerprint)"
+OF_OWN = "k.embedder, k.dimension, CASE WHEN k.vectors_of IS NULL THEN '' ELSE k.fingerprint END"
+COLLECTION = f"SELECT k.name, {MADE_BY}, k.index_name, 0, 0, {OF_OWN} FROM collections k"
 COLLECTION_OF = (
-    "SELECT k.name, k.fingerprint, k.index_name, s.sequence, s.horizon FROM collections k"
-    " JOIN sequences s ON s.collection = k.name WHERE k.name = ? AND s.tenant = ?"
+    f"SELECT k.name, {MADE_BY}, k.index_name, s.sequence, s.horizon, {OF_OWN}"
+    " FROM collections k JOIN sequences s ON s.collection = k.name WHERE k.name = ? AND s.tenant = ?"
 )
+GENERATION = "index_name, fingerprint, embedder, dimension, state, since, asked, figures"
+WRITTEN = "SELECT index_name, fingerprint FROM generations WHERE collection = ? AND state != 'leaving'"
 DELETION = (
     "document_id, sequence, tenant, collection, source, subject, deleted_at, purged_at, versions, chunks, vectors"
 )
@@ -367,7 +387,8 @@ class SqliteDocuments(Database):
     def vectors(self, chunk_ids: Sequence[str]) -> dict[str, Vector]:
         with self._reading() as db:
             rows = db.execute(
-                "SELECT chunk_id, vector FROM json_each(?) AS wanted JOIN chunks ON chunk_id = wanted.value",
+                "SELECT chunk_id, vector FROM json_each(?) AS wanted JOIN chunks ON chunk_id = wanted.value"
+                " WHERE LENGTH(vector) > 0",
                 (json.dumps(list(chunk_ids)),),
             )
             return {chunk_id: np.frombuffer(vector, dtype=np.float32) for chunk_id, vector in rows}
@@ -458,6 +479,11 @@ class SqliteDocuments(Database):
                 "DELETE FROM versions WHERE document_id = ? AND version = ? AND retiring_at IS NOT NULL", key
             ).rowcount  # fmt: skip
             if gone:
+                db.execute(
+                    "DELETE FROM vectors_beside WHERE chunk_id IN"
+                    " (SELECT chunk_id FROM chunks WHERE document_id = ? AND version = ?)",
+                    key,
+                )
                 for table in ("chunks", "edges"):
                     db.execute(f"DELETE FROM {table} WHERE document_id = ? AND version = ?", key)
                 _note_purged(db, document.document_id, chunks)
@@ -505,6 +531,120 @@ class SqliteDocuments(Database):
     def chunk_ids_of(self, document_id: str, version: str) -> list[str]:
         with self._reading() as db:
             return _chunk_ids(db, document_id, version)
+
+    # ── a second index ──────────────────────────────────────────────────────────────────────────
+
+    def generations(self, collection: str) -> list[Generation]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {GENERATION} FROM generations WHERE collection = ? ORDER BY since", (collection,)
+            )
+            return [_generation(row) for row in rows]
+
+    def add_generation(self, collection: str, own: LiveIndex, generation: Generation) -> None:
+        live = generation.live
+        with self._transaction() as db:
+            known = dict(db.execute("SELECT index_name, state FROM generations WHERE collection = ?", (collection,)))
+            if known.get(live.index, "leaving") != "leaving":
+                return
+            if others := [index for index, state in known.items() if state != "leaving"]:
+                raise Conflict(f"there is another index beside that of {collection!r} already ({others[0]})")
+            if live.index in known:
+                raise Unavailable("an index of this very embedder is being removed; try again in a minute")
+            db.execute(
+                "UPDATE collections SET embedder = ?, dimension = ? WHERE name = ?",
+                (own.embedder, own.dimension, collection),
+            )
+            db.execute(
+                f"INSERT INTO generations ({GENERATION}, collection) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    live.index, live.fingerprint, live.embedder, live.dimension, generation.state, generation.since,
+                    json.dumps(dict(generation.asked)), json.dumps(dict(generation.figures)), collection,
+                ),
+            )  # fmt: skip
+
+    def note_generation(
+        self, index: str, state: GenerationState, since: float, figures: Mapping[str, object] | None = None
+    ) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE generations SET state = ?, since = ?, figures = COALESCE(?, figures) WHERE index_name = ?",
+                (state, since, None if figures is None else json.dumps(dict(figures)), index),
+            )
+
+    def lacking(self, collection: str, index: str, limit: int) -> list[Document]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version)"
+                " WHERE v.collection = ? AND v.retiring_at IS NULL AND EXISTS (SELECT 1 FROM chunks c"
+                "   LEFT JOIN vectors_beside b ON b.chunk_id = c.chunk_id AND b.index_name = ?"
+                "   WHERE c.document_id = v.document_id AND c.version = v.version AND b.chunk_id IS NULL)"
+                " GROUP BY v.document_id, v.version LIMIT ?",
+                (collection, index, limit),
+            )
+            return [_document(row) for row in rows]
+
+    def filled(self, collection: str, index: str) -> tuple[int, int]:
+        with self._reading() as db:
+            (done, total) = db.execute(
+                "SELECT COUNT(b.chunk_id), COUNT(*) FROM versions v JOIN chunks c USING (document_id, version)"
+                " LEFT JOIN vectors_beside b ON b.chunk_id = c.chunk_id AND b.index_name = ? WHERE v.collection = ?"
+                " AND EXISTS (SELECT 1 FROM spans s WHERE s.document_id = v.document_id AND s.version = v.version)",
+                (index, collection),
+            ).fetchone()
+            return done, total
+
+    def fill(self, index: str, document: Document, vectors: Mapping[str, Vector]) -> bool:
+        key = (document.document_id, document.version)
+        with self._transaction(durable=False) as db:
+            is_wanted = db.execute(
+                "SELECT 1 FROM generations g, versions v WHERE g.index_name = ? AND g.state != 'leaving'"
+                " AND v.document_id = ? AND v.version = ? AND v.retiring_at IS NULL",
+                (index, *key),
+            ).fetchone()
+            if is_wanted:
+                _write_beside(db, index, vectors)
+            return is_wanted is not None
+
+    def vectors_beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT chunk_id, vector FROM json_each(?) AS wanted JOIN vectors_beside ON chunk_id = wanted.value"
+                " WHERE index_name = ?",
+                (json.dumps(list(chunk_ids)), index),
+            )
+            return {chunk_id: np.frombuffer(vector, dtype=np.float32) for chunk_id, vector in rows}
+
+    def adopt(self, collection: str, index: str) -> None:
+        """See the port. A chunk without a vector there is of no version that was published, and has none from now on:
+        whoever would publish it, is told to stage it again."""
+        with self._transaction() as db:
+            live = db.execute(
+                "SELECT fingerprint, embedder, dimension FROM generations WHERE index_name = ? AND collection = ?",
+                (index, collection),
+            ).fetchone()
+            if live is None:
+                return
+            db.execute(
+                "UPDATE chunks SET vector = COALESCE((SELECT b.vector FROM vectors_beside b"
+                " WHERE b.chunk_id = chunks.chunk_id AND b.index_name = ?), x'') WHERE EXISTS (SELECT 1 FROM versions v"
+                " WHERE v.document_id = chunks.document_id AND v.version = chunks.version AND v.collection = ?)",
+                (index, collection),
+            )
+            _forget(db, index)
+            db.execute(
+                f"INSERT INTO generations ({GENERATION}, collection) SELECT k.index_name, {MADE_BY}, k.embedder,"
+                " k.dimension, 'leaving', ?, '{}', '{}', k.name FROM collections k WHERE k.name = ?",
+                (time.time(), collection),
+            )
+            db.execute(
+                "UPDATE collections SET index_name = ?, vectors_of = ?, embedder = ?, dimension = ? WHERE name = ?",
+                (index, *live, collection),
+            )
+
+    def forget_generation(self, index: str) -> None:
+        with self._transaction() as db:
+            _forget(db, index)
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
@@ -588,11 +728,48 @@ def _stage_one(db: sqlite3.Connection, staged: Staged, now: float) -> None:
         (*_version_row(document), staged.epoch, now, now),
     )
     _note_audience(db, document, document.readers)
+    _stage_beside(db, staged)
     db.execute("DELETE FROM chunks WHERE document_id = ? AND version = ? AND ordinal >= ?", (*key, len(staged.chunks)))
     db.executemany(
         "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (_chunk_row(chunk, vector) for chunk, vector in zip(staged.chunks, staged.vectors, strict=True)),
     )
+
+
+def _stage_beside(db: sqlite3.Connection, staged: Staged) -> None:
+    """Keep the vectors of a second index. Raises Unavailable where the first one is not that of `fingerprint` now."""
+    if staged.fingerprint:
+        collection = _collection(db, staged.document.collection)
+        if collection is not None and collection.fingerprint != staged.fingerprint:
+            raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
+    for index, fingerprint in db.execute(WRITTEN, (staged.document.collection,)).fetchall():
+        if fingerprint in staged.beside:
+            ids = (chunk.chunk_id for chunk in staged.chunks)
+            _write_beside(db, index, dict(zip(ids, staged.beside[fingerprint], strict=True)))
+
+
+def _write_beside(db: sqlite3.Connection, index: str, vectors: Mapping[str, Vector]) -> None:
+    db.executemany(
+        "INSERT OR REPLACE INTO vectors_beside VALUES (?, ?, ?)",
+        ((chunk_id, index, np.ascontiguousarray(vector, np.float32).tobytes()) for chunk_id, vector in vectors.items()),
+    )
+
+
+def _require_beside(db: sqlite3.Connection, document: Document) -> None:
+    """A version is published with all of its vectors in every index that is written to, or not at all."""
+    for index, _ in db.execute(WRITTEN, (document.collection,)).fetchall():
+        lacks = db.execute(
+            "SELECT 1 FROM chunks c LEFT JOIN vectors_beside b ON b.chunk_id = c.chunk_id AND b.index_name = ?"
+            " WHERE c.document_id = ? AND c.version = ? AND b.chunk_id IS NULL LIMIT 1",
+            (index, document.document_id, document.version),
+        ).fetchone()
+        if lacks:
+            raise Unavailable("a second index of this collection has just been begun; try again", code=LACKS)
+
+
+def _forget(db: sqlite3.Connection, index: str) -> None:
+    db.execute("DELETE FROM vectors_beside WHERE index_name = ?", (index,))
+    db.execute("DELETE FROM generations WHERE index_name = ?", (index,))
 
 
 def _delete_one(db: sqlite3.Connection, document: Document, principal: Principal) -> Document:
@@ -637,13 +814,16 @@ def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Docu
     _require_epoch(db, document, epoch)
     if already := _published_by(db, document, epoch):
         return _with_span(document, already, None)
-    (staged,) = db.execute(
-        "SELECT COUNT(*) FROM chunks JOIN versions USING (document_id, version)"
+    (staged, empty) = db.execute(
+        "SELECT COUNT(*), TOTAL(LENGTH(vector) = 0) FROM chunks JOIN versions USING (document_id, version)"
         " WHERE document_id = ? AND version = ? AND retiring_at IS NULL",
         (document.document_id, document.version),
     ).fetchone()
     if staged != document.chunks:
         raise Conflict("a version is published only when all of its chunks are staged")
+    if empty:
+        raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
+    _require_beside(db, document)
     _annotate(db, document)
     sequence = _next_sequence(db, document)
     _close_current(db, document.document_id, sequence)
@@ -785,6 +965,12 @@ def _document(row: Sequence[Any]) -> Document:
         media_type=row[6], metadata=json.loads(row[7]), readers=frozenset(json.loads(row[8])), size=row[9],
         chunks=row[10], opened=row[11], closed=row[12], created_at=row[13],
     )  # fmt: skip
+
+
+def _generation(row: Sequence[Any]) -> Generation:
+    index, fingerprint, embedder, dimension, state, since, asked, figures = row
+    live = LiveIndex(index, fingerprint, embedder, dimension)
+    return Generation(live, state, since, json.loads(asked), json.loads(figures))
 
 
 def _is_unit(vector: bytes, dimension: int) -> bool:

@@ -1,0 +1,707 @@
+"""A second index with another embedder: nothing fails or is missing while it comes, goes live and goes back."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from cluster.bootstrap import free_ports
+from deployments.gateway import build
+from deployments.reindexing import Reindexing, read_questions
+from nexus.chunking import ChunkSettings
+from nexus.embedders import Embedders
+from nexus.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from nexus.failpoints import POINTS
+from nexus.hades import alias_of, audience_of, chunks_of, document_id_of
+from nexus.ingest import Ingestor, Prepared, Source
+from nexus.parsing import Limits, Parsers
+from nexus.ports import LiveIndex, VectorStore
+from nexus.reindex import Progress, Recall
+from nexus.retrieval import Retriever
+from nexus.stores import memory, milvus_lite, sqlite
+from nexus.types import Document, Piece, Principal, Receipt, SearchRequest, Upload, Vectors, content_digest
+from tests import reindexing
+from tests.conftest import Door
+from tests.reindexing import (
+    ADDRESS,
+    ALICE,
+    NOISE,
+    WIDE,
+    Noise,
+    Site,
+    Wide,
+    Words,
+    open_home,
+    open_site,
+    question_of,
+    text_of,
+)
+from tests.running import ROOT
+from tests.words import WordEmbedder
+
+BOB = replace(ALICE, subject="bob")
+DOCUMENTS = 24
+_forks = multiprocessing.get_context("forkserver")  # a process that has imported everything, and forks for each run
+_forks.set_forkserver_preload(["tests.reindexing"])
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """One vector server for all tests here; each uses a collection of its own."""
+    (port,) = free_ports(1)
+    command = [sys.executable, "-m", "tests.ingesting", str(tmp_path_factory.mktemp("vectors")), str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield port
+        process.kill()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with opened(tmp_path, memory.open("memory:")) as made:
+        yield made
+
+
+@contextmanager
+def opened(home: Path, vectors: VectorStore) -> Iterator[Site]:
+    site = open_site(sqlite.open("sqlite:", home=home), vectors)
+    yield site
+    site.retriever.close()
+    site.hades.vectors.close()
+    site.hades.documents.close()
+
+
+# ── documents in and questions out ──────────────────────────────────────────────────────────────
+
+
+def steps_of(site: Site) -> Ingestor:
+    """The steps of ingestion, without the children that parse."""
+    count = lambda texts: [len(text.split()) for text in texts]  # noqa: E731
+    embed = Words().embed
+    return Ingestor(site.hades, Parsers(Limits()), embed, count, ChunkSettings(), site.others)
+
+
+def prepared(site: Site, source: str, *texts: str, collection: str = "default", **fields: object) -> Prepared:
+    """A document begun and cut."""
+    content = "\n".join(texts).encode()
+    document = Document(
+        document_id_of(ALICE.tenant, collection, source), content_digest(content), ALICE.tenant, collection, source,
+        source, "text/plain", {}, fields.pop("readers", frozenset()), len(content), len(texts),  # type: ignore[arg-type]
+    )  # fmt: skip
+    epoch = site.hades.begin(document)
+    chunks = chunks_of(document, [Piece(text, tokens=len(text.split())) for text in texts])
+    return Prepared(document, ALICE, epoch, tuple(chunks), texts, False)
+
+
+def put(site: Site, source: str, *texts: str, **fields: object) -> Document:
+    one, steps = prepared(site, source, *texts, **fields), steps_of(site)
+    (outcome,) = steps.commit([one], steps.embed([one]))
+    assert isinstance(outcome, Receipt), outcome
+    return one.document
+
+
+def fill(site: Site, count: int = DOCUMENTS, collection: str = "default") -> None:
+    made = [prepared(site, f"{number}.txt", text_of(number), collection=collection) for number in range(count)]
+    steps = steps_of(site)
+    assert all(isinstance(one, Receipt) for one in steps.commit(made, steps.embed(made)))
+
+
+def first(site: Site, number: int, collection: str = "default", by: Principal = ALICE, **fields: object) -> str:
+    """The source of the best hit by the vectors alone."""
+    request = SearchRequest(question_of(number), 3, collection, embedding_weight=1.0, text_weight=0.0, **fields)  # type: ignore[arg-type]
+    hits = site.retriever.search(request, by).hits
+    return hits[0].source if hits else ""
+
+
+def reindex(site: Site, address: str = WIDE, collection: str = "default") -> None:
+    site.reindexer.begin(collection, address, ALICE)
+    site.reindexer.work()
+    site.reindexer.switch(collection)
+
+
+def live(site: Site, collection: str = "default") -> str:
+    return site.hades.find_collection(collection).fingerprint
+
+
+def state(site: Site) -> str | None:
+    beside = site.reindexer.progress("default").beside
+    return beside.state if beside else None
+
+
+# ── under load ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Load:
+    """Threads that ask, and one that publishes and deletes, from beginning to end; what fails is kept."""
+
+    def __init__(self, site: Site, collection: str) -> None:
+        self.site, self.collection = site, collection
+        self.asked, self.published, self.failed = 0, 0, list[str]()
+        self._over, self._changed = threading.Event(), threading.Condition()
+        asking = [threading.Thread(target=self._repeat, args=(self._ask, place)) for place in range(3)]
+        self._threads = [*asking, threading.Thread(target=self._repeat, args=(self._publish, 0))]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _repeat(self, step: Callable[[int], None], turn: int) -> None:
+        while not self._over.is_set():
+            try:
+                step(turn)
+            except Exception as error:  # whatever it is: here it is counted
+                self.failed.append(repr(error))
+                with self._changed:
+                    self._changed.notify()
+            turn += 1
+
+    def _ask(self, turn: int) -> None:
+        number = turn % DOCUMENTS
+        found = first(self.site, number, self.collection)
+        if found != f"{number}.txt":
+            self.failed.append(f"{question_of(number)!r} found {found!r}")
+        with self._changed:
+            self.asked += 1
+            self._changed.notify()
+
+    def _publish(self, turn: int) -> None:
+        """A document that comes, is replaced, goes again every other time; what is over is vacuumed now and then."""
+        source = f"late {turn % 10}.txt"
+        for version in range(2):
+            text = f"Calibration log {turn}, revision {version}: nothing of note."
+            self._patiently(partial(put, self.site, source, text, collection=self.collection))
+        if turn % 2:
+            self.site.hades.delete([document_id_of(ALICE.tenant, self.collection, source)], ALICE)
+        if turn % 10 == 0:
+            self._patiently(lambda: self.site.hades.vacuum(keep_closed_seconds=1, keep_staged_seconds=60))
+        with self._changed:
+            self.published += 1
+            self._changed.notify()
+
+    def _patiently(self, step: Callable[[], object]) -> None:
+        while not self._over.is_set():
+            try:
+                step()
+                return
+            except Unavailable:  # as the conveyor takes it: try again
+                continue
+
+    def wait_for(self, more: int) -> None:
+        """Until so many more questions were answered, and a document was published."""
+        with self._changed:
+            asked, published = self.asked + more, self.published + 1
+            self._changed.wait_for(lambda: self.failed or (self.asked >= asked and self.published >= published))
+
+
+@pytest.mark.parametrize("store", ["memory", "milvus-lite"])
+def test_a_reindex_to_another_dimension_under_load_fails_nobody(store: str, server: int, tmp_path: Path) -> None:
+    address = "memory:" if store == "memory" else f"milvus-lite://127.0.0.1:{server}"
+    with opened(tmp_path, (memory if store == "memory" else milvus_lite).open(address)) as site:
+        name, reindexer = f"load-{store}", site.reindexer
+        fill(site, collection=name)
+        with Load(site, name) as load:
+            load.wait_for(10)
+            reindexer.begin(name, WIDE, ALICE, [(question_of(number), [f"{number}.txt"]) for number in range(5)])
+            load.wait_for(10)
+            reindexer.work()
+            beside = reindexer.progress(name).beside
+            assert beside is not None and beside.state == "ready", beside
+            load.wait_for(10)
+            reindexer.switch(name)
+            assert site.hades.find_collection(name).dimension == Wide.dimension
+            load.wait_for(30)
+            reindexer.rollback(name)
+            assert site.hades.find_collection(name).dimension == WordEmbedder.dimension
+            load.wait_for(30)
+            reindexer.switch(name)
+            load.wait_for(10)
+            former = site.hades.written(name)[0].index
+        assert load.failed == []
+        assert site.hades.fsck() == []
+        reindexer.drop(name)
+        reindexer.tidy(name)
+        assert former not in site.hades.vectors.indexes()
+        assert site.hades.fsck() == []
+        assert [first(site, number, name) for number in range(DOCUMENTS)] == [f"{n}.txt" for n in range(DOCUMENTS)]
+
+
+def test_what_is_published_after_the_switch_is_there_after_the_rollback_and_the_reverse(site: Site) -> None:
+    fill(site)
+    reindex(site)
+    put(site, "after.txt", text_of(500))
+    assert first(site, 500) == "after.txt"
+    site.reindexer.rollback("default")
+    assert (live(site), first(site, 500)) == (WordEmbedder.fingerprint, "after.txt")
+    put(site, "later.txt", text_of(501))
+    site.reindexer.switch("default")
+    assert (live(site), first(site, 501)) == (Wide.fingerprint, "later.txt")
+    assert site.hades.fsck() == []
+
+
+def test_a_moment_before_the_switch_can_still_be_asked_for(site: Site) -> None:
+    fill(site, 5)
+    before = put(site, "0.txt", text_of(900))
+    sequence = site.hades.find_collection("default", ALICE.tenant).sequence
+    put(site, "0.txt", text_of(901))
+    reindex(site)
+    assert first(site, 900, as_of=sequence) == before.source
+    request = SearchRequest(question_of(900), 10, as_of=sequence, embedding_weight=1.0, text_weight=0.0)
+    texts = [hit.text for hit in site.retriever.search(request, ALICE).hits]
+    assert text_of(900) in texts and text_of(901) not in texts
+
+
+def test_a_search_ends_with_the_index_it_began_with(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question is embedded for one index; it is never held against the vectors of the other."""
+    fill(site)
+    site.reindexer.begin("default", WIDE, ALICE)
+    site.reindexer.work()
+    embed = Words.embed
+
+    def switch_first(self: WordEmbedder, texts: Sequence[str], input_type: str = "passage") -> Vectors:
+        if input_type == "query" and live(site) == WordEmbedder.fingerprint:
+            site.reindexer.switch("default")
+        return embed(self, texts)
+
+    monkeypatch.setattr(Words, "embed", switch_first)
+    request = SearchRequest(question_of(7), 3, embedding_weight=0.5, text_weight=0.5, graph="on")
+    result = site.retriever.search(request, ALICE)
+    assert live(site) == Wide.fingerprint
+    assert result.hits[0].source == "7.txt" and result.hits[0].cosine > 0.5
+
+
+# ── who publishes while an index begins or goes ─────────────────────────────────────────────────
+
+
+def test_nobody_publishes_what_a_new_index_lacks(site: Site) -> None:
+    """Embedded and staged before the index was begun: it is refused, and done again it is whole."""
+    fill(site, 3)
+    steps, one = steps_of(site), prepared(site, "between.txt", text_of(600))
+    staged = steps.embed([one])
+    site.hades.stage(staged)
+    site.reindexer.begin("default", WIDE, ALICE)
+    with pytest.raises(Unavailable) as refused:
+        site.hades.publish([(one.document, one.epoch)])
+    assert refused.value.code == "generation_lacks"
+    (outcome,) = steps.commit([one], staged)
+    assert isinstance(outcome, Receipt)
+    site.reindexer.work()
+    site.reindexer.switch("default")
+    assert first(site, 600) == "between.txt"
+
+
+def test_what_was_staged_for_an_index_that_went_is_staged_again(site: Site) -> None:
+    fill(site, 3)
+    steps, one = steps_of(site), prepared(site, "between.txt", text_of(601))
+    staged = steps.embed([one])
+    site.hades.stage(staged)
+    reindex(site)
+    site.reindexer.drop("default")
+    with pytest.raises(Unavailable, match="exchanged"):
+        site.hades.publish([(one.document, one.epoch)])
+    with pytest.raises(Unavailable, match="exchanged"):
+        site.hades.stage(staged)
+    assert first(site, 0) == "0.txt"  # with rows of it in the index that have no vector
+    (outcome,) = steps.commit([one], staged)
+    assert isinstance(outcome, Receipt)
+    assert first(site, 601) == "between.txt" and site.hades.fsck() == []
+
+
+def test_what_is_unchanged_stays_so_whichever_index_is_live(site: Site) -> None:
+    steps = steps_of(site)
+    try:
+        upload = Upload("a.md", b"# Torque\n\nThe gripper closes with a torque of 4 Nm.")
+        receipt = steps.ingest(upload, ALICE)
+        for number in range(30):
+            put(site, f"{number}.txt", text_of(number))
+        reindex(site)
+        source = Source("a.md", content_digest(upload.content), len(upload.content))
+        for _ in range(2):
+            again = steps.find_unchanged(source, ALICE)
+            assert again is not None and again.version == receipt.version
+            if state(site):
+                site.reindexer.drop("default")
+    finally:
+        steps.parsers.close()
+
+
+def test_vacuum_removes_from_both_indexes(site: Site) -> None:
+    fill(site, 3)
+    site.reindexer.begin("default", WIDE, ALICE)
+    site.reindexer.work()
+    gone = put(site, "0.txt", text_of(700))
+    site.hades.delete([gone.document_id], ALICE)
+    site.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
+    own, (beside,) = site.hades.written("default")
+    left = {c for number in (1, 2) for c in chunk_ids(site, f"{number}.txt")}
+    assert site.hades.vectors.chunk_ids(own.index) == site.hades.vectors.chunk_ids(beside.index) == left
+    assert site.hades.fsck() == []
+
+
+def test_a_version_that_is_vacuumed_while_it_is_brought_in_leaves_nothing(site: Site) -> None:
+    fill(site, 3)
+    embed = site.reindexer.embed_for
+
+    def vacuum_first(index: object, texts: Sequence[str]) -> Vectors:
+        if site.hades.documents.current(document_id_of(ALICE.tenant, "default", "0.txt"), ALICE):
+            site.hades.delete([document_id_of(ALICE.tenant, "default", "0.txt")], ALICE)
+            site.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
+        return embed(index, texts)  # type: ignore[arg-type]
+
+    site.reindexer.embed_for = vacuum_first
+    site.reindexer.begin("default", WIDE, ALICE)
+    site.reindexer.work()
+    _, (beside,) = site.hades.written("default")
+    assert len(site.hades.vectors.chunk_ids(beside.index)) == 2
+    assert site.hades.fsck() == []
+
+
+def test_readers_that_change_while_a_document_is_brought_in_are_those_of_the_new_index(site: Site) -> None:
+    document = put(site, "0.txt", text_of(0))
+    put(site, "1.txt", text_of(1))
+    upsert, changed = site.hades.vectors.upsert, replace(document, readers=frozenset({"alice"}))
+
+    def narrow_first(index: str, rows: Sequence[object]) -> None:
+        if index != site.hades.written("default")[0].index and not changing:
+            changing.append(index)
+            site.hades.is_unchanged(changed, ALICE)  # between reading the version and writing its rows
+        upsert(index, rows)  # type: ignore[arg-type]
+
+    changing: list[str] = []
+    site.hades.vectors.upsert = narrow_first  # type: ignore[method-assign]
+    site.reindexer.begin("default", WIDE, ALICE)
+    site.reindexer.work()
+    site.reindexer.switch("default", anyway=True)
+    scope = site.hades.scope("default", ALICE)
+    assert audience_of("acme", changed.readers) in scope.audiences
+    index = site.hades.find_collection("default").index
+    for_all = replace(scope, audiences=())
+    found = site.hades.vectors.search_dense(index, Wide().embed([question_of(0)])[0], 10, for_all)
+    assert chunk_ids(site, "0.txt")[0] not in [chunk_id for chunk_id, _ in found]
+    assert first(site, 0) == "0.txt" and first(site, 0, by=BOB) == "1.txt"
+
+
+def chunk_ids(site: Site, source: str) -> list[str]:
+    document = site.hades.documents.current(document_id_of(ALICE.tenant, "default", source), ALICE)
+    assert document is not None
+    return site.hades.documents.chunk_ids_of(document.document_id, document.version)
+
+
+# ── comparing ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_an_embedder_that_says_nothing_is_refused_with_the_figures(site: Site) -> None:
+    fill(site, 60)
+    site.reindexer.begin("default", NOISE, ALICE)
+    site.reindexer.work()
+    beside = site.reindexer.progress("default").beside
+    assert beside is not None and beside.state == "refused"
+    assert (beside.figures["questions"], beside.figures["sampled"], beside.figures["k"]) == (60, True, 3)
+    before, after = beside.figures["live"], beside.figures["beside"]
+    assert before["dense"] > 0.95 and after["dense"] < 0.2  # type: ignore[index]
+    with pytest.raises(Conflict, match=r"recall@3 on 60 questions .* by vectors [01]\.\d+ .* 0\.\d+") as refused:
+        site.reindexer.switch("default")
+    assert refused.value.code == "recall_worse" and live(site) == WordEmbedder.fingerprint
+    site.reindexer.switch("default", anyway=True)
+    assert live(site) == Noise.fingerprint
+    site.reindexer.rollback("default")
+    assert first(site, 3) == "3.txt"
+
+
+def test_kept_questions_decide_and_one_that_is_lost_is_too_many(site: Site) -> None:
+    fill(site, 60)
+    questions = [(question_of(number), [f"{number}.txt"]) for number in range(10)]
+    with pytest.raises(InvalidRequest) as unknown:
+        site.reindexer.begin("default", WIDE, ALICE, [*questions, ("?", ["nowhere.txt"])])
+    assert unknown.value.pointer == "/questions/10/documents" and state(site) is None
+    site.reindexer.begin("default", WIDE, ALICE, questions)
+    site.reindexer.work()
+    beside = site.reindexer.progress("default").beside
+    assert beside is not None and (beside.state, beside.figures["sampled"]) == ("ready", False)
+    assert beside.figures["live"] == beside.figures["beside"] == {"dense": 1.0, "fused": 1.0}
+
+    site.reindexer.drop("default")
+    embed, blind = Wide.embed, question_of(4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wide, "embed", lambda self, texts, kind="passage": embed(self, _spoiled(texts, kind, blind)))
+        site.reindexer.begin("default", WIDE, ALICE, questions)
+        site.reindexer.work()
+    beside = site.reindexer.progress("default").beside
+    assert beside is not None and beside.state == "refused"
+    assert beside.figures["beside"]["dense"] == 0.9  # type: ignore[index]
+
+
+def _spoiled(texts: Sequence[str], kind: str, blind: str) -> Sequence[str]:
+    """One question that the embedder takes for another."""
+    return ["wheels" if kind == "query" and text == blind else text for text in texts]
+
+
+def test_the_comparison_is_of_both_with_their_own_embedders(site: Site) -> None:
+    fill(site, 60)
+    site.reindexer.begin("default", WIDE, ALICE)
+    site.reindexer.work()
+    generation = site.reindexer.progress("default").beside
+    assert generation is not None
+    compared = site.reindexer.compare("default", generation)
+    assert compared is not None and compared.live == compared.beside == Recall(1.0, 1.0)
+
+
+def test_readers_and_tenants_do_not_hide_what_is_asked_for(site: Site) -> None:
+    """Made-up questions are asked for whoever may read the document, whoever began the reindex."""
+    for number in range(30):
+        put(site, f"{number}.txt", text_of(number), readers=frozenset({"carol"}))
+    stranger = Principal("other", "mallory")
+    site.reindexer.begin("default", NOISE, stranger)
+    site.reindexer.work()
+    assert state(site) == "refused"
+
+
+# ── what is in the way ──────────────────────────────────────────────────────────────────────────
+
+
+def test_each_step_says_what_is_in_its_way(site: Site) -> None:
+    reindexer = site.reindexer
+    with pytest.raises(NotFound):
+        reindexer.begin("default", WIDE, ALICE)
+    fill(site, 30)
+    for step in (reindexer.switch, reindexer.rollback, reindexer.drop):
+        with pytest.raises(Conflict):
+            step("default")
+    with pytest.raises(Conflict, match="already"):
+        reindexer.begin("default", ADDRESS, ALICE)
+    with pytest.raises(InvalidRequest, match="names no embedder") as wrong:
+        reindexer.begin("default", "nonsense:", ALICE)
+    assert wrong.value.pointer == "/embedder"
+    reindexer.begin("default", WIDE, ALICE)
+    assert reindexer.begin("default", WIDE, ALICE).state == "building"
+    with pytest.raises(Conflict, match="0 of 30"):
+        reindexer.switch("default")
+    with pytest.raises(Conflict, match="being built"):
+        reindexer.begin("default", NOISE, ALICE)
+    reindexer.work()
+    reindexer.begin("default", NOISE, ALICE)  # takes the place of one that was not switched to
+    beside = reindexer.progress("default").beside
+    assert beside is not None and beside.live.fingerprint == Noise.fingerprint
+    reindexer.drop("default")
+    reindex(site)
+    with pytest.raises(Conflict, match="--rollback"):
+        reindexer.begin("default", ADDRESS, ALICE)
+
+
+def test_the_next_reindex_ends_the_way_back(site: Site) -> None:
+    fill(site, 30)
+    reindex(site)
+    site.reindexer.begin("default", NOISE, ALICE)
+    own, (beside,) = site.hades.written("default")
+    assert (own.fingerprint, beside.fingerprint) == (Wide.fingerprint, Noise.fingerprint)
+    site.reindexer.drop("default")
+    reindex(site, ADDRESS)  # and the first one may come again
+    assert live(site) == WordEmbedder.fingerprint and first(site, 3) == "3.txt"
+
+
+def test_what_was_dropped_stays_until_no_search_can_be_in_it(site: Site) -> None:
+    fill(site, 30)
+    reindex(site)
+    site.reindexer.grace_seconds = 1e9
+    former = site.hades.written("default")[0].index
+    site.reindexer.drop("default")
+    assert state(site) == "staying" and former in site.hades.vectors.indexes()
+    with pytest.raises(Conflict, match="being removed"):
+        site.reindexer.rollback("default")
+    site.reindexer.grace_seconds = 0.0
+    site.reindexer.work()
+    assert state(site) is None and former not in site.hades.vectors.indexes()
+
+
+def test_an_embedder_that_fails_is_told_and_costs_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(site, 5)
+    site.reindexer.begin("default", WIDE, ALICE)
+    monkeypatch.setattr(site.reindexer, "embed_for", lambda live, texts: np.zeros((len(texts), 3), np.float32))
+    site.reindexer.work()
+    beside = site.reindexer.progress("default").beside
+    assert beside is not None and beside.state == "refused"
+    assert "(5, 96) was asked for" in str(beside.figures["sentence"])
+    assert first(site, 3) == "3.txt"
+
+
+def test_a_store_that_keeps_one_vector_says_so(site: Site) -> None:
+    fill(site, 1)
+    site.hades.keeper = None
+    with pytest.raises(Conflict, match="sqlite") as refused:
+        site.reindexer.begin("default", WIDE, ALICE)
+    assert refused.value.code == "no_generations"
+
+
+def test_an_embedder_that_became_another_is_not_used(site: Site) -> None:
+    """The address leads to other weights now: its vectors mean nothing in this index."""
+    fill(site, 30)
+    reindex(site)
+    others = Embedders(lambda address: Noise())
+    retriever = Retriever(site.hades, Words(), site.retriever.settings, None, others)
+    with pytest.raises(Conflict) as refused:
+        retriever.search(SearchRequest("gripper"), ALICE)
+    assert refused.value.code == "embedder_changed"
+    retriever.close()
+
+
+def test_fsck_looks_at_the_second_index_too(site: Site) -> None:
+    fill(site, 30)
+    site.reindexer.begin("default", WIDE, ALICE)
+    assert site.hades.fsck() == []  # one that is being built may lack anything
+    site.reindexer.work()
+    _, (beside,) = site.hades.written("default")
+    lost = sorted(site.hades.vectors.chunk_ids(beside.index))[:2]
+    site.hades.vectors.delete(beside.index, lost)
+    (fault,) = site.hades.fsck()
+    assert fault.ids == tuple(lost)
+    assert site.hades.repair([fault]) == [] and site.hades.fsck() == []
+
+
+def test_the_alias_follows(site: Site) -> None:
+    fill(site, 30)
+    reindex(site)
+    alias = alias_of("default")
+    assert site.hades.vectors.aliased(alias) == site.hades.find_collection("default").index
+    site.reindexer.rollback("default")
+    assert site.hades.vectors.aliased(alias) == site.hades.find_collection("default").index
+
+
+# ── over HTTP ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Local:
+    """The ingestor's and the retriever's methods for this, over a site in this process."""
+
+    def __init__(self, site: Site) -> None:
+        self.reindexer, self.prepared = site.reindexer, list[str]()
+
+    async def begin_reindex(
+        self, collection: str, embedder: str | None, by: Principal, questions: Sequence[tuple[str, Sequence[str]]]
+    ) -> Progress:
+        self.reindexer.begin(collection, embedder or WIDE, by, questions)
+        return self.reindexer.progress(collection)
+
+    async def reindex_progress(self, collection: str) -> Progress:
+        return self.reindexer.progress(collection)
+
+    async def switch_index(self, collection: str, anyway: bool) -> Progress:
+        return self.reindexer.switch(collection, anyway)
+
+    async def roll_index_back(self, collection: str) -> Progress:
+        return self.reindexer.rollback(collection)
+
+    async def drop_index(self, collection: str) -> Progress:
+        return self.reindexer.drop(collection)
+
+    async def prepare(self, live: LiveIndex) -> None:
+        self.prepared.append(live.fingerprint)
+
+
+def test_the_front_door_begins_shows_switches_goes_back_and_drops(site: Site, door: Door) -> None:
+    fill(site, 60)
+    local = Local(site)
+    lent = replace(door.lent, reindexing=Reindexing(local, local), documents=site.hades.documents)
+    admin = door.headers("acme", "alice")
+    with TestClient(build(lent), headers=admin) as client:
+        assert client.get("/rag/reindex?collection=none").status_code == 404
+        assert client.put("/rag/reindex", json={"live": "new"}).status_code == 409
+        wrong = client.post("/rag/reindex", json={"embedder": "nonsense:"})
+        assert (wrong.status_code, wrong.json()["errors"][0]["pointer"]) == (422, "/embedder")
+        for fault in ({"questions": [{"query": "?", "documents": []}]}, {"chunk_tokens": 100}):
+            assert client.post("/rag/reindex", json=fault).status_code in (400, 422)
+        kept = [{"query": question_of(number), "documents": [f"{number}.txt"]} for number in range(5)]
+
+        begun = client.post("/rag/reindex", json={"embedder": NOISE, "questions": kept})
+        assert begun.status_code == 202
+        assert (begun.json()["state"], begun.json()["done"], begun.json()["total"]) == ("building", 0, 60)
+        site.reindexer.work()
+        refused = client.put("/rag/reindex", json={"live": "new"})
+        assert (refused.status_code, refused.json()["code"]) == (409, "recall_worse")
+        assert "recall@3 on 5 questions kept" in refused.json()["detail"]
+        assert client.get("/rag/reindex").json()["figures"]["live"]["dense"] == 1.0
+
+        assert client.post("/rag/reindex", json={"questions": kept}).status_code == 202
+        site.reindexer.work()
+        switched = client.put("/rag/reindex", json={"live": "new"}).json()
+        assert (switched["is_switched"], switched["live"]["dimension"], switched["former"]["dimension"]) == (
+            True,
+            96,
+            64,
+        )
+        assert local.prepared[-1] == Wide.fingerprint  # loaded before anybody asks with it
+        back = client.put("/rag/reindex", json={"live": "former"}).json()
+        assert (back["is_switched"], back["live"]["embedder"], back["state"]) == (False, ADDRESS, "ready")
+        assert client.delete("/rag/reindex").json()["state"] is None
+
+
+def test_only_who_administers_sees_or_moves_an_index(door: Door) -> None:
+    headers = door.headers("acme", "bob", "documents:read", "documents:write", "infer")
+    for method in ("GET", "POST", "PUT", "DELETE"):
+        assert door.client.request(method, "/rag/reindex", headers=headers).status_code == 403
+    assert door.client.get("/rag/reindex", headers=door.headers()).status_code == 404  # where none are built
+
+
+@pytest.mark.parametrize(
+    "text", ["", "not json", "[]", '{"query": "?"}', '{"query": "?", "documents": []}', '{"query": 1, "documents": []}']
+)  # fmt: skip
+def test_a_file_of_questions_that_cannot_be_meant_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(f'{{"query": "?", "documents": ["a"]}}\n{text}' if text else "\n")
+    with pytest.raises(InvalidRequest, match="line 2" if text else "no question"):
+        read_questions(file)
+    file.write_text('{"query": "?", "documents": ["a", "b"]}\n\n')
+    assert read_questions(file) == [{"query": "?", "documents": ["a", "b"]}]
+
+
+# ── killed ──────────────────────────────────────────────────────────────────────────────────────
+
+REINDEX = sorted(point for point in POINTS if point.startswith("reindex."))
+
+
+def run(home: Path, port: int, collection: str, failpoint: str = "") -> int | None:
+    testing = {"NEXUS_TESTING": "1", "NEXUS_FAILPOINT": failpoint} if failpoint else {}
+    process = _forks.Process(target=reindexing.run, args=(home, port, collection, testing))
+    process.start()
+    process.join(60)
+    process.kill()
+    process.join()
+    return process.exitcode
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("point", REINDEX)
+def test_a_kill_anywhere_leaves_a_whole_index_live_and_the_work_goes_on(
+    point: str, server: int, tmp_path: Path
+) -> None:
+    collection = f"killed-{point.partition('.')[2]}"
+    site = open_home(tmp_path, server)
+    fill(site, 10, collection)
+    assert run(tmp_path, server, collection, f"{point}:kill") == -9
+    assert [first(site, number, collection) for number in range(10)] == [f"{n}.txt" for n in range(10)]
+    put(site, "after.txt", text_of(800), collection=collection)
+    assert site.hades.fsck() == []
+    assert run(tmp_path, server, collection) == 0
+    assert live(site, collection) == Wide.fingerprint and site.hades.generations(collection) == []
+    assert [first(site, number, collection) for number in range(10)] == [f"{n}.txt" for n in range(10)]
+    assert first(site, 800, collection) == "after.txt"
+    assert site.hades.fsck() == []
+    assert json.loads((tmp_path / "live.json").read_text())[collection]["dimension"] == Wide.dimension
+    for store in (site.hades.documents, site.hades.vectors):
+        store.close()
+    site.retriever.close()
