@@ -268,9 +268,9 @@ def test_Q7_a_refusal_to_start_tells_no_secret(tmp_path: Path, monkeypatch: pyte
     "address",
     [
         f"milvus://root:{SECRETS['a password of Milvus']}@", f"magic://root:{SECRETS['a password of ArangoDB']}@host",
-        f"arango://root:{SECRETS['a password of ArangoDB']}@host:8529/nexus",
+        f"arango://root:{SECRETS['a password of ArangoDB']}@host:port/nexus",
     ],
-    ids=["no host", "no such store", "a store that is not there"],
+    ids=["no host", "no such store", "no such port"],
 )  # fmt: skip
 def test_Q7_an_address_that_cannot_be_opened_tells_no_password(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
