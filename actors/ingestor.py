@@ -29,7 +29,7 @@ from nexus.ingest import Source, open_steps
 from nexus.jobs import Jobs, examine
 from nexus.memory import Compacted, Compactor
 from nexus.policy import Rule
-from nexus.ports import Collection, Embedder, InputType, LiveIndex
+from nexus.ports import Collection, Embedder, InputType, InteractionStore, LiveIndex
 from nexus.registry import open_interactions, open_part
 from nexus.reindex import Progress, Reindexer
 from nexus.retrieval import RetrievalSettings
@@ -73,6 +73,7 @@ class Ingestor:
         """`summarise` has to be there where memory is to be summarised."""
         self._config, self._vectors_address, self._pool = config, vectors_address, pool
         self._summarise = summarise
+        self._memory: InteractionStore | None = None  # once the conveyor is there
         self._threads = ThreadPoolExecutor(4, "ask")
         self._enforcing = ThreadPoolExecutor(2, "policies")  # which may take long, and keep no question waiting
         self._enforcer: Enforcer | None = None
@@ -103,7 +104,7 @@ class Ingestor:
     async def fsck(self, repair: bool) -> list[Fault]:
         """What is wrong in the stores and in the list of jobs; with `repair`, what is still wrong after it."""
         conveyor = await self._conveyor()
-        return await self._run(examine, conveyor.ingestor.hades, conveyor.jobs, repair)
+        return await self._run(examine, conveyor.ingestor.hades, conveyor.jobs, repair, self._memory)
 
     async def open_collection(self, name: str, tenant: str) -> tuple[Collection, LiveIndex, tuple[str, int]]:
         """The collection of this tenant, made if it is new; its own index; and the configured embedder's fingerprint
@@ -214,8 +215,8 @@ class Ingestor:
         homes = Homes(home, open_tiers(config), HadesIndexer(steps))
         self._enforcer = Enforcer(homes, Chain(home, config.audit.file_bytes).append)
         self._keep(conveyor.run())
-        memory = open_interactions(config.stores.documents, home=home)
-        compactor = Compactor(memory, config.memory, fingerprint, self._pool.embed, self._summarise)
+        self._memory = open_interactions(config.stores.documents, home=home)
+        compactor = Compactor(self._memory, config.memory, fingerprint, self._pool.embed, self._summarise)
         self._keep(self._keep_clean(conveyor))
         self._keep(self._keep_compact(compactor))
         if config.policies.tiers:
@@ -277,7 +278,7 @@ class Ingestor:
                 done = await compactor.run(time.time())
                 if done != Compacted():
                     log.info("memory was compacted: %s", done)
-            except TryAgain as error:  # a store or the embedder is away
+            except NexusError as error:  # a store or the embedder is away, or wrong; documents go on all the same
                 log.warning("compacting memory was put off: %s", error)
             await asyncio.sleep(JANITOR_SECONDS)
 

@@ -16,7 +16,7 @@ from cluster import backup as snapshots
 from cluster import bootstrap
 from deployments.auditing import recorded
 from deployments.client import Client
-from deployments.upkeep import opened_stores
+from deployments.upkeep import opened_memory, opened_stores
 from nexus import archive
 from nexus.archive import Contents
 from nexus.config import Config, load_config
@@ -163,9 +163,9 @@ def _begin_coordinator(config: Config) -> None:
 
 def _make_index(config: Config) -> int:
     """Write every vector into the vector store; how many chunks can be found then. Raises Unprocessable."""
-    with opened_stores(config) as (hades, jobs):
+    with opened_stores(config) as (hades, jobs), opened_memory(config) as memory:
         jobs.revive(jobs.holders())  # whoever held them works in no home of now
-        faults = examine(hades, jobs, repair=True)
+        faults = examine(hades, jobs, repair=True, memory=memory)
         if faults:
             named = "; ".join(f"{len(fault.ids)} {fault.kind}" for fault in faults)
             raise Unprocessable(f"the archive is whole, what it holds is not: {named}. It is laid out in {config.home}")

@@ -52,8 +52,10 @@ app = typer.Typer(
 )  # fmt: skip
 key_app = typer.Typer(help="API keys: make, list, end; and those of outside issuers.", no_args_is_help=True)
 config_app = typer.Typer(help="The settings in force.", no_args_is_help=True)
+memory_app = typer.Typer(help="Interactions that are kept: what this key stored.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
 app.add_typer(config_app, name="config")
+app.add_typer(memory_app, name="memory")
 app.add_typer(voters.app, name="coordinator")
 app.add_typer(nodes.app, name="node")
 app.add_typer(auditing.app, name="audit")
@@ -741,6 +743,38 @@ def refresh_keys(as_json: Json = False) -> None:
         told = ", ".join(one["keys"]) or "none" if one["refreshed"] else "did not come; those known before count on"
         typer.echo(f"{one['issuer']}: {told}")
     raise typer.Exit(0 if all(one["refreshed"] for one in answer["issuers"]) else 1)
+
+
+@memory_app.command("recall")
+def recall(
+    query: Annotated[str, typer.Argument(help="Words to be near to; without any, the newest.")] = "",
+    limit: Annotated[int, typer.Option("-n", min=1, max=100)] = 5,
+    user: Annotated[str | None, typer.Option(help="Only what is of this user.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show interactions that this key stored."""
+    body = {"query": query, "limit": limit} | ({"filters": {"user": user}} if user else {})
+    with http.Client() as nexus:
+        _, found = nexus.call("POST", "/memory/retrieve", json=body)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for one in found["interactions"]:
+        score = "" if one["score"] is None else f"  {one['score']:.3f}"
+        typer.echo(f"{one['interaction_id']}  {one['timestamp']}  {one['user']}{score}")
+        typer.echo(f"  {one['query'] or one['kind']}\n  {one['response']}")
+    if found["not_compared"]:
+        typer.echo(f"{found['not_compared']} have no vector of this embedder yet, and were not compared", err=True)
+
+
+@memory_app.command("forget")
+def forget(
+    user: Annotated[str, typer.Argument(help="Whose interactions are deleted for good.")], as_json: Json = False
+) -> None:
+    """Delete all that is kept of a user: what this key stored, or with the permission `admin` all of its tenant."""
+    with http.Client() as nexus:
+        _, done = nexus.call("DELETE", "/memory/interactions", params={"user": user})
+    typer.echo(json.dumps(done) if as_json else f"deleted {done['deleted']}, of which {done['summaries']} summaries")
 
 
 @config_app.command("show")

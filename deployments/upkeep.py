@@ -1,7 +1,7 @@
 """`nexus fsck` and `nexus vacuum`: asked of the running service, or done here when none runs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from deployments.client import Client
 from nexus.config import Config, load_config
 from nexus.hades import Hades
 from nexus.jobs import Jobs, examine
-from nexus.registry import open_part
+from nexus.ports import InteractionStore
+from nexus.registry import open_interactions, open_part
 
 
 def fsck(repair: bool) -> dict[str, Any]:
@@ -21,11 +22,11 @@ def fsck(repair: bool) -> dict[str, Any]:
         with Client() as nexus:
             answer: dict[str, Any] = nexus.call("POST", "/rag/fsck", params={"repair": repair}, timeout=None)[1]
             return answer
-    with opened_stores(config) as (hades, jobs):
+    with opened_stores(config) as (hades, jobs), opened_memory(config) as memory:
         from deployments.shapes import show_faults  # with all of FastAPI: not at every start of the command line
 
         with recorded(config, "nexus fsck --repair") if repair else nullcontext():
-            return show_faults(examine(hades, jobs, repair))
+            return show_faults(examine(hades, jobs, repair, memory))
 
 
 def vacuum(keep_seconds: float) -> dict[str, Any]:
@@ -57,3 +58,8 @@ def opened_stores(config: Config) -> Iterator[tuple[Hades, Jobs]]:
         finally:
             for store in (jobs, vectors, documents):
                 store.close()
+
+
+def opened_memory(config: Config) -> "closing[InteractionStore]":
+    """What memory keeps, opened here."""
+    return closing(open_interactions(config.stores.documents, home=Path(config.home)))

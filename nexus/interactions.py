@@ -221,15 +221,19 @@ class SqliteInteractions(Database):
 
     def damaged(self) -> list[str]:
         with self._reading() as db:
-            rows = db.execute(
-                "SELECT COALESCE(v.interaction_id, 'a vector'), w.vector FROM vectors w LEFT JOIN interactions v"
-                " USING (ordinal)"
-            )
-            wrong = {id for id, vector in rows if id == "a vector" or not _is_unit(vector)}
-            lost = db.execute(
-                "SELECT part FROM parts WHERE summary NOT IN (SELECT ordinal FROM interactions WHERE kind = 'summary')"
-            )
-            return sorted(wrong | {part for (part,) in lost})
+            return sorted(_damaged(db).values())
+
+    def repair(self) -> None:
+        with self._transaction() as db:
+            db.executemany("DELETE FROM vectors WHERE ordinal = ?", [(ordinal,) for ordinal in _damaged(db)])
+
+
+def _damaged(db: sqlite3.Connection) -> dict[int, str]:
+    """By the ordinal of a vector that is none, or of nothing, the id of its interaction."""
+    rows = db.execute(
+        "SELECT w.ordinal, v.interaction_id, w.vector FROM vectors w LEFT JOIN interactions v USING (ordinal)"
+    )
+    return {ordinal: id or f"no interaction {ordinal}" for ordinal, id, vector in rows if not (id and _is_unit(vector))}
 
 
 def _insert(db: sqlite3.Connection, interaction: Interaction, vector: Vector | None, fingerprint: str) -> int:

@@ -32,6 +32,7 @@ from nexus.errors import (
 )  # fmt: skip
 from nexus.failpoints import pass_through
 from nexus.hades import Fault, Hades
+from nexus.ports import InteractionStore
 from nexus.types import NOBODY, Principal, Receipt, Upload, content_digest, digest
 
 DATABASE = "jobs.db"
@@ -743,11 +744,15 @@ def _read_receipt(text: str | None) -> Receipt | None:
     return None if text is None else Receipt(**json.loads(text))
 
 
-def examine(hades: Hades, jobs: Jobs, repair: bool) -> list[Fault]:
-    """Both stores and the list of jobs, compared; mended first where asked for."""
+def examine(hades: Hades, jobs: Jobs, repair: bool, memory: InteractionStore | None = None) -> list[Fault]:
+    """Both stores and the list of jobs, compared, and memory where it is given; mended first where asked for."""
     faults = hades.fsck()
     if repair and faults:
         hades.repair(faults)
         faults = hades.fsck()
-    stuck = jobs.faults()
-    return [*faults, *([Fault("jobs that nobody works on", "", tuple(stuck))] if stuck else [])]
+    others = {"jobs that nobody works on": jobs.faults()}
+    if memory is not None:
+        if repair:
+            memory.repair()
+        others["vectors of memory that are none"] = memory.damaged()
+    return [*faults, *(Fault(kind, "", tuple(ids)) for kind, ids in others.items() if ids)]

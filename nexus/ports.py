@@ -689,6 +689,10 @@ class InteractionStore(Protocol):
         """Ids whose vector cannot be one, or is of nothing, for `fsck`."""
         ...
 
+    def repair(self) -> None:
+        """Take these vectors away; an interaction without one is among the `stale`."""
+        ...
+
     def check(self) -> None:
         """Return if the store answers, else raise Unavailable."""
         ...

@@ -1,10 +1,10 @@
 """Random tenants whose documents bear canaries, requests of each of them, and a check that no canary strays.
 
 A world is made of one seed: three tenants of three subjects each, documents with readers, versions, links and values
-that documents of other tenants have too, sessions and jobs under names that all of them use. A mark is a canary (a
-word that stands nowhere else), or the id of a document or a chunk. Requests go through the whole gateway, as bytes.
-What comes back, its headers included, may hold a mark only if whoever asked may see what it marks, or sent it
-themselves; the log and the metrics may hold none.
+that documents of other tenants have too, sessions, jobs and memory under names that all of them use. A mark is a canary
+(a word that stands nowhere else), or the id of a document, a chunk or an interaction. Requests go through the whole
+gateway, as bytes. What comes back, its headers included, may hold a mark only if whoever asked may see what it marks,
+or sent it themselves; the log and the metrics may hold none.
 """
 
 import asyncio
@@ -161,6 +161,7 @@ class World:
         self.marks: dict[str, Kept | Shelved] = {}
         self.shelf: dict[tuple[str, str, str], Shelved] = {}
         self.jobs: list[tuple[str, str]] = []  # tenant, job id
+        self.kept: list[tuple[Who, str]] = []  # whose, and the id of an interaction
         self.told: dict[str, set[str]] = {tenant: set() for tenant in TENANTS}  # marks that it wrote into a job
         self.known = {tenant: self.canary(Kept(tenant)) for tenant in TENANTS}
         self.collections = {tenant: self.canary(Kept(tenant)) for tenant in TENANTS}
@@ -391,6 +392,33 @@ def _one_job(world: World, who: Who) -> Request:
     return _by_id(world, who, method, "/rag/jobs/", job_id, is_ours, rest)
 
 
+def _store(world: World, who: Who) -> Request:
+    """Of users that others name too."""
+    kept = Kept(who[0], [frozenset({who[1]})])
+    topic = world.rng.choice(TOPICS)
+    body = {
+        "query": f"the {topic}?", "response": f"It is {world.canary(kept)}.", "context": [world.canary(kept)],
+        "user": world.rng.choice(SUBJECTS), "metadata": {"lot": world.rng.randint(1, 9), "note": world.canary(kept)},
+    }  # fmt: skip
+    return Request("POST", world.rng.choice(("/memory/store", "/store")), body)
+
+
+def _recall(world: World, who: Who) -> Request:
+    body: dict[str, Any] = {"limit": world.rng.randint(1, 100)}
+    if world.rng.random() < 0.7:
+        body["query"] = world.question()
+    if world.rng.random() < 0.5:
+        body["filters"] = world.rng.choice((world.condition(), {"user": world.rng.choice(SUBJECTS)}))
+    return Request("POST", world.rng.choice(("/memory/retrieve", "/retrieve")), body)
+
+
+def _forget(world: World, who: Who) -> Request:
+    if not world.kept or world.rng.random() < 0.1:
+        return Request("DELETE", f"/memory/interactions?user={world.rng.choice(SUBJECTS)}")
+    whose, id = world.rng.choice(world.kept)
+    return _by_id(world, who, "DELETE", "/memory/interactions/", id, whose == who)
+
+
 def _overview(world: World, who: Who) -> Request:
     paths = ("/v1/models", "/status", "/report", "/metrics", "/pipelines", "/rag/deletions?limit=50", "/openapi.json")
     return Request("GET", world.rng.choice(paths))
@@ -401,7 +429,7 @@ WAYS: Mapping[str, tuple[int, Callable[[World, Who], Request]]] = {
     "session query": (6, _ask_session), "session": (4, _read_session), "session told": (2, _add_to_session),
     "session cleared": (1, _clear_session), "documents": (5, _list_documents), "document": (6, _one_document),
     "delete": (1, _delete_document), "announce": (3, _announce), "jobs": (5, _list_jobs), "job": (5, _one_job),
-    "overview": (4, _overview),
+    "overview": (4, _overview), "store": (5, _store), "recall": (8, _recall), "forget": (2, _forget),
 }  # fmt: skip
 
 
@@ -482,6 +510,9 @@ async def _one_case(world: World, app: ASGIApp, keys: Mapping[Who, str], report:
     if kind == "announce" and (found := re.search(r'"job_id":"([0-9a-f]{32})"', answer.text)):
         world.jobs.append((who[0], found[1]))
         world.marks.setdefault(found[1], Kept(who[0]))
+    if kind == "store" and (found := re.search(r'"interaction_id":"([0-9a-f]{32})"', answer.text)):
+        world.kept.append((who, found[1]))
+        world.marks[found[1]] = Kept(who[0], [frozenset({who[1]})])
     if request.twin is not None:
         other = await ask(app, authorised.other())
         if _alike(answer, request.twin[0]) != _alike(other, request.twin[1]):

@@ -217,7 +217,9 @@ def test_the_file_is_its_owners_alone_and_its_damage_is_told(tmp_path: Path) -> 
         store.check()
         with closing(sqlite3.connect(tmp_path / "memory.db", isolation_level=None)) as db:
             db.execute("UPDATE vectors SET vector = zeroblob(32) WHERE ordinal = 2")
-        assert store.damaged() == [interaction(2).interaction_id]
+        assert store.damaged() == [interaction(2).interaction_id] and store.count_stale("acme", "app", "f") == 0
+        store.repair()
+        assert store.damaged() == [] and store.stale("f", 9) == [interaction(2)]
     with pytest.raises(Unavailable):
         store.check()
 
