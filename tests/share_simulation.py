@@ -16,11 +16,12 @@ from typing import Any
 from cluster.sharing import Sharing
 from cluster.steward import Settings
 from nexus.errors import BlockRefused, Conflict, NexusError, NotFound, TryAgain
-from tests.stewards import Faults, Machines, content, read
+from tests.stewards import Faults, Machines, content, drain, read
 
 NODES = ("sark", "clu", "tron", "ram")
 IDS = ("a", "b", "c")
 GONE: bytes | None = None
+QUIET_TURNS = 300  # of the loop, in which all fails that a dead steward was doing: it reaches nobody
 
 
 @dataclass
@@ -59,7 +60,7 @@ class World:
             await asyncio.gather(self._call(), self._call(), self._tend(), self._harm())
             await self._heal()
         finally:
-            await _idle()
+            await drain()
             self.there.stop()
 
     def _count(self, what: str) -> None:
@@ -173,7 +174,8 @@ class World:
 
     async def _return(self, node: str, is_wiped: bool) -> None:
         steward = self.there.stewards.pop(node)
-        await _quiet(steward)
+        for _ in range(QUIET_TURNS):
+            await asyncio.sleep(0)
         steward.stop()
         if is_wiped:
             shutil.rmtree(self.there.folder / node)
@@ -200,14 +202,3 @@ class World:
 
     def _require(self, holds: bool, words: str) -> None:
         assert holds, f"seed {self.seed}: {words}"
-
-
-async def _quiet(steward: object) -> None:
-    """Until what a dead steward was doing has failed: it reaches nobody."""
-    for _ in range(300):
-        await asyncio.sleep(0)
-
-
-async def _idle() -> None:
-    while others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(others)

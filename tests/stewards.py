@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ async def read(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return b"".join([piece async for piece in pieces])
 
 
-async def drain(tasks: Iterable[Any] = ()) -> None:
+async def drain() -> None:
     """Until what goes on in the background is done."""
     while others := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(others)

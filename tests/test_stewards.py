@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*socket.socket:pytest.PytestUnraisableExceptionWarning"),  # Ray closes none
 ]
 
-SHARES, AT_ONCE, KILL_AFTER = 200, 8, 60
+SHARES, AT_ONCE, KILL_AFTER = 80, 8, 25  # tests/bench/share.py has 200
 TENANT = "acme"
 
 
