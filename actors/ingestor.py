@@ -34,7 +34,7 @@ from nexus.registry import open_interactions, open_part
 from nexus.reindex import Progress, Reindexer
 from nexus.retrieval import RetrievalSettings
 from nexus.summaries import Summarise
-from nexus.types import Principal, Receipt, Vectors
+from nexus.types import Principal, Receipt, StoredFile, Vectors
 
 log = logging.getLogger("nexus.ingestor")
 Result = TypeVar("Result")
@@ -75,7 +75,7 @@ class Ingestor:
         self._summarise = summarise
         self._memory: InteractionStore | None = None  # once the conveyor is there
         self._threads = ThreadPoolExecutor(4, "ask")
-        self._enforcing = ThreadPoolExecutor(2, "policies")  # which may take long, and keep no question waiting
+        self._enforcing = ThreadPoolExecutor(4, "policies")  # which may take long, and keep no question waiting
         self._enforcer: Enforcer | None = None
         self._building = ThreadPoolExecutor(1, "reindex")
         self._reindexer: Reindexer | None = None
@@ -162,11 +162,11 @@ class Ingestor:
         return self._reindexer
 
     async def policies(self, tenant: str) -> list[Rule]:
-        return await self._enforce(lambda enforcer: enforcer.rules(tenant))
+        return await self._run((await self._policies()).rules, tenant)
 
     async def policy(self, tenant: str, name: str) -> Rule:
         """Raises NotFound."""
-        return await self._enforce(lambda enforcer: enforcer.rule(tenant, name))
+        return await self._run((await self._policies()).rule, tenant, name)
 
     async def put_policy(self, principal: Principal, name: str, tree: Mapping[str, object]) -> tuple[Rule, int]:
         """Make or replace a policy; its version, from 1. Raises InvalidRequest."""
@@ -175,6 +175,10 @@ class Ingestor:
     async def drop_policy(self, principal: Principal, name: str) -> None:
         """Raises NotFound. What the policy did stays done."""
         await self._enforce(lambda enforcer: enforcer.drop(principal, name))
+
+    async def release(self, principal: Principal, hold: str, path: str) -> StoredFile:
+        """Lift a hold of a file. Raises NotFound."""
+        return await self._enforce(lambda enforcer: enforcer.release(principal, hold, path))
 
     async def evaluate_policy(self, principal: Principal, order: Order) -> Evaluation:
         """What a policy does, or after it was carried out, did. Raises NotFound, Unavailable."""
@@ -298,10 +302,14 @@ class Ingestor:
                 log.warning("policies were put off: %s", error.message)
             await asyncio.sleep(POLL_SECONDS if every is None else min(POLL_SECONDS, every))
 
-    async def _enforce(self, work: Callable[[Enforcer], Result]) -> Result:
+    async def _policies(self) -> Enforcer:
         await self._conveyor()
         assert self._enforcer is not None  # it is made with the conveyor
-        return await self._run_enforcing(work, self._enforcer)
+        return self._enforcer
+
+    async def _enforce(self, work: Callable[[Enforcer], Result]) -> Result:
+        """What may take long, beside what does not."""
+        return await self._run_enforcing(work, await self._policies())
 
     async def _run_enforcing(self, work: Callable[..., Result], *arguments: object) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._enforcing, partial(work, *arguments))

@@ -44,7 +44,18 @@ from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
 from nexus.tokens import Tokens
-from nexus.types import Document, Evidence, Interaction, Piece, Principal, Receipt, SearchRequest, SearchResult, Vectors
+from nexus.types import (
+    Document,
+    Evidence,
+    Interaction,
+    Piece,
+    Principal,
+    Receipt,
+    SearchRequest,
+    SearchResult,
+    StoredFile,
+    Vectors,
+)
 
 Whose = Literal["own", "foreign"]
 OWNERS: tuple[Whose, ...] = ("own", "foreign")
@@ -77,6 +88,7 @@ BODIES: Mapping[str, Any] = {
     "/v1/rerank": {"model": "alike", "query": QUESTION, "documents": ["a", "b"]},
     "/auth/keys": {"name": "new"},
     "/policies/{policy}": {"description": TOLD, "actions": [{"type": "hold"}]}, "/policies/{policy}/evaluate": {},
+    "/policies/{policy}/release": {"file": "held"},
     "/execute": {"template_name": "analyze_only", "initial_data": {"text": QUESTION}},
 }  # fmt: skip
 
@@ -365,6 +377,9 @@ class LocalPolicies:
 
     async def drop_policy(self, principal: Principal, name: str) -> None:
         self.enforcer.drop(principal, name)
+
+    async def release(self, principal: Principal, hold: str, path: str) -> StoredFile:
+        return self.enforcer.release(principal, hold, path)
 
     async def evaluate_policy(self, principal: Principal, order: Order) -> Evaluation:
         return self.enforcer.evaluate(principal, order)

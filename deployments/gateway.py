@@ -71,7 +71,7 @@ from nexus.screening import (
 )
 from nexus.sessions import Sessions
 from nexus.tokens import Tokens
-from nexus.types import Principal, Receipt, SearchRequest, SearchResult, Vector, media_type_of
+from nexus.types import Principal, Receipt, SearchRequest, SearchResult, StoredFile, Vector, media_type_of
 from nexus.verifier import Verifier
 
 
@@ -92,6 +92,7 @@ class Enforcing(Protocol):
     async def policy(self, tenant: str, name: str) -> Rule: ...
     async def put_policy(self, principal: Principal, name: str, tree: Mapping[str, object]) -> tuple[Rule, int]: ...
     async def drop_policy(self, principal: Principal, name: str) -> None: ...
+    async def release(self, principal: Principal, hold: str, path: str) -> StoredFile: ...
     async def evaluate_policy(self, principal: Principal, order: Order) -> Evaluation: ...
 
 

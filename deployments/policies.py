@@ -71,6 +71,19 @@ def delete(name: Name) -> None:
 
 
 @app.command()
+def release(
+    name: Name,
+    file: Annotated[str, typer.Argument(help="The path of the file that it holds.")],
+    hold: Annotated[str | None, typer.Option(help="What the hold is called, if not like the policy.")] = None,
+) -> None:
+    """Lift the hold of a file. A policy that still applies holds it again."""
+    with Client() as nexus:
+        body = {"file": file, **({} if hold is None else {"hold": hold})}
+        released = nexus.call("POST", f"{_path(name)}/release", json=body)[1]["released"]
+    typer.echo(f"{_printable(file)} is not held by {released} any more")
+
+
+@app.command()
 def evaluate(
     name: Name,
     file: Annotated[str | None, typer.Option(help="Only this file, by its path.")] = None,

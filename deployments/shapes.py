@@ -319,6 +319,13 @@ class MakeLive(Shape):
     anyway: bool = False
 
 
+class Release(Shape):
+    """The path of a file that is held, and what the hold is called where it is not called like the policy."""
+
+    file: Annotated[str, Field(min_length=1, max_length=1024)]
+    hold: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+
 class NewVoter(Shape):
     """A voter's number, never used before, and the labels that its machine must have."""
 

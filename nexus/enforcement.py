@@ -156,6 +156,14 @@ class Enforcer:
         self._revoke(principal.tenant, name)
         self._homes.drop_rule(principal.tenant, name)
 
+    def release(self, principal: Principal, hold: str, path: str) -> StoredFile:
+        """Lift a hold of a file; the file as it is then. Raises NotFound. A rule that still wants it puts it back."""
+        tenant, path = principal.tenant, path.lstrip("/")
+        if hold in self._homes.file(tenant, path).holds:
+            self._record([_event(tenant, principal.subject, hold, "release", "begun", (path,))])
+        self._homes.release(tenant, path, hold)
+        return self._homes.file(tenant, path)
+
     def _revoke(self, tenant: str, name: str) -> None:
         for tier in self._homes.tiers.values():
             if isinstance(tier, HammerspaceTier):

@@ -51,7 +51,7 @@ ASKED: Mapping[str, tuple[str, ...]] = {
         "POST /store", "DELETE /memory/interactions/{interaction_id}", "DELETE /memory/interactions",
     ),
     "policies:read": ("GET /policies", "GET /policies/{policy}", "POST /policies/{policy}/evaluate"),
-    "policies:write": ("PUT /policies/{policy}", "DELETE /policies/{policy}"),
+    "policies:write": ("PUT /policies/{policy}", "DELETE /policies/{policy}", "POST /policies/{policy}/release"),
     "documents:read sessions:read": ("POST /mcp/{session_id:path}/query",),
     "share:read": ("GET /share", "GET /share/{data_id}", "HEAD /share/{data_id}"),
     "share:write": ("PUT /share/{data_id}", "DELETE /share/{data_id}"),

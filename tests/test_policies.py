@@ -190,6 +190,32 @@ def test_a_hold_of_another_policy_withholds_a_deletion(door: Door, headers: dict
     assert held.exists() and not old.exists()
 
 
+def test_a_hold_is_lifted_by_name_also_after_its_policy_is_gone(
+    door: Door, headers: dict[str, str], home: Path
+) -> None:
+    file = store(home, "logs/held", b"h")
+    put(door, headers, "keep", {"actions": [{"type": "hold"}]})
+    put(door, headers, "expire", {"actions": [{"type": "delete"}]})
+    evaluate(door, headers, "keep", dry_run=False)
+    door.client.delete("/policies/keep", headers=headers)
+    assert evaluate(door, headers, "expire", dry_run=False)["actions"][0]["status"] == "withheld"
+    strangers, reader = door.headers("other"), door.headers("acme", "reader", "policies:read")
+    for body, who, status in (
+        ({"file": "logs/held"}, strangers, 404), ({"file": "logs/held"}, reader, 403), ({"file": "x"}, headers, 404),
+        ({"file": "logs/held", "hold": "another"}, headers, 404), ({"file": "/logs/held"}, headers, 200),
+        ({"file": "logs/held"}, headers, 404),
+    ):  # fmt: skip
+        answer = door.client.post("/policies/keep/release", json=body, headers=who)
+        assert answer.status_code == status, answer.text
+        if status == 200:
+            assert answer.json()["released"] == "keep" and "holds" not in answer.json()["metadata"]
+    assert evaluate(door, headers, "expire", dry_run=False)["summary"] == {"delete success": 1}
+    assert not file.exists()
+    door.lent.audit.flush()
+    released = [line["objects"] for line in read(home) if line.get("action") == "release by policy keep"]
+    assert released == [["logs/held"]]
+
+
 def test_what_is_indexed_is_found(door: Door, headers: dict[str, str], home: Path) -> None:
     store(home, "manual.md", b"# Arm\n\nThe zebra gripper closes with a torque of 4 newton metres.\n")
     put(door, headers, "index", {"actions": [{"type": "index"}]})

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Request, Response
 
 from deployments.audited import announce
 from deployments.routes.caller import demand, lent, permit
-from deployments.shapes import EvaluatePolicy, Policy, reply, show_evaluation, show_policy
+from deployments.shapes import EvaluatePolicy, Policy, Release, reply, show_evaluation, show_policy
+from nexus.policy import show_file
 from nexus.types import Principal
 
 INDEX = "index"  # the action that makes documents of files
@@ -61,3 +62,12 @@ async def evaluate(
         await asyncio.to_thread(announce, request, ("policies:write",), here.audit)
     evaluation = await here.policies.evaluate_policy(principal, body.to_order(policy))
     return reply(show_evaluation(evaluation, body.dry_run))
+
+
+@router.post("/{policy}/release")
+async def release(
+    request: Request, policy: str, body: Release, principal: Principal = permit("policies:write")
+) -> Response:
+    """Lift the hold of a file, also of a policy that there is no more. One that still applies holds it again."""
+    file = await lent(request).policies.release(principal, body.hold or policy, body.file)
+    return reply({"released": body.hold or policy, "metadata": show_file(file)})
