@@ -187,9 +187,16 @@ class ArangoInteractions:
     # ── checking ────────────────────────────────────────────────────────────────────────────────
 
     def damaged(self) -> list[str]:
+        return sorted(self._wrong().union(self._database.aql(LOST)))
+
+    def repair(self) -> None:
+        rows = [{"key": key, "vector": None} for key in sorted(self._wrong())]
+        self._database.aql(EMBED, vectors=rows, fingerprint=_fingerprint(""))
+
+    def _wrong(self) -> set[str]:
+        """Ids of those whose vector cannot be one."""
         vectors = self._database.aql(VECTORS, kinds=KINDS)
-        wrong = {key for key, vector in vectors if abs(sum(x * x for x in vector) ** 0.5 - 1) >= UNIT}
-        return sorted(wrong.union(self._database.aql(LOST)))
+        return {key for key, vector in vectors if abs(sum(x * x for x in vector) ** 0.5 - 1) >= UNIT}
 
 
 def _remove(transaction: Transaction, found: Sequence[tuple[str, str]]) -> Forgotten:

@@ -72,6 +72,16 @@ def test_what_is_nearest_is_found_first_and_only_among_vectors_of_one_embedder(s
     assert store.nearest("acme", "app", None, random_unit(0), "old", 9) == []
 
 
+def test_a_vector_that_is_none_is_told_and_taken_away_to_be_made_anew(store: InteractionStore) -> None:
+    for number in range(3):
+        store.add(interaction(number), random_unit(number), "f")
+    store.embed({interaction(1).interaction_id: 2 * random_unit(1)}, "f")
+    assert store.damaged() == [interaction(1).interaction_id] and store.stale("f", 9) == []
+    store.repair()
+    assert store.damaged() == [] and store.stale("f", 9) == [interaction(1)]
+    assert len(store.nearest("acme", "app", None, random_unit(0), "f", 9)) == 2
+
+
 METADATA = ({}, {"lot": 1}, {"lot": "1"}, {"lot": True}, {"lot": 3, "type": "context"}, {"lot": None})
 TENANTS, SUBJECTS, USERS = ("acme", "globex"), ("app", "ben"), ("alice", "bob")
 CONDITIONS = (
