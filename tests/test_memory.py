@@ -4,22 +4,27 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
+from deployments import cli
 from deployments.gateway import Lent, build
 from nexus.audit_reading import read
 from nexus.config import Content, load_config
 from nexus.config import Memory as Rules
 from nexus.errors import ConfigError, ContentRefused, InvalidRequest, NotFound, RateLimited, TooLarge, Unavailable
 from nexus.filters import parse_filter
+from nexus.hades import Fault
+from nexus.jobs import Jobs, examine
 from nexus.memory import FULL, Compacted, Compactor, Draft, Memory, Recall, choose, make, text_of
 from nexus.ports import InputType
 from nexus.screening import open_screen
@@ -27,7 +32,7 @@ from nexus.sessions import MAX_CONTEXT_CHARACTERS, Sessions, choose_old
 from nexus.stores import sqlite
 from nexus.summaries import MOST_CHARACTERS, gather, render, summarise
 from nexus.types import ROW_BYTES, Delta, Interaction, MemoryEntry, Principal, Prompt, Vectors
-from tests.conftest import Door
+from tests.conftest import Door, House
 from tests.remembered import NOW, PlainInteractions
 from tests.words import WordEmbedder
 
@@ -664,6 +669,42 @@ def test_a_session_is_compacted_as_it_is_added_to(door: Door) -> None:
         client.post("/mcp/s/add_context", json={"content": f"{number}" * 240}, headers=headers)
     context = client.get("/mcp/s/get_context", headers=headers).json()["context"]
     assert {line[0] for line in context.split("\n")} == {"3", "4"}
+
+
+def test_fsck_tells_of_memory_too_and_mends_it(house: House, memory: Memory, tmp_path: Path) -> None:
+    kept = run(memory.keep(APP, Draft("gripper", "4 N·m")))
+    memory.store.embed({kept.interaction_id: np.full(64, 2, np.float32)}, "words")
+    with closing(Jobs(tmp_path)) as jobs:
+        fault = Fault("vectors of memory that are none", "", (kept.interaction_id,))
+        assert examine(house.hades, jobs, False, memory.store) == [fault]
+        assert examine(house.hades, jobs, True, memory.store) == []
+    assert run(compactor(memory).run(NOW)).embedded == 1
+
+
+def test_the_command_line_recalls_and_forgets(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers = door.headers("acme", "app")
+
+    class Here(nullcontext[Any]):
+        def __enter__(self) -> Any:
+            return self
+
+        def call(self, method: str, path: str, **arguments: Any) -> tuple[int, Any]:
+            answer = door.client.request(method, path, headers=headers, **arguments)
+            return answer.status_code, answer.json()
+
+    monkeypatch.setattr(cli.http, "Client", Here)
+    post(door, "/memory/store", STORED | {"user": "a/b"}, headers, 201)
+    post(door, "/memory/store", STORED, headers, 201)
+
+    def say(*words: str) -> str:
+        done = CliRunner().invoke(cli.app, ["memory", *words])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert STORED["response"] in say("recall", "gripper torque") and "alice" in say("recall")
+    assert len(json.loads(say("recall", "--json", "--user", "a/b"))["interactions"]) == 1
+    assert say("forget", "a/b") == "deleted 1, of which 0 summaries\n"
+    assert json.loads(say("recall", "-n", "9", "--json"))["interactions"][0]["user"] == "alice"
 
 
 def test_the_plainest_store_serves_memory_as_well() -> None:
