@@ -11,6 +11,8 @@ import logging
 import os
 import sqlite3
 from collections.abc import Mapping, Sequence
+from heapq import nsmallest
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +106,8 @@ class SqliteInteractions(Database):
             )
             while rows := found.fetchmany(COMPARED_AT_ONCE):
                 vectors = np.frombuffer(b"".join(row[1] for row in rows), np.float32).reshape(len(rows), -1)
-                best += zip((-(vectors @ vector)).tolist(), (row[0] for row in rows), strict=True)
-                best = sorted(best)[:limit]
+                compared = zip((-(vectors @ vector)).tolist(), (row[0] for row in rows), strict=True)
+                best = nsmallest(limit, chain(best, compared))
             kept = {one.interaction_id: one for one in _load(db, tenant, [id for _, id in best])}
         return [(kept[id], -distance) for distance, id in best]
 
