@@ -30,20 +30,20 @@ class AloneVoters:
         self._sequence = 0
         self._session = decode_response(self.catalog.apply(1, encode(OpenSession())))
 
-    def execute(self, command: Command) -> Any:
+    def carry_out(self, command: Command) -> Any:
         self._sequence += 1
         entry = encode(command, self._session or 0, self._sequence, self._sequence)
         return decode_response(self.catalog.apply(self._sequence + 1, entry))
 
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        return int(self.execute(Put(key, value, lease)))
+        return int(self.carry_out(Put(key, value, lease)))
 
     async def compare_and_set(self, key: str, expected_revision: int, value: bytes, lease: int = 0) -> int | None:
-        found: int | None = self.execute(CompareAndSet(key, expected_revision, value, lease))
+        found: int | None = self.carry_out(CompareAndSet(key, expected_revision, value, lease))
         return found
 
     async def delete(self, key: str) -> bool:
-        return bool(self.execute(Delete(key)))
+        return bool(self.carry_out(Delete(key)))
 
     async def get(self, key: str, fresh: bool = True) -> tuple[bytes, int] | None:
         return self.catalog.get(key)
@@ -52,10 +52,10 @@ class AloneVoters:
         return self.catalog.range(prefix)
 
     async def grant(self, ttl_seconds: float) -> int:
-        return int(self.execute(Grant(round(ttl_seconds * 1000))))
+        return int(self.carry_out(Grant(round(ttl_seconds * 1000))))
 
     async def keep_alive(self, lease: int) -> None:
-        self.execute(KeepAlive(lease))
+        self.carry_out(KeepAlive(lease))
 
 
 class AloneStewards:

@@ -81,7 +81,7 @@ class Machines:
         """It reaches nobody from now on, and its lease ends; what it does on its own disk may go on for a moment."""
         self.up.discard(node)
         self.lives[node] += 1
-        self.voters.execute(Delete(f"{ALIVE}{node}"))
+        self.voters.carry_out(Delete(f"{ALIVE}{node}"))
 
     async def revive(self, node: str) -> None:
         """With the disk that it had."""
