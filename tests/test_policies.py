@@ -384,6 +384,7 @@ def anvil(tmp_path: Path) -> Iterator[tuple[Double, Config]]:
                 policies={"tiers": {
                     "fast": f"{share}#keep-online", "deep": f"{share}#place-on-object-volumes",
                     "disk": f"file:{tmp_path}/disk",
+                    "elsewhere": f"{share}2#keep-online".replace("/robots?", "/maps?"),
                 }},
                 hammerspace={"username": USER, "password": PASSWORD, "ca_file": tmp_path / "server.pem"},
             ),
@@ -449,6 +450,10 @@ def test_a_policy_is_delegated_shown_first_and_taken_back_with_it(
     [
         ({"actions": [{"type": "move", "target": "disk"}]}, "one Hammerspace share"),
         ({"actions": [{"type": "replicate", "targets": ["deep", "disk"]}]}, "one Hammerspace share"),
+        (
+            {"actions": [{"type": "move", "target": "deep"}, {"type": "replicate", "targets": ["elsewhere"]}]},
+            "one Hammerspace share",
+        ),
         ({"actions": [{"type": "replicate", "count": 2}]}, "by a count"),
         ({"actions": [{"type": "delete"}]}, "cannot delete"),
         (
