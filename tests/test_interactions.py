@@ -82,7 +82,10 @@ def test_a_vector_that_is_none_is_told_and_taken_away_to_be_made_anew(store: Int
     assert len(store.nearest("acme", "app", None, random_unit(0), "f", 9)) == 2
 
 
-METADATA = ({}, {"lot": 1}, {"lot": "1"}, {"lot": True}, {"lot": 3, "type": "context"}, {"lot": None})
+METADATA = (
+    {}, {"lot": 1}, {"lot": "1"}, {"lot": True}, {"lot": 3, "type": "context"}, {"lot": None},
+    {"user": "alice", "kind": "summary", "latency_ms": 99, "model_used": "m"},  # by these names the interaction's own
+)  # fmt: skip
 TENANTS, SUBJECTS, USERS = ("acme", "globex"), ("app", "ben"), ("alice", "bob")
 CONDITIONS = (
     None, {"type": "context"}, {"lot": 3}, {"lot": [1, "1", True]}, {"user": "alice"}, {"kind": "summary"},
