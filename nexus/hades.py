@@ -420,6 +420,7 @@ class Hades:
     ) -> None:
         """A version's rows, unless some of its vectors are not there yet: then they are still to be written."""
         if chunks and len(vectors) == len(chunks):
+            self.vectors.open_index(live.index, live.dimension)
             self.vectors.upsert(live.index, rows_of(document, chunks, np.stack([vectors[c.chunk_id] for c in chunks])))
 
 

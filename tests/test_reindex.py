@@ -573,6 +573,19 @@ def test_fsck_looks_at_the_second_index_too(site: Site) -> None:
     assert site.hades.repair([fault]) == [] and site.hades.fsck() == []
 
 
+def test_both_indexes_are_made_again_without_a_model(site: Site) -> None:
+    """As after a restore: the documents are there with all of their vectors, and the vector store is empty."""
+    fill(site, 30)
+    reindex(site)
+    again = open_site(site.hades.documents, memory.open("memory:"), site.hades.coordinator)  # type: ignore[arg-type]
+    faults = again.hades.fsck()
+    assert again.hades.repair(faults) == [] and again.hades.fsck() == []
+    assert (live(again), first(again, 7)) == (Wide.fingerprint, "7.txt")
+    again.reindexer.rollback("default")
+    assert (live(again), first(again, 7)) == (WordEmbedder.fingerprint, "7.txt")
+    again.retriever.close()
+
+
 def test_the_alias_follows(site: Site) -> None:
     fill(site, 30)
     reindex(site)
