@@ -36,6 +36,7 @@ from tests.reindexing import (
     ADDRESS,
     ALICE,
     NOISE,
+    ROBOTS,
     WIDE,
     Noise,
     Site,
@@ -97,7 +98,8 @@ def prepared(site: Site, source: str, *texts: str, collection: str = "default", 
     content = "\n".join(texts).encode()
     document = Document(
         document_id_of(ALICE.tenant, collection, source), content_digest(content), ALICE.tenant, collection, source,
-        source, "text/plain", {}, fields.pop("readers", frozenset()), len(content), len(texts),  # type: ignore[arg-type]
+        source, "text/plain", fields.pop("metadata", {}), fields.pop("readers", frozenset()), len(content),  # type: ignore[arg-type]
+        len(texts),
     )  # fmt: skip
     epoch = site.hades.begin(document)
     chunks = chunks_of(document, [Piece(text, tokens=len(text.split())) for text in texts])
@@ -284,6 +286,26 @@ def test_a_search_ends_with_the_index_it_began_with(site: Site, monkeypatch: pyt
     result = site.retriever.search(request, ALICE)
     assert live(site) == Wide.fingerprint
     assert result.hits[0].source == "7.txt" and result.hits[0].cosine > 0.5
+
+
+def test_what_words_or_the_graph_found_is_weighed_by_the_live_vectors(site: Site) -> None:
+    """Few are candidates by the vectors: the others get their cosines from what is kept for the index that is live."""
+    fill(site, 30)
+    for number in (50, 51):
+        put(site, f"{number}.txt", text_of(number), metadata={"robot_id": "HX-3"})
+    site.retriever.settings = replace(site.retriever.settings, candidates=2)
+    for embedder in (Words(), Wide()):
+        assert live(site) == embedder.fingerprint
+        index, seen = site.hades.find_collection("default"), set[str]()
+        for query in (*ROBOTS, text_of(50)):
+            asked = embedder.embed([query], "query")[0]
+            for hit in site.retriever.search(SearchRequest(query, 10, graph="on"), ALICE).hits:
+                (vector,) = site.hades.live_vectors(index, [hit.chunk_id]).values()
+                assert hit.cosine == pytest.approx(float(vector @ asked), abs=1e-5)
+                seen |= set(hit.routes)
+        assert seen == {"dense", "text", "graph"}
+        if live(site) == Words.fingerprint:
+            reindex(site)
 
 
 # ── who publishes while an index begins or goes ─────────────────────────────────────────────────
