@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import httpx
 from fastapi import APIRouter, Request, Response
@@ -39,7 +39,7 @@ def _server(request: Request) -> MCPServer:
     return cast(MCPServer, app.state.mcp_server)
 
 
-def _within(app: ASGIApp, context: Context[Any, Any]) -> httpx.AsyncClient:
+def _within(app: ASGIApp, context: Context) -> httpx.AsyncClient:
     """A client of the application within its layers, as the caller of this request, who has passed them."""
     state = context.request_context.request.scope["state"]
 
