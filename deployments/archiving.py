@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,8 @@ from nexus.archive import Contents
 from nexus.config import Config, load_config
 from nexus.errors import AlreadyRunning, ConfigError, Conflict, InvalidRequest, Unprocessable
 from nexus.jobs import examine
+from nexus.ports import KeptElsewhere
+from nexus.registry import open_interactions, open_part
 
 SETTINGS = "nexus.yaml"
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -44,10 +47,9 @@ def backup(
     home = Path(config.home)
     if not home.is_dir():
         raise InvalidRequest(f"there is nothing in {home}: no Nexus was started there")
-    _require_own_documents(config)
     bootstrap.prepare_home(home)
-    with _one_at_a_time(config), recorded(config, "nexus backup", str(file)):
-        contents = archive.pack(home, file, lambda: _snapshot(config))
+    with _opened_elsewhere(config) as elsewhere, _one_at_a_time(config), recorded(config, "nexus backup", str(file)):
+        contents = archive.pack(home, file, lambda: _snapshot(config), elsewhere)
     shown = {"file": str(file), "files": len(contents.members), "bytes": contents.size, "made_at": contents.made_at}
     told = f"{file}: {len(contents.members)} files, {contents.size / 2**20:.1f} MiB"
     typer.echo(json.dumps(shown) if as_json else told)
@@ -88,7 +90,7 @@ def bring_back(file: Path, home: Path, replace: bool, tell: Callable[[str], None
         if not replace and (home / SETTINGS).is_file():
             shutil.copy(home / SETTINGS, draft / SETTINGS)  # which was put there for this machine
         config = _settings_of(draft)
-        _require_own_documents(config)
+        _load_elsewhere(config)
         _begin_coordinator(config)
         chunks = _make_index(config)
         with recorded(config, "nexus restore", str(file)):
@@ -101,12 +103,42 @@ def _settings_of(draft: Path) -> Config:
     return load_config(settings if settings.is_file() else None).model_copy(update={"home": draft})
 
 
-def _require_own_documents(config: Config) -> None:
-    if config.stores.documents != "sqlite:":
-        raise ConfigError(
-            f"the documents are in {config.stores.documents.partition(':')[0]}, outside of the home, where an archive"
-            " does not reach: back that store up with its own tools, and the rest of the home as files"
-        )
+@contextmanager
+def _opened_elsewhere(config: Config) -> Iterator[dict[str, KeptElsewhere]]:
+    """The stores whose rows are not in the home, by the names of their files. Raises ConfigError for one without."""
+    address = config.stores.documents
+    with ExitStack() as stack:
+        opened: dict[str, KeptElsewhere] = {}
+        if address != "sqlite:":
+            for name, open_it in (
+                ("documents.jsonl", partial(open_part, "stores")),
+                ("memory.jsonl", open_interactions),
+            ):
+                store = stack.enter_context(closing(open_it(address, home=Path(config.home))))
+                if not isinstance(store, KeptElsewhere):
+                    raise ConfigError(
+                        f"the documents are in {address.partition(':')[0]}, outside of the home, where an archive does"
+                        " not reach: back that store up with its own tools, and the rest of the home as files"
+                    )
+                opened[name] = store
+        yield opened
+
+
+def _load_elsewhere(config: Config) -> None:
+    """What the archive holds of stores outside of the home. Raises ConfigError where the settings name other stores."""
+    folder = Path(config.home) / archive.ELSEWHERE
+    with _opened_elsewhere(config) as elsewhere:
+        there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        if there != set(elsewhere):
+            kept = "outside of the home" if there else "in the home"
+            raise ConfigError(
+                f"the documents of this archive were kept {kept}, and stores.documents is"
+                f" {config.stores.documents.partition(':')[0]}: set it as it was, or --replace by what the archive has"
+            )
+        for name, store in elsewhere.items():
+            with (folder / name).open("rb") as lines:
+                store.restore(lines)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _snapshot(config: Config) -> bytes | None:

@@ -12,6 +12,9 @@ to, before and at the moment, so that one that is removed meanwhile is not misse
 The index of vectors is left out. The document store keeps each vector beside its chunk, so the index is made again
 from it on restoring (`hades.repair`), in whichever vector store the settings name then, without a model.
 
+Stores that keep their rows outside of the home (ArangoDB) give them as lines, as of a transaction that is begun at
+that moment.
+
 The file is a tar. Its last member is a list of the others with their SHA-256: a file that was cut short has none.
 It holds keys and secrets of the home; its mode is 0600, and whoever has it has the documents.
 """
@@ -25,7 +28,7 @@ import shutil
 import sqlite3
 import tarfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -34,10 +37,12 @@ from typing import IO
 from nexus import __version__, audit
 from nexus.database import BUSY_SECONDS
 from nexus.errors import InvalidRequest, Unavailable
+from nexus.ports import KeptElsewhere
 
 MADE_AGAIN = frozenset({"vectors", "run", "logs", "cache"})  # folders of a home that hold nothing of its own
 COORDINATOR = "coordinator"  # the folder that is not copied: a snapshot stands for it
 SNAPSHOT = "coordinator.snapshot"
+ELSEWHERE = "elsewhere"  # the folder of what stores outside of the home hold, as lines
 CONTENTS = "contents.json"
 FORMAT = 1
 SMALL_BYTES = 64 * 2**10  # a file up to this size is replaced whole when it changes, and read at the moment
@@ -68,9 +73,12 @@ class Contents:
         return sum(member.size for member in self.members)
 
 
-def pack(home: Path, target: Path, take_snapshot: Callable[[], bytes | None]) -> Contents:
+def pack(
+    home: Path, target: Path, take_snapshot: Callable[[], bytes | None], elsewhere: Mapping[str, KeptElsewhere] = {},
+) -> Contents:  # fmt: skip
     """Write the archive of a home, running or not; `take_snapshot` gives the coordinator's, None where it has none.
 
+    `elsewhere` are stores that keep what they hold outside of the home, by the names that files get in the archive.
     An older archive at `target` is replaced only by a whole one. Nobody else packs this home meanwhile. Raises
     InvalidRequest for a target inside of the home or one that cannot be written, and Unavailable for a disk that is
     too full or a store that stays locked.
@@ -88,7 +96,7 @@ def pack(home: Path, target: Path, take_snapshot: Callable[[], bytes | None]) ->
         shutil.rmtree(work, ignore_errors=True)  # of one that was killed
         work.mkdir(mode=0o700, parents=True)
         with draft.open("wb") as file, ExitStack() as stack:
-            contents = _write(_take(home, work, stack, take_snapshot), work, file)
+            contents = _write(_take(home, work, stack, take_snapshot, elsewhere), work, file)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(target)
@@ -156,9 +164,13 @@ class _Moment:
     databases: dict[str, sqlite3.Connection]
     small: dict[str, bytes]
     lengths: dict[str, int]
+    elsewhere: dict[str, Iterator[bytes]]  # read once, and first: a server waits for nobody for long
 
 
-def _take(home: Path, work: Path, stack: ExitStack, take_snapshot: Callable[[], bytes | None]) -> _Moment:
+def _take(
+    home: Path, work: Path, stack: ExitStack, take_snapshot: Callable[[], bytes | None],
+    elsewhere: Mapping[str, KeptElsewhere],
+) -> _Moment:  # fmt: skip
     """The readers of the databases are closed with the stack; the large files are linked to from the folder `work`."""
     _link(home, work)
     snapshot = take_snapshot()
@@ -172,6 +184,7 @@ def _take(home: Path, work: Path, stack: ExitStack, take_snapshot: Callable[[], 
             reader.execute("BEGIN")
             reader.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()  # from here on it sees what is there now
             readers[_name(path, home)] = reader
+        dumps = {name: stack.enter_context(store.dump()) for name, store in elsewhere.items()}
         if (home / audit.FOLDER).is_dir():
             writers.enter_context(audit.locked(home))
         _link(home, work)
@@ -179,12 +192,18 @@ def _take(home: Path, work: Path, stack: ExitStack, take_snapshot: Callable[[], 
         lengths = {_name(path, work): path.stat().st_size for path in _files(work) if _name(path, work) not in small}
     if snapshot is not None:
         small[SNAPSHOT] = snapshot
-    return _Moment(readers, small, lengths)
+    return _Moment(readers, small, lengths, dumps)
 
 
 def _write(moment: _Moment, work: Path, file: IO[bytes]) -> Contents:
     members = []
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, lines in moment.elsewhere.items():
+            with (work / "copy").open("w+b") as copied:
+                copied.writelines(lines)
+                size = copied.tell()
+                copied.seek(0)
+                members.append(_add(archive, f"{ELSEWHERE}/{name}", copied, size))
         for name, content in sorted(moment.small.items()):
             members.append(_add(archive, name, io.BytesIO(content), len(content)))
         for name, reader in sorted(moment.databases.items()):

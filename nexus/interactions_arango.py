@@ -6,7 +6,8 @@ into a summary, by their ids alone. What is deleted stays in the server's files 
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from nexus.arangodb import ArangoDatabase, Table, Transaction, condition_of, facts_of, persistent
@@ -91,6 +92,12 @@ class ArangoInteractions:
 
     def close(self) -> None:
         self._database.close()
+
+    def dump(self) -> AbstractContextManager[Iterator[bytes]]:
+        return self._database.dump()
+
+    def restore(self, lines: Iterable[bytes]) -> None:
+        self._database.restore(lines)
 
     # ── keeping and recalling ───────────────────────────────────────────────────────────────────
 

@@ -5,6 +5,7 @@ several threads at once. Blocking is allowed: whoever calls from an event loop u
 """
 
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -698,6 +699,19 @@ class InteractionStore(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class KeptElsewhere(Protocol):
+    """What a store can that keeps its rows outside of the home: give all of them for an archive, and take them back."""
+
+    def dump(self) -> AbstractContextManager[Iterator[bytes]]:
+        """All of it as lines, as it is at the moment that the block begins, whatever others write meanwhile."""
+        ...
+
+    def restore(self, lines: Iterable[bytes]) -> None:
+        """Take what `dump` gave. Raises Conflict where something is kept already, InvalidRequest for other lines."""
+        ...
 
 
 @runtime_checkable

@@ -7,8 +7,8 @@ import sqlite3
 import stat
 import tarfile
 import threading
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,16 @@ from cluster.raft import Members, Snapshot
 from cluster.raft.messages import Entry, HardState, Ready
 from cluster.raft.storage import Storage
 from deployments import archiving, cli, upkeep
-from nexus import archive, audit
+from nexus import arangodb, archive, audit, interactions_arango
 from nexus.access import KeyRing
 from nexus.audit import Chain, Event
 from nexus.audit_reading import verify
 from nexus.config import load_config
 from nexus.errors import AlreadyRunning, Conflict, InvalidRequest, NexusError, Unavailable, Unprocessable
 from nexus.jobs import Announced, Jobs
-from nexus.stores import milvus_lite, sqlite
-from nexus.types import SearchRequest, content_digest
+from nexus.stores import arango, milvus_lite, sqlite
+from nexus.types import Interaction, SearchRequest, content_digest
+from tests import arango_double, document_stores
 from tests.conftest import ALICE, build_house
 from tests.words import WordEmbedder
 
@@ -396,13 +397,87 @@ def test_neither_command_works_beside_another(home: Path, tmp_path: Path, monkey
         archiving.bring_back(tmp_path / "one.tar", home, True, print)
 
 
-@pytest.mark.parametrize("address", ["arango://127.0.0.1:8529/nexus", "sqlite:/elsewhere/documents.db"])
-def test_documents_outside_of_the_home_are_not_left_out_in_silence(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+def test_documents_in_a_file_elsewhere_are_not_left_out_in_silence(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NEXUS_STORES__DOCUMENTS", address)
+    monkeypatch.setenv("NEXUS_STORES__DOCUMENTS", f"sqlite:{tmp_path}/documents.db")
     code, told = run("backup", str(tmp_path / "one.tar"))
     assert code == 1 and "outside of the home" in told and not (tmp_path / "one.tar").exists()
+
+
+# ── documents in ArangoDB ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def addresses(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Makes a database of the double and names it in the settings; all of its collections may be read whole."""
+    names, double = [], document_stores.the_double()
+    tables = [t.name for part in (arango.MIGRATIONS, interactions_arango.MIGRATIONS) for step in part for t in step]
+
+    def create() -> str:
+        names.append(f"archive_{len(names)}")
+        address = double.create(names[-1])
+        monkeypatch.setenv("NEXUS_STORES__DOCUMENTS", address)
+        return address
+
+    with ExitStack() as stack:
+        for name in tables:
+            stack.enter_context(arango_double.scanning(name))
+        yield create
+    for name in names:
+        del double.databases[name]
+
+
+def put(address: str, home: Path, source: str, *texts: str) -> list[tuple[str, float]]:
+    with (
+        closing(arango.open(address)) as documents,
+        closing(milvus_lite.open("milvus-lite:", home=home)) as vectors,
+        closing(build_house(documents, vectors).retriever) as retriever,
+    ):
+        if texts:
+            build_house(documents, vectors).put(source, *texts)
+        return ask(type("House", (), {"retriever": retriever}))
+
+
+def test_documents_in_arangodb_come_along_as_of_the_same_moment(
+    home: Path, tmp_path: Path, addresses: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, file = addresses(), str(tmp_path / "one.tar")
+    put(address, home, "clu.txt", *TEXTS["clu.txt"])
+    before = put(address, home, "sark.txt", *TEXTS["sark.txt"])
+    told = Interaction("1" * 32, "acme", "alice", "alice", "What torque?", "4 Nm", 1.0)
+    vector = WordEmbedder().embed(["What torque?"])[0]
+    with closing(arango.open_interactions(address)) as memory:
+        memory.add(told, vector, "word-embedder")
+    write = archive._write
+
+    def write_while_others_do(*arguments: Any) -> Any:
+        put(address, home, "late.txt", "late gripper torque")
+        return write(*arguments)
+
+    monkeypatch.setattr(archive, "_write", write_while_others_do)
+    monkeypatch.setattr(arangodb, "ROWS_PER_PAGE", 2)  # more than a page of each
+    assert run("backup", file)[0] == 0
+    home.rename(tmp_path / "gone")
+    second = addresses()
+    code, said = run("restore", file)
+    assert code == 0 and "6 chunks" in said, said
+    assert not (home / archive.ELSEWHERE).exists() and run("fsck") == (0, "clean\n")
+    assert {chunk_id for chunk_id, _ in put(second, home, "")} == {chunk_id for chunk_id, _ in before}
+    with closing(arango.open_interactions(second)) as memory:
+        assert memory.nearest("acme", "alice", None, vector, "word-embedder", 5)[0][0] == told
+    kept = state_of(home)
+    code, said = run("restore", "--replace", file)
+    assert code == 1 and "create an empty one" in said and state_of(home) == kept
+
+
+def test_an_archive_says_which_store_it_needs(home: Path, tmp_path: Path, addresses: Callable[[], str]) -> None:
+    fill(home)
+    assert run("backup", str(tmp_path / "one.tar"))[0] == 0
+    home.rename(tmp_path / "gone")
+    addresses()
+    code, said = run("restore", str(tmp_path / "one.tar"))
+    assert code == 1 and "were kept in the home" in said and not home.exists()
 
 
 # ── the coordinator ─────────────────────────────────────────────────────────────────────────────

@@ -30,6 +30,8 @@ RENDERERS = {
     ("nexus/database.py", "_transaction"): "one of three modes named in the code",
     ("nexus/stores/sqlite.py", "matching"): "a filter's tree, of which `_condition` makes placeholders",
     ("nexus/arangodb.py", "_run"): "the statements of the stores, each looked at where it is given to `aql`",
+    ("nexus/arangodb.py", "_lines"): "the name of a table of the stores",
+    ("nexus/arangodb.py", "restore"): "the name of a table of the stores",
     ("nexus/stores/arango.py", "matching"): "a filter's tree, of which `_condition` makes bind parameters",
     ("nexus/homes.py", "_load"): "one of two conditions named in the code",
     ("nexus/homes.py", "grouped"): "columns, tables and conditions that `_load` names",

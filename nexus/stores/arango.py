@@ -16,7 +16,8 @@ import base64
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -314,6 +315,12 @@ class ArangoDocuments:
 
     def close(self) -> None:
         self._database.close()
+
+    def dump(self) -> AbstractContextManager[Iterator[bytes]]:
+        return self._database.dump()
+
+    def restore(self, lines: Iterable[bytes]) -> None:
+        self._database.restore(lines)
 
     def _move(
         self, documents: Iterable[Document | str], change: Callable[["_Records"], T], durable: bool = True,
