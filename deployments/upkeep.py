@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster import bootstrap
+from cluster.catalog import Catalog
 from deployments.auditing import recorded
 from deployments.client import Client
 from nexus.config import Config, load_config
+from nexus.coordination import Alone
+from nexus.errors import Conflict
 from nexus.hades import Hades
 from nexus.jobs import Jobs, examine
 from nexus.ports import InteractionStore
@@ -45,7 +48,10 @@ def vacuum(keep_seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def opened_stores(config: Config) -> Iterator[tuple[Hades, Jobs]]:
-    """The stores, opened here: nobody else has them open. No model is needed to compare rows."""
+    """The stores, opened here: nobody else has them open. No model is needed to compare rows.
+
+    Which index and which embedder a collection has, the coordinator's disk says: it may not be the configured one.
+    """
     home = Path(config.home)
     bootstrap.prepare_home(home)
     with bootstrap.lock_home(home):
@@ -54,10 +60,27 @@ def opened_stores(config: Config) -> Iterator[tuple[Hades, Jobs]]:
         vectors = open_part("stores", config.stores.vectors, home=home)
         jobs = Jobs(home)
         try:
-            yield Hades(documents, vectors, embedder.fingerprint, embedder.dimension), jobs
+            agreed = _agreed(home)
+            yield Hades(documents, vectors, embedder.fingerprint, embedder.dimension, agreed), jobs
         finally:
             for store in (jobs, vectors, documents):
                 store.close()
+
+
+def _agreed(home: Path) -> Alone:
+    """The live indexes that the only voter's disk names; of several voters, one disk does not tell."""
+    from actors import coordination, coordinator  # with all of Ray: not at every start of the command line
+
+    agreed, catalog = Alone(), Catalog()
+    try:
+        held = coordinator.read_alone(home / coordinator.FOLDER)
+    except Conflict:
+        held = None
+    if held is not None:
+        catalog.restore(held.data)
+        for key, value, _ in catalog.range(coordination.COLLECTIONS):
+            agreed.point(key.removeprefix(coordination.COLLECTIONS), coordination.read_live(value))
+    return agreed
 
 
 def opened_memory(config: Config) -> "closing[InteractionStore]":

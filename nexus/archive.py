@@ -174,7 +174,7 @@ def _take(
     """The readers of the databases are closed with the stack; the large files are linked to from the folder `work`."""
     _link(home, work)
     snapshot = take_snapshot()
-    paths = [path for path in _files(home) if _is_database(path)]
+    paths = list(_kept(home, _is_database))
     readers: dict[str, sqlite3.Connection] = {}
     with ExitStack() as writers:
         for path in paths:
@@ -188,7 +188,10 @@ def _take(
         if (home / audit.FOLDER).is_dir():
             writers.enter_context(audit.locked(home))
         _link(home, work)
-        small = {_name(path, home): path.read_bytes() for path in _files(home) if _is_small(path)}
+        small: dict[str, bytes] = {}
+        for path in _kept(home, _is_small):
+            with suppress(FileNotFoundError):
+                small[_name(path, home)] = path.read_bytes()
         lengths = {_name(path, work): path.stat().st_size for path in _files(work) if _name(path, work) not in small}
     if snapshot is not None:
         small[SNAPSHOT] = snapshot
@@ -230,6 +233,14 @@ def _files(folder: Path) -> Iterator[Path]:
         for name in sorted(names):
             path = Path(parent, name)
             if not name.endswith(PASSING) and not path.is_symlink():
+                yield path
+
+
+def _kept(folder: Path, is_wanted: Callable[[Path], bool]) -> Iterator[Path]:
+    """Those of its files that are so, without what is removed just now."""
+    for path in _files(folder):
+        with suppress(FileNotFoundError):
+            if is_wanted(path):
                 yield path
 
 
@@ -301,7 +312,10 @@ class _Hashing:
 
 
 def _require_room(home: Path, folder: Path) -> None:
-    needed = sum(path.stat().st_size for path in _files(home))
+    needed = 0
+    for path in _files(home):
+        with suppress(FileNotFoundError):  # it was removed just now
+            needed += path.stat().st_size
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise Unavailable(

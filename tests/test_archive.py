@@ -9,6 +9,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nexus.audit_reading import verify
 from nexus.config import load_config
 from nexus.errors import AlreadyRunning, Conflict, InvalidRequest, NexusError, Unavailable, Unprocessable
 from nexus.jobs import Announced, Jobs
+from nexus.ports import LiveIndex
 from nexus.stores import arango, milvus_lite, sqlite
 from nexus.types import Interaction, SearchRequest, content_digest
 from tests import arango_double, document_stores
@@ -179,6 +181,25 @@ def test_a_large_file_that_is_removed_meanwhile_is_there_all_the_same(tmp_path: 
     archive.pack(home, tmp_path / "one.tar", snapshot_then_remove)
     archive.unpack(tmp_path / "one.tar", tmp_path / "out")
     assert state_of(tmp_path / "out") == {"share/blocks/one": block, archive.SNAPSHOT: b"it points at one"}
+
+
+def test_a_small_file_that_is_removed_meanwhile_ends_no_backup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, listing = tmp_path / "home", archive._files
+    home.mkdir()
+    (home / "stays").write_bytes(b"x")
+
+    def going(folder: Path) -> Iterator[Path]:
+        """A file is always gone just when its name was read."""
+        (home / "goes").write_bytes(b"x")
+        for path in list(listing(folder)):
+            (home / "goes").unlink(missing_ok=True)
+            yield path
+
+    monkeypatch.setattr(archive, "_files", going)
+    contents = archive.pack(home, tmp_path / "one.tar", no_snapshot)
+    assert [member.name for member in contents.members] == ["stays"]
 
 
 def test_what_is_made_again_and_what_only_passes_stays_out(tmp_path: Path) -> None:
@@ -494,6 +515,26 @@ def test_what_the_only_voter_holds_is_packed_and_brought_back(home: Path, tmp_pa
     brought = coordinator.read_alone(home / "coordinator")
     assert brought is not None and value_in(brought, "live") == b"index-7"
     assert not (home / archive.SNAPSHOT).exists()
+
+
+def test_a_collection_of_another_embedder_than_the_configured_one_is_brought_back(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fill(home)
+    with closing(sqlite.open("sqlite:", home=home)) as documents:
+        (own,) = documents.collections()
+    live = LiveIndex(own.index, own.fingerprint, "words:", WordEmbedder.dimension)
+    held = snapshot_with({"collections/default": json.dumps(asdict(live)).encode()})
+    coordinator.restore(held, home / "coordinator")
+    with monkeypatch.context() as changed:
+        changed.setattr(WordEmbedder, "fingerprint", "another")
+        changed.setattr(WordEmbedder, "dimension", 2 * WordEmbedder.dimension)
+        assert run("fsck") == (0, "clean\n")
+        assert run("backup", str(tmp_path / "one.tar"))[0] == 0
+        home.rename(tmp_path / "gone")
+        code, told = run("restore", str(tmp_path / "one.tar"))
+        assert code == 0 and "9 chunks" in told, told
+    assert answer_of(home) == before
 
 
 def test_of_several_voters_one_disk_does_not_tell(home: Path, tmp_path: Path) -> None:
