@@ -278,6 +278,24 @@ def test_what_was_done_is_recorded_as_it_is_elsewhere(served: Served) -> None:
     assert deletion["kind"] == "privileged" and deletion["verdict"] == "done"
 
 
+def test_what_was_denied_is_recorded_though_it_is_told_in_an_answer(served: Served) -> None:
+    async def main() -> None:
+        async with served.client(served.key("acme", "documents:read")) as reader:
+            await refusal(reader, "add_document", filename="a.md", content="x")
+            await refusal(reader, "fetch", id="1" * 32)
+            await call(reader, "list_collections")
+
+    run(main)
+    served.door.lent.audit.flush()
+    from nexus.audit_reading import read
+
+    lines = [line for line in read(served.door.lent.config.home) if "POST /mcp" in line["action"]]
+    assert [(line["kind"], line["verdict"], line["action"], line["reason"]) for line in lines] == [
+        ("denied", "denied", "POST /rag/add_document: POST /mcp", "forbidden"),
+        ("denied", "denied", f"GET /rag/documents/{'1' * 32}/text: POST /mcp", "not_found"),
+    ]
+
+
 # ── what is refused ─────────────────────────────────────────────────────────────────────────────
 
 

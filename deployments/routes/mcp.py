@@ -10,9 +10,10 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import mcp_server
+from deployments.audited import DENIALS
 from deployments.routes.caller import lent, permit
 from nexus.errors import UnsupportedMedia
 from nexus.types import Principal, media_type_of
@@ -44,8 +45,15 @@ def _within(app: ASGIApp, context: Context) -> httpx.AsyncClient:
     state = context.request_context.request.scope["state"]
 
     async def as_the_caller(scope: Scope, receive: Receive, send: Send) -> None:
-        state["audited"]["action"] = f"{scope['method']} {scope['path']}"  # what the record names before POST /mcp
-        await app({**scope, "state": state}, receive, send)
+        audited = state["audited"]
+        audited["action"] = f"{scope['method']} {scope['path']}"  # what the record names before POST /mcp
+
+        async def send_noting(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] in {*DENIALS, 404}:
+                audited["is_denied"] = True  # which the tool tells in an answer of 200
+            await send(message)
+
+        await app({**scope, "state": state}, receive, send_noting)
 
     transport = httpx.ASGITransport(as_the_caller, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url=HERE, timeout=None)
