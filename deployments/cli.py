@@ -765,6 +765,8 @@ def recall(
         typer.echo(f"  {one['query'] or one['kind']}\n  {one['response']}")
     if found["not_compared"]:
         typer.echo(f"{found['not_compared']} have no vector of this embedder yet, and were not compared", err=True)
+    if found["left_out"]:
+        typer.echo(f"{found['left_out']} more were found, too much for one answer", err=True)
 
 
 @memory_app.command("forget")

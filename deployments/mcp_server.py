@@ -251,7 +251,12 @@ def _add_writing(server: MCPServer, door: _Door) -> None:
         """Add a document, or replace the one of this filename; returns once it can be found."""
         body = {"filename": filename, "content": content, "collection": collection, "metadata": metadata or {}}
         accepted = await door.ask(context, "POST", "/rag/add_document", json=body, headers={"prefer": "respond-async"})
-        file = await _follow(door, context, accepted["job_id"])
+        try:
+            file = await _follow(door, context, accepted["job_id"])
+        except ToolError as error:
+            raise ToolError(
+                f"{filename} was accepted and will be added, but how that goes cannot be seen: {error}"
+            ) from None
         if file["state"] not in ("done", "unchanged"):
             raise ToolError(f"{filename} was not added: {file['reason'] or file['state']}")
         receipt = {name: file[name] for name in ("document_id", "version", "chunks", "sequence")}

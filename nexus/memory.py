@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, Protocol
 
 from nexus.config import Memory as Rules
@@ -30,6 +30,7 @@ from nexus.types import ROW_BYTES, Forgotten, Interaction, MemoryEntry, Principa
 log = logging.getLogger("nexus.memory")
 
 MAX_BYTES = 2**20  # of one interaction
+MAX_RECALLED_BYTES = 8 * 2**20  # of those of one answer
 MAX_USER_CHARACTERS = 255
 DAY = 86_400.0
 AHEAD_SECONDS = 300.0  # that a caller's clock may be before ours
@@ -78,10 +79,14 @@ class Recall:
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
-    """Interactions with their cosines, None where none was asked for; how many could not be compared yet."""
+    """Interactions with their cosines, None where none was asked for; how many could not be compared yet.
+
+    `left_out` are those after them that were asked for, and are too much for one answer.
+    """
 
     found: tuple[tuple[Interaction, float | None], ...]
     not_compared: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,8 @@ class Memory:
         tenant, subject, store = principal.tenant, principal.subject, self.store
         if not asked.query.strip():
             newest = await asyncio.to_thread(store.recent, tenant, subject, asked.condition, asked.limit)
-            return Recalled(tuple((one, None) for one in await self._show(newest)))
+            first = newest[: _fitting(newest)]
+            return Recalled(tuple((one, None) for one in await self._show(first)), left_out=len(newest) - len(first))
         query = await self._screen.text("input", asked.query)
         fingerprint = await self._fingerprint_of()
         (vector,) = await self._embedder.embed([query], "query")
@@ -217,8 +223,12 @@ class Memory:
         )  # fmt: skip
         stale = await asyncio.to_thread(store.count_stale, tenant, subject, fingerprint)
         cosines = {one.interaction_id: cosine for one, cosine in found}
-        shown = await self._show([one for one, _ in found])
-        return Recalled(tuple((one, cosines[one.interaction_id]) for one in shown), stale)
+        nearest = [one for one, _ in found]
+        first = nearest[: _fitting(nearest)]
+        shown = await self._show(first)
+        return Recalled(
+            tuple((one, cosines[one.interaction_id]) for one in shown), stale, left_out=len(nearest) - len(first)
+        )
 
     async def delete(self, principal: Principal, interaction_id: str) -> Forgotten:
         """One interaction, and what a summary says of it. Raises NotFound, also for one that is somebody else's."""
@@ -272,6 +282,12 @@ class Memory:
         if self._fingerprint is None:
             self._fingerprint = str((await self._embedder.describe())["fingerprint"])
         return self._fingerprint
+
+
+def _fitting(found: Sequence[Interaction]) -> int:
+    """How many of the first fit into one answer; the first one does."""
+    sizes = accumulate(one.size for one in found)
+    return max(sum(size <= MAX_RECALLED_BYTES for size in sizes), min(len(found), 1))
 
 
 def _whose(principal: Principal) -> str | None:

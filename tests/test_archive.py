@@ -183,9 +183,7 @@ def test_a_large_file_that_is_removed_meanwhile_is_there_all_the_same(tmp_path: 
     assert state_of(tmp_path / "out") == {"share/blocks/one": block, archive.SNAPSHOT: b"it points at one"}
 
 
-def test_a_small_file_that_is_removed_meanwhile_ends_no_backup(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_file_that_is_removed_meanwhile_ends_no_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home, listing = tmp_path / "home", archive._files
     home.mkdir()
     (home / "stays").write_bytes(b"x")

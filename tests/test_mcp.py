@@ -246,6 +246,15 @@ def test_a_key_may_here_what_it_may_elsewhere(served: Served) -> None:
     run(main)
 
 
+def test_a_key_that_may_only_write_is_not_told_that_nothing_was_added(served: Served) -> None:
+    async def main() -> None:
+        async with served.client(served.key("acme", "documents:write")) as writer:
+            said = await refusal(writer, "add_document", filename="a.md", content=MANUAL)
+            assert "a.md was accepted and will be added" in said and "documents:read" in said
+
+    run(main)
+
+
 def test_a_message_costs_one_request_whatever_it_asks(served: Served) -> None:
     headers = {"authorization": f"Bearer {served.key('acme', requests_per_minute=3)}"}
     message = {

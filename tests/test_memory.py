@@ -25,7 +25,7 @@ from nexus.errors import ConfigError, ContentRefused, InvalidRequest, NotFound, 
 from nexus.filters import parse_filter
 from nexus.hades import Fault
 from nexus.jobs import Jobs, examine
-from nexus.memory import FULL, Compacted, Compactor, Draft, Memory, Recall, choose, make, text_of
+from nexus.memory import FULL, Compacted, Compactor, Draft, Memory, Recall, Recalled, choose, make, text_of
 from nexus.ports import InputType
 from nexus.screening import open_screen
 from nexus.sessions import MAX_CONTEXT_CHARACTERS, Sessions, choose_old
@@ -124,6 +124,19 @@ def test_the_nearest_is_recalled_first_and_without_a_query_the_newest(memory: Me
     assert responses(memory, APP, Recall("torque of a gripper", 1, some)) == ["the gripper, too"]
     (best, _), *_ = run(memory.recall(APP, Recall("battery voltage"))).found
     assert best.response == "48 V" and run(memory.recall(APP, Recall("battery voltage"))).found[0][1] > 0.5
+
+
+def test_an_answer_has_so_many_bytes_and_says_what_it_leaves_out(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        run(memory.keep(APP, Draft("gripper torque", f"{number}" * 1000, happened_at=NOW - number)))
+    for asked in (Recall("gripper torque", 3), Recall("", 3)):
+        for most, count in ((1, 1), (6500, 2), (2**20, 3)):
+            monkeypatch.setattr("nexus.memory.MAX_RECALLED_BYTES", most)
+            recalled = run(memory.recall(APP, asked))
+            assert (len(recalled.found), recalled.left_out) == (count, 3 - count)
+    assert run(memory.recall(APP, Recall(condition=parse_filter({"user": "nobody"})))) == Recalled(())
 
 
 @pytest.mark.parametrize("who", STRANGERS, ids=str)
@@ -533,7 +546,7 @@ def test_what_is_stored_is_retrieved_in_the_shapes_of_the_founding_documents(doo
     asked = {"query": "gripper torque", "limit": 5, "filters": {"type": "context"}}
     answer = post(door, f"{prefix}/retrieve", asked, headers)
     (found,) = answer["interactions"]
-    assert answer["query"] == "gripper torque" and answer["not_compared"] == 0
+    assert answer["query"] == "gripper torque" and answer["not_compared"] == answer["left_out"] == 0
     assert {name: found[name] for name in STORED} == STORED and 0 < found["score"] <= 1
     assert (found["interaction_id"], found["timestamp"]) == (made["interaction_id"], made["timestamp"])
     newest = post(door, f"{prefix}/retrieve", {"limit": 1}, headers)["interactions"][0]

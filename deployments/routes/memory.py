@@ -30,11 +30,13 @@ async def retrieve(
 ) -> Response:
     """What the caller stored: the nearest to the query, or without one the newest.
 
-    `not_compared` counts those that a changed embedder, or one that was away, has yet to give a vector.
+    `not_compared` counts those that a changed embedder, or one that was away, has yet to give a vector; `left_out`
+    those that were found and are too much for one answer: ask with filters, or a smaller limit.
     """
     recalled = await lent(request).memory.recall(principal, body.to_recall())
     found = [show_interaction(interaction, cosine) for interaction, cosine in recalled.found]
-    return reply({"query": body.query, "interactions": found, "not_compared": recalled.not_compared})
+    counted = {"not_compared": recalled.not_compared, "left_out": recalled.left_out}
+    return reply({"query": body.query, "interactions": found, **counted})
 
 
 @router.delete("/memory/interactions/{interaction_id}")
