@@ -22,6 +22,7 @@ from nexus import archive
 from nexus.archive import Contents
 from nexus.config import Config, load_config
 from nexus.errors import AlreadyRunning, ConfigError, Conflict, InvalidRequest, Unprocessable
+from nexus.hades import Hades
 from nexus.jobs import examine
 from nexus.ports import KeptElsewhere
 from nexus.registry import open_interactions, open_part
@@ -92,7 +93,7 @@ def bring_back(file: Path, home: Path, replace: bool, tell: Callable[[str], None
         config = _settings_of(draft)
         _load_elsewhere(config)
         _begin_coordinator(config)
-        chunks = _make_index(config)
+        chunks = _make_index(config, replace)
         with recorded(config, "nexus restore", str(file)):
             return Restored(contents, chunks, _put_in_place(draft, home))
 
@@ -193,9 +194,11 @@ def _begin_coordinator(config: Config) -> None:
         file.unlink()
 
 
-def _make_index(config: Config) -> int:
-    """Write every vector into the vector store; how many chunks can be found then. Raises Unprocessable."""
+def _make_index(config: Config, replace: bool) -> int:
+    """Write every vector into the vector store; how many chunks can be found then. Raises Unprocessable, Conflict."""
     with opened_stores(config) as (hades, jobs), opened_memory(config) as memory:
+        if not replace:
+            _require_no_others(hades)
         jobs.revive(jobs.holders())  # whoever held them works in no home of now
         faults = examine(hades, jobs, repair=True, memory=memory)
         if faults:
@@ -203,6 +206,20 @@ def _make_index(config: Config) -> int:
             raise Unprocessable(f"the archive is whole, what it holds is not: {named}. It is laid out in {config.home}")
         indexes = {collection.index for collection in hades.documents.collections()}
         return sum(len(hades.documents.chunk_ids(index, published=True)) for index in indexes)
+
+
+def _require_no_others(hades: Hades) -> None:
+    """Raises Conflict where a vector server holds what this archive does not: to be repaired is to lose that."""
+    others = 0
+    for collection in hades.documents.collections():
+        known = hades.documents.chunk_ids(collection.index, published=False)
+        own, beside = hades.written(collection.name)
+        others += sum(len(hades.vectors.chunk_ids(live.index) - known) for live in (own, *beside))
+    if others:
+        raise Conflict(
+            f"the vector store has {others} rows that this archive does not know, of a later Nexus or of another one:"
+            " name another database in stores.vectors, or --replace, which removes them"
+        )
 
 
 def _put_in_place(draft: Path, home: Path) -> Path | None:

@@ -32,7 +32,7 @@ from nexus.config import load_config
 from nexus.errors import AlreadyRunning, Conflict, InvalidRequest, NexusError, Unavailable, Unprocessable
 from nexus.jobs import Announced, Jobs
 from nexus.ports import LiveIndex
-from nexus.stores import arango, milvus_lite, sqlite
+from nexus.stores import arango, memory, milvus_lite, sqlite
 from nexus.types import Interaction, SearchRequest, content_digest
 from tests import arango_double, document_stores
 from tests.conftest import ALICE, build_house
@@ -402,6 +402,31 @@ def test_a_home_that_is_not_whole_is_laid_out_and_not_put_in_place(home: Path, t
     assert run("backup", str(tmp_path / "two.tar"))[0] == 0
     archiving.bring_back(tmp_path / "two.tar", home, True, print)  # what was laid out before is in nobody's way
     assert not (tmp_path / "home.restoring").exists()
+
+
+def test_a_restore_beside_a_running_nexus_takes_nothing_of_its_rows_on_a_vector_server(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, open_part = memory.open("memory:"), upkeep.open_part
+    monkeypatch.setattr(server, "close", lambda: None)  # who goes away leaves it there
+    monkeypatch.setenv("NEXUS_STORES__VECTORS", "milvus://127.0.0.1:19530")
+    monkeypatch.setattr(
+        upkeep, "open_part",
+        lambda kind, address, **given: server if address.startswith("milvus://") else open_part(kind, address, **given),
+    )  # fmt: skip
+    fill(home)
+    assert run("fsck", "--repair")[0] == 0
+    assert run("backup", str(tmp_path / "one.tar"))[0] == 0
+    with closing(sqlite.open("sqlite:", home=home)) as documents:
+        (index,) = [collection.index for collection in documents.collections()]
+        house = build_house(documents, server)
+        house.put("later.txt", "later gripper")
+        house.retriever.close()
+    before = server.chunk_ids(index)
+    monkeypatch.setenv("NEXUS_HOME", str(tmp_path / "trial"))
+    code, told = run("restore", str(tmp_path / "one.tar"))
+    assert code == 1 and "1 rows that this archive does not know" in told and server.chunk_ids(index) == before
+    assert run("restore", "--replace", str(tmp_path / "one.tar"))[0] == 0 and len(server.chunk_ids(index)) == 9
 
 
 def test_neither_command_works_beside_another(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
