@@ -144,10 +144,14 @@ class Ingestor:
         ]  # fmt: skip
 
     def embed_for(self, live: LiveIndex, texts: Sequence[str]) -> Vectors:
-        """Passages, by the embedder of an index. Raises Conflict where nobody knows which that is."""
+        """Passages, by the embedder of an index. Raises Conflict where nobody knows which that is, UpstreamInvalid."""
         if live.fingerprint == self.hades.fingerprint:
             return self.embedder(texts)
-        return self.others.of(live).embed(texts)
+        embedder = self.others.of(live)
+        try:
+            return embedder.embed(texts)
+        except (RuntimeError, OSError, ValueError) as error:  # it runs in this process, which must not end of it
+            raise UpstreamInvalid(f"the embedder of an index failed ({type(error).__name__})") from error
 
     def _with_all(self, batch: Sequence[Prepared], staged: Sequence[Staged]) -> Sequence[Staged]:
         """The same with the vectors that an index wants which came, or was exchanged, since they were embedded."""

@@ -562,6 +562,21 @@ def test_an_embedder_that_fails_is_told_and_costs_nothing(site: Site, monkeypatc
     assert first(site, 3) == "3.txt"
 
 
+def test_an_embedder_that_breaks_in_this_process_is_told_and_ends_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(embedder: Wide, texts: Sequence[str], input_type: str = "passage") -> Vectors:
+        raise RuntimeError("CUDA out of memory")
+
+    fill(site, 5)
+    site.reindexer.begin("default", WIDE, ALICE)
+    monkeypatch.setattr(Wide, "embed", broken)
+    monkeypatch.setattr(site.reindexer, "embed_for", steps_of(site).embed_for)
+    site.reindexer.work()
+    beside = site.reindexer.progress("default").beside
+    assert beside is not None and beside.state == "refused" and "RuntimeError" in str(beside.figures["sentence"])
+
+
 def test_a_store_that_keeps_one_vector_says_so(site: Site) -> None:
     fill(site, 1)
     site.hades.keeper = None
