@@ -131,7 +131,13 @@ def whole_text(pieces: Sequence[Piece]) -> str:
 def _shared(before: str, text: str) -> int:
     """How many characters at the beginning of a text end the one before it, where that is no chance."""
     longest = min(len(before), len(text), LONGEST_OVERLAP)
-    return next((n for n in range(longest, SHORTEST_OVERLAP, -1) if before.endswith(text[:n])), 0)
+    if longest <= SHORTEST_OVERLAP:
+        return 0
+    end, begin = before[-longest:], text[: SHORTEST_OVERLAP + 1]
+    at = end.find(begin)
+    while at >= 0 and not text.startswith(end[at:]):
+        at = end.find(begin, at + 1)
+    return len(end) - at if at >= 0 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import itertools
+import random
+import time
 import zlib
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text, sentences, whole_text
+from nexus.chunking import ChunkSettings, CountTokens, _shared, cut, embedded_text, sentences, whole_text
 from nexus.errors import ConfigError
 from nexus.types import Block, BlockKind, Parsed, Piece
 
@@ -587,3 +589,23 @@ def test_a_documents_pieces_tell_it_whole() -> None:
         "# Charger\n\n0 V\n\n0 A"
     )
     assert whole_text([]) == ""
+
+
+def _looked_for_at_every_length(before: str, text: str) -> int:
+    lengths = range(min(len(before), len(text), 2000), 15, -1)
+    return next((n for n in lengths if before.endswith(text[:n])), 0)
+
+
+def test_what_two_pieces_share_is_found_as_looking_at_every_length_finds_it_and_sooner() -> None:
+    dice = random.Random(7)
+    for _ in range(2000):
+        before, text = ("".join(dice.choices("ab", k=dice.randrange(60))) for _ in range(2))
+        text = before[dice.randrange(len(before) + 1) :] + text if dice.random() < 0.7 else text
+        assert _shared(before, text) == _looked_for_at_every_length(before, text)
+    texts = [" ".join(f"word{dice.randrange(3000)}" for _ in range(120)) for _ in range(500)]
+    seconds = []
+    for look in (_shared, _looked_for_at_every_length):
+        started = time.process_time()
+        assert all(look(before, text) == 0 for before, text in itertools.pairwise(texts))
+        seconds.append(time.process_time() - started)
+    assert seconds[0] < seconds[1] / 5

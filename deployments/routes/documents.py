@@ -158,7 +158,8 @@ async def read_document(
     if document is None:
         raise NotFound("no such document")
     chunks = await asyncio.to_thread(here.documents.neighbours, document_id, document.version, 0, document.chunks)
-    text = await here.screen.text("document", whole_text([chunk.piece for chunk in chunks]))
+    whole = await asyncio.to_thread(whole_text, [chunk.piece for chunk in chunks])  # of a long one it takes long
+    text = await here.screen.text("document", whole)
     note(request, documents=[document_id])
     return reply({**show_document(document), "text": text})
 
