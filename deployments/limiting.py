@@ -21,7 +21,7 @@ from nexus.types import Evidence, Principal, SearchRequest, SearchResult
 UNHURRIED = frozenset({"/rag/fsck", "/rag/vacuum", "/rag/reindex"})  # for who administers all there is: they look at it
 UNGATED = frozenset({"/metrics"})  # whoever watches must see how bad it is
 BULK = ("/rag/add_document", "/rag/jobs", "/rag/fsck", "/rag/vacuum", "/rag/reindex", "/policies/")
-LISTS = ("/v1/embeddings", "/v1/rerank")
+LISTS = ("/v1/embeddings", "/v1/rerank", "/mcp")  # a long message of the last adds a document
 LONG_LIST_BYTES = 32 * 1024  # of a body: more is bulk work
 
 

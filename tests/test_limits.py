@@ -947,6 +947,7 @@ def test_what_fails_leaves_its_place(door: Door, fault: Exception) -> None:
         ("POST", "/policies/cold/evaluate", "2", "bulk"), ("GET", "/policies/cold", None, "interactive"),
         ("POST", "/v1/embeddings", "100000", "bulk"), ("POST", "/v1/embeddings", None, "bulk"),
         ("POST", "/v1/rerank", "9" * 5000, "bulk"), ("POST", "/v1/rerank", "-1", "bulk"),
+        ("POST", "/mcp", "9000", "interactive"), ("POST", "/mcp", "100000", "bulk"),
     ],
 )  # fmt: skip
 def test_what_is_bulk_work(method: str, path: str, length: str | None, kind: Kind) -> None:
