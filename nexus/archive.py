@@ -7,7 +7,8 @@ what the stores hold: a pointer that is a little old still finds what it means, 
 
 Other files are few and of three kinds: small ones that are replaced whole (keys, registers) are read at that moment;
 those that only grow (the audit record) are taken as long as they were; those that never change (blocks) are linked
-to, before and at the moment, so that one that is removed meanwhile is not missed.
+to, before and at the moment, so that one that is removed meanwhile is not missed: small ones too, of which there may be
+more than memory holds.
 
 The index of vectors is left out. The document store keeps each vector beside its chunk, so the index is made again
 from it on restoring (`hades.repair`), in whichever vector store the settings name then, without a model.
@@ -46,6 +47,7 @@ ELSEWHERE = "elsewhere"  # the folder of what stores outside of the home hold, a
 CONTENTS = "contents.json"
 FORMAT = 1
 SMALL_BYTES = 64 * 2**10  # a file up to this size is replaced whole when it changes, and read at the moment
+BLOCK = ".block"  # ends names of files that never change, of whatever size
 PASSING = ("-wal", "-shm", "-journal", ".part", ".new")  # ends names of files that hold nothing by themselves
 SQLITE = b"SQLite format 3\0"
 _CHUNK_BYTES = 2**20
@@ -250,7 +252,7 @@ def _is_database(path: Path) -> bool:
 
 
 def _is_small(path: Path) -> bool:
-    return path.stat().st_size <= SMALL_BYTES and not _is_database(path)
+    return path.suffix != BLOCK and path.stat().st_size <= SMALL_BYTES and not _is_database(path)
 
 
 def _name(path: Path, folder: Path) -> str:
@@ -258,11 +260,11 @@ def _name(path: Path, folder: Path) -> str:
 
 
 def _link(home: Path, work: Path) -> None:
-    """Keep hold of the large files, whatever becomes of their names."""
+    """Keep hold of the files that are not small, whatever becomes of their names."""
     for path in _files(home):
         link = work / path.relative_to(home)
         with suppress(FileNotFoundError):  # it was removed just now
-            if path.stat().st_size > SMALL_BYTES and not _is_database(path):
+            if not _is_small(path) and not _is_database(path):
                 link.parent.mkdir(parents=True, exist_ok=True)
                 if link.exists() and not link.samefile(path):
                     link.unlink()
@@ -337,7 +339,8 @@ def _laid_out(archive: tarfile.TarFile, folder: Path) -> Iterator[Member]:
         source = archive.extractfile(info)
         assert source is not None  # it is a file
         target = folder / path
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for above in reversed(path.parents):  # `parents=True` would make those for other users, too
+            (folder / above).mkdir(mode=0o700, exist_ok=True)
         reader = _Hashing(source)
         with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             shutil.copyfileobj(reader, file, _CHUNK_BYTES)

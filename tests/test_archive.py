@@ -200,6 +200,22 @@ def test_a_small_file_that_is_removed_meanwhile_ends_no_backup(tmp_path: Path, m
     assert [member.name for member in contents.members] == ["stays"]
 
 
+def test_a_small_block_that_is_replaced_meanwhile_is_there_in_both_versions(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "share").mkdir(parents=True)
+    (home / "share" / "1.block").write_bytes(b"one")
+
+    def snapshot_then_replace() -> bytes:
+        (home / "share" / "2.block").write_bytes(b"two")
+        (home / "share" / "1.block").unlink()
+        return b"it points at 1"
+
+    archive.pack(home, tmp_path / "one.tar", snapshot_then_replace)
+    archive.unpack(tmp_path / "one.tar", tmp_path / "out")
+    there = {"share/1.block": b"one", "share/2.block": b"two"}
+    assert state_of(tmp_path / "out") == {**there, archive.SNAPSHOT: b"it points at 1"}
+
+
 def test_what_is_made_again_and_what_only_passes_stays_out(tmp_path: Path) -> None:
     home = tmp_path / "home"
     kept = {"nexus.yaml": b"{}", "empty": b"", "deep/er/file": b"x", "large": b"y" * 10**6}
@@ -219,8 +235,8 @@ def test_what_is_made_again_and_what_only_passes_stays_out(tmp_path: Path) -> No
 
 def test_an_archive_is_its_owners_alone_and_so_is_what_comes_of_it(tmp_path: Path) -> None:
     home, file = tmp_path / "home", tmp_path / "one.tar"
-    (home / "sub").mkdir(parents=True)
-    (home / "sub" / "secret").write_text("s")
+    (home / "sub" / "below" / "it").mkdir(parents=True)
+    (home / "sub" / "below" / "it" / "secret").write_text("s")
     file.touch(0o644)
     archive.pack(home, file, no_snapshot)
     archive.unpack(file, tmp_path / "out")
