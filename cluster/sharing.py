@@ -153,13 +153,18 @@ class Sharing:
     async def get(self, tenant: str, data_id: str) -> Download:
         """The newest version. Raises NotFound, and BlockRefused where every copy is damaged: nothing of it is shown."""
         node, opened = await self._open(tenant, data_id)
-        return Download(
-            Shared(data_id, opened.record, self._settings.copies), opened.metadata,
-            self._pieces(tenant, data_id, node, opened),
-        )  # fmt: skip
+        pieces = self._pieces(tenant, data_id, node, opened)
+        await anext(pieces)  # so that closing it frees the block, also where nothing of it is read
+        return Download(Shared(data_id, opened.record, self._settings.copies), opened.metadata, pieces)
 
     async def _pieces(self, tenant: str, data_id: str, node: str, opened: Opened) -> AsyncGenerator[bytes, None]:
+        """Nothing at first, then the bytes."""
         version, sent, away = opened.record.version, 0, set[str]()
+        try:
+            yield b""
+        except GeneratorExit:
+            begin_in_background(self._forget(node, opened.handle))
+            raise
         while True:
             to_skip = sent
             try:

@@ -398,9 +398,9 @@ class Steward:
             await self._pull(source, block, digest)
 
     async def _pull(self, source: str, block: BlockId, digest: str) -> None:
-        handle = await self._reach.call(source, "lend", block)
         draft = await asyncio.to_thread(self.store.receive, block, digest)
         try:
+            handle = await self._reach.call(source, "lend", block)
             async with aclosing(pieces_of(self._reach, source, handle)) as pieces:
                 async for piece in pieces:
                     await asyncio.to_thread(draft.feed, piece)

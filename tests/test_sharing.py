@@ -247,6 +247,34 @@ def test_streams_are_bounded_and_those_that_nobody_uses_are_closed(
     tell(story)
 
 
+def test_who_reads_nothing_of_a_block_holds_no_stream(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share(there, "a", b"x")
+        found = await there.sharing.get("acme", "a")
+        assert sum(len(steward._streams) for steward in there.stewards.values()) == 1
+        await found.pieces.aclose()
+        await drain()
+        assert not any(steward._streams for steward in there.stewards.values())
+
+    tell(story)
+
+
+def test_who_cannot_begin_a_copy_borrows_none(tell: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story(there: Machines) -> None:
+        await share(there, "a", b"x")
+        third, block = rank(NODES, "acme", "a")[2], await there.block("a")
+
+        def refuse(*_: object) -> None:
+            raise Unavailable("its disk is full", code="storage_full")
+
+        monkeypatch.setattr(there.stewards[third].store, "receive", refuse)
+        with pytest.raises(Unavailable, match="its disk is full"):
+            await there.stewards[third].take(block, "", (await there.copies("a")))
+        assert not any(steward._streams for steward in there.stewards.values())
+
+    tell(story)
+
+
 def test_a_machine_that_only_shares_and_reads_keeps_nothing_and_sends_nothing_unsealed(
     tell: Callable[..., None],
 ) -> None:
