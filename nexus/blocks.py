@@ -64,7 +64,7 @@ from nexus.errors import (
     Unavailable,
 )
 from nexus.failpoints import pass_through
-from nexus.keyring import Keyring, sync_folder, write_private
+from nexus.keyring import FULL, Keyring, sync_folder, write_private
 from nexus.types import digest
 
 log = logging.getLogger("nexus.blocks")
@@ -72,7 +72,6 @@ log = logging.getLogger("nexus.blocks")
 SUFFIX = ".block"
 LOCKS = 64
 COPY_BYTES = 2**20
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.block")
 _SCRIPTS = (

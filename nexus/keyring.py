@@ -20,12 +20,14 @@ they may be met in any order, and twice.
 Every file here is its owner's alone and written whole, or not at all.
 """
 
+import errno
 import json
 import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -38,7 +40,16 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from nexus.access import NAME
-from nexus.errors import ConfigError, Conflict, InvalidRequest, KeyUnknown, NotFound, UpstreamInvalid, WriterUnknown
+from nexus.errors import (
+    ConfigError,
+    Conflict,
+    InvalidRequest,
+    KeyUnknown,
+    NotFound,
+    Unavailable,
+    UpstreamInvalid,
+    WriterUnknown,
+)
 from nexus.failpoints import pass_through
 from nexus.private_files import require_private
 from nexus.signing import fault_of_secret
@@ -48,6 +59,7 @@ RINGS, MACHINES = "keys", "nodes"  # folders
 MAGIC = b"NXKEYS\0\x01"
 ID_BYTES, NONCE_BYTES, SECRET_BYTES = 8, 12, 32
 FINGERPRINT_DIGITS = 32
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # says the system of a disk
 LEFT_SECONDS = 3600.0  # after which a file that was not finished is one that a crash left
 
 State = Literal["active", "readable", "retired"]
@@ -379,22 +391,37 @@ def is_weak(public: bytes) -> bool:
 
 
 def write_private(file: Path, content: bytes) -> None:
-    """All of it or nothing, on disk when this returns, for its owner alone."""
+    """All of it or nothing, on disk when this returns, for its owner alone. Raises Unavailable, as for a full disk."""
     part = _write_part(file, content)
     pass_through("keys.before_write")
-    part.replace(file)
-    sync_folder(file.parent)
+    with _discarding(part):
+        part.replace(file)
+        sync_folder(file.parent)
     pass_through("keys.after_write")
+
+
+@contextmanager
+def _discarding(part: Path) -> Iterator[None]:
+    """Where the disk does not do it nothing is left, and it is said in words of errors.py."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        if error.errno in FULL:
+            raise Unavailable("the disk of the keys of shared data is full", code="storage_full") from error
+        raise Unavailable(f"keys of shared data cannot be written: {os.strerror(error.errno or 0)}") from error
 
 
 def _write_part(file: Path, content: bytes) -> Path:
     """A synced file beside it, of another name for each that is written: two processes may start at once."""
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}{PART}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as writer:
-        writer.write(content)
-        writer.flush()
-        os.fsync(descriptor)
+    with _discarding(part):
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as writer:
+            writer.write(content)
+            writer.flush()
+            os.fsync(descriptor)
     return part
 
 

@@ -3,6 +3,7 @@
 Rows K4 (weak and unknown keys), K5 (rotation, as the keys see it) and K6 (lost, wrong, readable, differing keys).
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -15,7 +16,16 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from nexus import keyring as module
-from nexus.errors import ConfigError, Conflict, InvalidRequest, KeyUnknown, NotFound, UpstreamInvalid, WriterUnknown
+from nexus.errors import (
+    ConfigError,
+    Conflict,
+    InvalidRequest,
+    KeyUnknown,
+    NotFound,
+    Unavailable,
+    UpstreamInvalid,
+    WriterUnknown,
+)
 from nexus.keyring import ClusterKey, Keyring, Writer, fingerprint_of, is_weak
 from tests.sealing import SECRET, TENANT, acquaint, machine, retire, rotate
 
@@ -505,3 +515,18 @@ def test_files_are_synced_before_they_count(tmp_path: Path, monkeypatch: pytest.
     module.write_private(file, b"content")
     assert seen == ["file", "rename", "folder"]
     assert file.read_bytes() == b"content"
+
+
+def test_a_full_disk_is_told_as_such_and_nothing_is_left_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keyring = machine(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "fsync", full)
+        with pytest.raises(Unavailable) as told:
+            keyring.install(keyring.draft_key("another"))
+    assert told.value.code == "storage_full" and keyring.ring("another") is None
+    assert not [file for file in (tmp_path / "share" / "keys").iterdir() if file.suffix == ".part"]
+    keyring.install(keyring.draft_key("another"))
