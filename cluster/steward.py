@@ -360,11 +360,10 @@ class Steward:
         return piece
 
     async def close(self, handle: str) -> None:
-        """Whatever it is, it is over."""
+        """Whatever it is, it is over, also for a caller who waits no longer."""
         stream = self._streams.pop(handle, None)
         if stream is not None:
-            async with stream.turn:
-                await asyncio.to_thread(stream.source.close)
+            await asyncio.shield(begin_in_background(_end(stream)))
 
     async def take(self, block: BlockId, digest: str, sources: Sequence[str]) -> None:
         """Return once a verified copy is on this disk, from the first of these that has one. Raises Unavailable."""
@@ -710,6 +709,11 @@ async def _repeat(work: Callable[[], Any], seconds: float) -> None:
         except (ConnectionError, NexusError) as error:
             log.warning("the steward goes on: %s", error)
         await asyncio.sleep(seconds)
+
+
+async def _end(stream: _Stream) -> None:
+    async with stream.turn:
+        await asyncio.to_thread(stream.source.close)
 
 
 def _block(entry: Entry) -> BlockId:

@@ -1,10 +1,12 @@
 """`nexus share …`: blocks shared between the machines, and who keeps them."""
 
 import json
+import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -32,12 +34,22 @@ def put(
     try:
         size = file.stat().st_size
         with file.open("rb") as content, Client() as nexus:
-            headers = {"content-type": media_type, "x-nexus-metadata": metadata, "content-length": str(size)}
-            path = f"/share/{data_id or file.name}"
+            headers = {
+                "content-type": media_type, "x-nexus-metadata": _in_ascii(metadata), "content-length": str(size),
+            }  # fmt: skip
+            path = _path(data_id or file.name)
             _, shown = nexus.call("PUT", path, content=_pieces(content), headers=headers, timeout=SHARE_SECONDS)
     except OSError as error:
         raise InvalidRequest(f"{file} cannot be read: {error.strerror}") from None
     typer.echo(json.dumps(shown) if as_json else _line(shown))
+
+
+def _in_ascii(metadata: str) -> str:
+    """The same JSON, as a header carries it; what is none goes there as it is, to be refused."""
+    try:
+        return json.dumps(json.loads(metadata))
+    except (ValueError, RecursionError):
+        return ascii(metadata)
 
 
 def _pieces(content: Any) -> Iterator[bytes]:
@@ -48,10 +60,10 @@ def _pieces(content: Any) -> Iterator[bytes]:
 @app.command()
 def get(data_id: DataId, file: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
     """Write a block's newest version into a file, whole or not at all."""
-    draft = Path(f"{file}.new")
+    draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}.part")
     try:
         with Client() as nexus, draft.open("wb") as target:
-            for piece in nexus.stream(f"/share/{data_id}", SHARE_SECONDS):
+            for piece in nexus.stream(_path(data_id), SHARE_SECONDS):
                 target.write(piece)
         draft.replace(file)
     except OSError as error:
@@ -82,7 +94,7 @@ def list_blocks(as_json: Json = False) -> None:
 def delete(data_id: DataId) -> None:
     """Nobody finds the block from now on."""
     with Client() as nexus:
-        _, shown = nexus.call("DELETE", f"/share/{data_id}")
+        _, shown = nexus.call("DELETE", _path(data_id))
     typer.echo(f"deleted {data_id}: {shown['erased']} of {shown['copies']} copies are erased")
 
 
@@ -115,8 +127,13 @@ def scrub() -> None:
 def forget(machine: Annotated[str, typer.Argument(help="One that will not come back.")]) -> None:
     """Have the blocks of a lost machine copied elsewhere, and wait for it no more."""
     with Client() as nexus:
-        nexus.call("DELETE", f"/sharing/stewards/{machine}")
+        nexus.call("DELETE", f"/sharing/stewards/{quote(machine, safe='')}")
     typer.echo(f"{machine} keeps no blocks any more")
+
+
+def _path(data_id: str) -> str:
+    """Of the block with this very id: a '#' or a '?' in it ends no path."""
+    return f"/share/{quote(data_id, safe='')}"
 
 
 def overview(nexus: Client) -> dict[str, Any] | None:

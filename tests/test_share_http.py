@@ -52,6 +52,13 @@ def test_what_is_shared_comes_back_with_all_that_was_said_of_it(door: Door, head
     assert described == {name: value for name, value in told.items() if name != "message"}
 
 
+def test_metadata_in_a_header_is_utf8(door: Door, headers: dict[str, str]) -> None:
+    said = [(name, value.encode()) for name, value in headers.items()]
+    sent = [*said, ("x-nexus-metadata", '{"place": "Köln"}'.encode())]
+    answer = door.client.put("/share/place", content=b"x", headers=sent)
+    assert (answer.status_code, answer.json()["metadata"]) == (201, {"place": "Köln"})
+
+
 def test_a_new_version_replaces_the_old_one(door: Door, headers: dict[str, str]) -> None:
     first = door.client.put("/share/again", content=b"first", headers=headers)
     second = door.client.put("/share/again", content=b"second", headers=headers)
@@ -270,6 +277,21 @@ def test_a_file_goes_there_and_back_by_the_command_line(
     assert nexus("list")[1] == ""
 
 
+def test_the_command_line_takes_names_and_metadata_as_they_are(
+    nexus: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    for name in ("report", "report#1", "report?x"):
+        (tmp_path / name).write_text(name)
+    assert nexus("put", tmp_path / "report")[0] == 0
+    for name in ("report#1", "report?x"):
+        assert "a data_id is" in nexus("put", tmp_path / name)[2] and nexus("delete", name)[0] == 1
+    (tmp_path / "report.new").write_text("somebody's own")
+    assert nexus("get", "report", tmp_path / "report")[0] == 0
+    assert (tmp_path / "report.new").read_text() == "somebody's own" and (tmp_path / "report").read_text() == "report"
+    _, out, _ = nexus("put", tmp_path / "report", "--id", "b", "--metadata", '{"place": "Köln"}', "--json")
+    assert json.loads(out)["metadata"] == {"place": "Köln"}
+
+
 def test_what_the_command_line_cannot_do_it_says_in_a_line(
     nexus: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
@@ -286,4 +308,4 @@ def test_what_the_command_line_cannot_do_it_says_in_a_line(
     ):
         code, _, complaint = nexus(*arguments)
         assert (code, words in complaint, "Traceback" in complaint) == (1, True, False), (arguments, complaint)
-    assert kept.read_bytes() == b"kept" and sorted(tmp_path.glob("*.new")) == []
+    assert kept.read_bytes() == b"kept" and sorted(tmp_path.glob(".*.part")) == []

@@ -183,7 +183,7 @@ def _metadata(given: str | None, request: Request) -> Mapping[str, object]:
         raise InvalidRequest(
             "metadata is given twice, as a parameter and as a header: give it once", pointer="/metadata"
         )
-    text = given if given is not None else in_header
+    text = given if given is not None or in_header is None else _utf8(in_header)
     if text is None:
         return {}
     try:
@@ -191,6 +191,14 @@ def _metadata(given: str | None, request: Request) -> Mapping[str, object]:
     except ValidationError as error:
         what = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
         raise InvalidRequest(f"metadata has to be a JSON object: {what}", pointer="/metadata") from None
+
+
+def _utf8(header: str) -> str:
+    """A header's bytes come as if they were Latin-1; JSON is UTF-8."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        raise InvalidRequest(f"the header {METADATA_HEADER} is no UTF-8", pointer="/metadata") from None
 
 
 def _data_type(given: str | None, metadata: Mapping[str, object]) -> str:
