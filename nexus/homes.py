@@ -903,11 +903,19 @@ def _places(tier: Tier | None) -> bool:
 
 def check_apart(tiers: Mapping[str, Tier]) -> None:
     """Raises ConfigError where one tier lies within another: a move between them would delete what it moved."""
-    plain = {name: tier.address.rstrip("/") + "/" for name, tier in tiers.items() if not _places(tier)}
+    plain = {name: _place_of(tier.address) for name, tier in tiers.items() if not _places(tier)}
     for name, address in plain.items():
         for other, within in plain.items():
             if name != other and within.startswith(address):
                 raise ConfigError(f"tier {other!r} lies within tier {name!r}; each needs a place of its own")
+
+
+def _place_of(address: str) -> str:
+    """The same for all ways of writing one folder of this machine."""
+    protocol, _, rest = address.partition(":")
+    if protocol not in ("file", "local"):
+        return address.rstrip("/") + "/"
+    return "file:" + os.path.normpath("/" + rest.lstrip("/")).rstrip("/") + "/"
 
 
 def _lock(file: int) -> None:

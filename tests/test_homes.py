@@ -339,9 +339,11 @@ def test_after_a_crash_only_the_very_same_bytes_are_taken_for_the_copy(
 
 
 def test_two_tiers_in_one_place_are_refused(tmp_path: Path) -> None:
-    for other in ("/data", "/data/", "/data/below"):
+    for other in ("/data", "/data/", "/data/below", "///data/below", "/data2/../data/below", "/data//below"):
         with pytest.raises(ConfigError, match="lies within"):
             Homes(tmp_path, {"a": open_tier("file:/data"), "b": open_tier(f"file:{other}")})
+    with pytest.raises(ConfigError, match="lies within"):
+        Homes(tmp_path, {"a": open_tier("file:/data"), "b": open_tier("local:/data/below")})
     Homes(tmp_path, {"a": open_tier("file:/data"), "b": open_tier("file:/data2")}).close()
 
 
