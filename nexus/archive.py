@@ -88,7 +88,7 @@ def pack(
     target = target.absolute()
     if target.is_relative_to(home.resolve()) or target.resolve().is_relative_to(home.resolve()):
         raise InvalidRequest(f"{target} lies in the home, which may be lost with it: name a file elsewhere")
-    draft, work = Path(f"{target}.new"), home / "run" / "backup"
+    draft, work = target.with_name(f".{target.name}.{os.getpid()}.part"), home / "run" / "backup"
     try:
         if not target.parent.is_dir():
             raise InvalidRequest(f"there is no folder {target.parent}")
@@ -209,6 +209,7 @@ def _write(moment: _Moment, work: Path, file: IO[bytes]) -> Contents:
                 size = copied.tell()
                 copied.seek(0)
                 members.append(_add(archive, f"{ELSEWHERE}/{name}", copied, size))
+            (work / "copy").unlink()
         for name, content in sorted(moment.small.items()):
             members.append(_add(archive, name, io.BytesIO(content), len(content)))
         for name, reader in sorted(moment.databases.items()):

@@ -975,8 +975,12 @@ def _intend_removal(db: Connection, needless: Iterable[_Needless]) -> None:
 
 
 def _outdated(db: Connection, tenant: str, path: str) -> list[_Needless]:
-    """The copies of what a file was before: they are no copies any more, and go."""
-    rows = db.execute("SELECT tier, key FROM replicas WHERE tenant = ? AND path = ? AND key <> ''", (tenant, path))
+    """The copies of what a file was before: they are no copies any more, and go; of one that is held they stay."""
+    rows = db.execute(
+        "SELECT tier, key FROM replicas r WHERE tenant = ? AND path = ? AND key <> ''"
+        " AND NOT EXISTS (SELECT 1 FROM holds h WHERE h.tenant = r.tenant AND h.path = r.path)",
+        (tenant, path),
+    )
     needless = [_Needless(tenant, path, *row) for row in rows.fetchall()]
     db.execute("DELETE FROM replicas WHERE tenant = ? AND path = ? AND key <> ''", (tenant, path))
     _intend_removal(db, needless)

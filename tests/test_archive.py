@@ -238,7 +238,9 @@ def test_an_archive_is_its_owners_alone_and_so_is_what_comes_of_it(tmp_path: Pat
     (home / "sub" / "below" / "it").mkdir(parents=True)
     (home / "sub" / "below" / "it" / "secret").write_text("s")
     file.touch(0o644)
+    (tmp_path / "one.tar.new").write_text("somebody's")
     archive.pack(home, file, no_snapshot)
+    assert (tmp_path / "one.tar.new").read_text() == "somebody's"
     archive.unpack(file, tmp_path / "out")
     for path in (file, tmp_path / "out", *(tmp_path / "out").rglob("*")):
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
@@ -509,6 +511,8 @@ def test_documents_in_arangodb_come_along_as_of_the_same_moment(
     vector = WordEmbedder().embed(["What torque?"])[0]
     with closing(arango.open_interactions(address)) as memory:
         memory.add(told, vector, "word-embedder")
+    with closing(KeyRing(home)) as ring:
+        ring.create("of-before")
     write = archive._write
 
     def write_while_others_do(*arguments: Any) -> Any:
@@ -523,6 +527,8 @@ def test_documents_in_arangodb_come_along_as_of_the_same_moment(
     code, said = run("restore", file)
     assert code == 0 and "6 chunks" in said, said
     assert not (home / archive.ELSEWHERE).exists() and run("fsck") == (0, "clean\n")
+    with closing(KeyRing(home)) as ring:
+        assert [key.name for key in ring.list()] == ["of-before"]
     assert {chunk_id for chunk_id, _ in put(second, home, "")} == {chunk_id for chunk_id, _ in before}
     with closing(arango.open_interactions(second)) as memory:
         assert memory.nearest("acme", "alice", None, vector, "word-embedder", 5)[0][0] == told

@@ -436,6 +436,19 @@ def test_a_hold_that_came_after_the_plan_still_holds(one: Place) -> None:
     assert one.there() == {}
 
 
+@pytest.mark.parametrize("is_held", [True, False])
+def test_what_a_held_file_was_before_stays_where_there_was_a_copy(one: Place, is_held: bool) -> None:
+    succeed(one.homes.replicate([one.file()], frozenset({"cold"})))
+    if is_held:
+        succeed(one.homes.hold([one.file()], "case 17"))
+    one.put("hot", "run.bag", "written over")
+    one.homes.scan("acme", "hot")
+    assert one.there() == {"run.bag": ["hot", "cold"] if is_held else ["hot"]}
+    assert one.file().replicas == frozenset()
+    told = [problem.path for problem in one.homes.scan("acme", "cold").problems]
+    assert told == (["run.bag"] if is_held else [])
+
+
 def test_a_file_that_changed_is_not_deleted(one: Place) -> None:
     file = one.file()
     one.put("hot", "run.bag", "precious")
