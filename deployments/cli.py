@@ -61,8 +61,6 @@ app.add_typer(nodes.app, name="node")
 app.add_typer(auditing.app, name="audit")
 app.add_typer(sharing.app, name="share")
 app.add_typer(policies.app, name="policy")
-app.command("backup")(archiving.backup)
-app.command("restore")(archiving.restore)
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 InCollection = Annotated[str, typer.Option("--collection", "-c", help="The collection.")]
@@ -497,6 +495,10 @@ def vacuum(
     else:
         why = ", ".join(f"{count} {kind}" for kind, count in sorted(removed["why"].items())) or "nothing to remove"
         typer.echo(f"removed {removed['versions']} versions with {removed['chunks']} chunks ({why})")
+
+
+app.command("backup")(archiving.backup)
+app.command("restore")(archiving.restore)
 
 
 @app.command()
