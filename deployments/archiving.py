@@ -25,6 +25,7 @@ from nexus.errors import AlreadyRunning, ConfigError, Conflict, InvalidRequest, 
 from nexus.hades import Hades
 from nexus.jobs import examine
 from nexus.ports import KeptElsewhere
+from nexus.private_files import sync_folder
 from nexus.registry import open_interactions, open_part
 
 SETTINGS = "nexus.yaml"
@@ -232,5 +233,5 @@ def _put_in_place(draft: Path, home: Path) -> Path | None:
         else:
             shutil.rmtree(home)
     draft.rename(home)
-    archive.sync_folder(home.parent)
+    sync_folder(home.parent)
     return aside

@@ -39,6 +39,7 @@ from nexus import __version__, audit
 from nexus.database import BUSY_SECONDS
 from nexus.errors import InvalidRequest, Unavailable
 from nexus.ports import KeptElsewhere
+from nexus.private_files import sync_folder
 
 MADE_AGAIN = frozenset({"vectors", "run", "logs", "cache"})  # folders of a home that hold nothing of its own
 COORDINATOR = "coordinator"  # the folder that is not copied: a snapshot stands for it
@@ -366,12 +367,3 @@ def _read_contents(file: Path) -> Contents:
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise InvalidRequest("this archive's list of contents is damaged: take another copy of it") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """What was made or renamed in it is there after a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -64,7 +64,8 @@ from nexus.errors import (
     Unavailable,
 )
 from nexus.failpoints import pass_through
-from nexus.keyring import FULL, Keyring, sync_folder, write_private
+from nexus.keyring import FULL, Keyring, write_private
+from nexus.private_files import sync_folder
 from nexus.types import digest
 
 log = logging.getLogger("nexus.blocks")

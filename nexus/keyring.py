@@ -51,7 +51,7 @@ from nexus.errors import (
     WriterUnknown,
 )
 from nexus.failpoints import pass_through
-from nexus.private_files import require_private
+from nexus.private_files import require_private, sync_folder
 from nexus.signing import fault_of_secret
 
 SECRET_FILE, FOLDER, SIGNING_FILE, PART = "share-key", "share", "signing-key", ".part"
@@ -423,15 +423,6 @@ def _write_part(file: Path, content: bytes) -> Path:
             writer.flush()
             os.fsync(descriptor)
     return part
-
-
-def sync_folder(folder: Path) -> None:
-    """Put on disk which files a folder has."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _kept_in(folder: Path) -> list[Path]:

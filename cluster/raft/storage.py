@@ -36,6 +36,7 @@ from pathlib import Path
 
 from cluster.raft.messages import Entry, EntryKind, HardState, Members, Ready, Saved, Snapshot
 from nexus.errors import AlreadyRunning, NexusError, OperatorError
+from nexus.private_files import sync_folder
 
 NOTHING = Snapshot(0, 0, Members(frozenset()))  # what a log begins after, before any snapshot was saved
 
@@ -117,7 +118,7 @@ class Storage:
                 self._open(os.open(self._folder / "log", os.O_RDWR))
             else:
                 self._begin_file(None)
-                _sync_folder(self._folder.parent)
+                sync_folder(self._folder.parent)
 
     def load(self) -> Saved | None:
         """All that was saved; None before the first save. Raises StorageCorrupt, IdentityMismatch, StorageFailed."""
@@ -232,7 +233,7 @@ class Storage:
             at += len(part)
         os.fsync(self._file)
         os.replace(self._folder / "log.new", self._folder / "log")
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     def _write_header(self) -> None:
         self._turn += 1
@@ -390,12 +391,3 @@ def _write(descriptor: int, content: bytes, offset: int) -> None:
     while rest:
         written = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in it durable: who created or renamed a file must do so."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
