@@ -405,7 +405,7 @@ class Reindexer:
     def _keeper(self) -> KeepsGenerations:
         if self.hades.keeper is None:
             raise Conflict(
-                "this document store keeps one vector of each chunk: a second index needs `sqlite:`",
+                "this document store keeps one vector of each chunk: a second index needs `sqlite:` or `arango:`",
                 code="no_generations",
             )
         return self.hades.keeper

@@ -16,9 +16,10 @@ from nexus.embedders import Embedders
 from nexus.errors import ConfigError
 from nexus.hades import Hades
 from nexus.ports import DocumentStore, Embedder, InputType, LiveIndex, VectorStore
+from nexus.registry import open_part
 from nexus.reindex import Reindexer
 from nexus.retrieval import RetrievalSettings, Retriever
-from nexus.stores import milvus_lite, sqlite
+from nexus.stores import milvus_lite
 from nexus.types import Principal, Vectors
 from tests.words import WordEmbedder
 
@@ -133,16 +134,16 @@ class Written(Alone):
         return json.loads(self._file.read_text()) if self._file.exists() else {}
 
 
-def open_home(home: Path, port: int) -> Site:
-    """What processes share: a file of documents, a vector server, and a file that says what is live."""
+def open_home(home: Path, port: int, documents: str = "sqlite:") -> Site:
+    """What processes share: a document store, a vector server, and a file that says what is live."""
     vectors = milvus_lite.open(f"milvus-lite://127.0.0.1:{port}")
-    return open_site(sqlite.open("sqlite:", home=home), vectors, Written(home))
+    return open_site(open_part("stores", documents, home=home), vectors, Written(home))
 
 
-def run(home: Path, port: int, collection: str, environment: dict[str, str]) -> None:
+def run(home: Path, port: int, documents: str, collection: str, environment: dict[str, str]) -> None:
     """Reindex from wherever it is to the end: built, switched to, and the former index removed."""
     os.environ.update(environment)
-    reindexer = open_home(home, port).reindexer
+    reindexer = open_home(home, port, documents).reindexer
     progress = reindexer.progress(collection)
     if progress.live.fingerprint == WordEmbedder.fingerprint:
         reindexer.begin(collection, WIDE, ALICE)

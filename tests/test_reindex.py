@@ -28,9 +28,9 @@ from nexus.parsing import Limits, Parsers
 from nexus.ports import LiveIndex, VectorStore
 from nexus.reindex import Progress, Recall
 from nexus.retrieval import Retriever
-from nexus.stores import memory, milvus_lite, sqlite
+from nexus.stores import memory, milvus_lite
 from nexus.types import Document, Piece, Principal, Receipt, SearchRequest, Upload, Vectors, content_digest
-from tests import reindexing
+from tests import document_stores, reindexing
 from tests.conftest import Door
 from tests.reindexing import (
     ADDRESS,
@@ -69,18 +69,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    with opened(tmp_path, memory.open("memory:")) as made:
+def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
+    with opened(tmp_path, memory.open("memory:"), getattr(request, "param", "disk")) as made:
         yield made
 
 
+EVERY = [store for store in document_stores.STORES if store != "memory"]
+over_every_document_store = pytest.mark.parametrize("site", EVERY, indirect=True)
+
+
 @contextmanager
-def opened(home: Path, vectors: VectorStore) -> Iterator[Site]:
-    site = open_site(sqlite.open("sqlite:", home=home), vectors)
-    yield site
-    site.retriever.close()
-    site.hades.vectors.close()
-    site.hades.documents.close()
+def opened(home: Path, vectors: VectorStore, documents: str = "disk") -> Iterator[Site]:
+    with document_stores.place(documents, home) as open_documents:
+        site = open_site(open_documents(), vectors)
+        yield site
+        site.retriever.close()
+        site.hades.vectors.close()
+        site.hades.documents.close()
 
 
 # ── documents in and questions out ──────────────────────────────────────────────────────────────
@@ -244,6 +249,7 @@ def test_a_reindex_to_another_dimension_under_load_fails_nobody(store: str, serv
         assert [first(site, number, name) for number in range(DOCUMENTS)] == [f"{n}.txt" for n in range(DOCUMENTS)]
 
 
+@over_every_document_store
 def test_what_is_published_after_the_switch_is_there_after_the_rollback_and_the_reverse(site: Site) -> None:
     fill(site)
     reindex(site)
@@ -257,6 +263,7 @@ def test_what_is_published_after_the_switch_is_there_after_the_rollback_and_the_
     assert site.hades.fsck() == []
 
 
+@over_every_document_store
 def test_a_moment_before_the_switch_can_still_be_asked_for(site: Site) -> None:
     fill(site, 5)
     before = put(site, "0.txt", text_of(900))
@@ -267,6 +274,34 @@ def test_a_moment_before_the_switch_can_still_be_asked_for(site: Site) -> None:
     request = SearchRequest(question_of(900), 10, as_of=sequence, embedding_weight=1.0, text_weight=0.0)
     texts = [hit.text for hit in site.retriever.search(request, ALICE).hits]
     assert text_of(900) in texts and text_of(901) not in texts
+
+
+@over_every_document_store
+def test_from_the_first_index_to_the_second_back_and_to_the_second_alone(site: Site) -> None:
+    """Built, compared, switched to, rolled back, switched to again; then the first one is dropped."""
+    fill(site, 30)
+    reindexer, first_index = site.reindexer, site.hades.find_collection("default").index
+    reindexer.begin("default", WIDE, ALICE)
+    building = reindexer.progress("default")
+    assert (state(site), building.done, building.total) == ("building", 0, 30)
+    reindexer.work()
+    ready = reindexer.progress("default")
+    assert ready.beside is not None and (ready.beside.state, ready.done, ready.total) == ("ready", 30, 30)
+    assert ready.beside.figures["live"] == ready.beside.figures["beside"]
+    for step, embedder in ((reindexer.switch, Wide), (reindexer.rollback, Words), (reindexer.switch, Wide)):
+        step("default")
+        collection = site.hades.find_collection("default")
+        assert (collection.fingerprint, collection.dimension) == (embedder.fingerprint, embedder.dimension)
+        assert [first(site, number) for number in range(5)] == [f"{number}.txt" for number in range(5)]
+        put(site, "more.txt", text_of(300 + site.hades.find_collection("default", ALICE.tenant).sequence))
+        assert site.hades.fsck() == []
+    reindexer.drop("default")
+    recorded = site.hades.documents.collection("default")
+    assert recorded is not None and recorded.index == site.hades.find_collection("default").index != first_index
+    assert (recorded.fingerprint, recorded.identity) == (Wide.fingerprint, Words.fingerprint)
+    assert (recorded.embedder, recorded.dimension) == (WIDE, Wide.dimension)
+    assert site.hades.generations("default") == [] and first_index not in site.hades.vectors.indexes()
+    assert site.hades.fsck() == [] and first(site, 7) == "7.txt"
 
 
 def test_a_search_ends_with_the_index_it_began_with(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +323,7 @@ def test_a_search_ends_with_the_index_it_began_with(site: Site, monkeypatch: pyt
     assert result.hits[0].source == "7.txt" and result.hits[0].cosine > 0.5
 
 
+@over_every_document_store
 def test_what_words_or_the_graph_found_is_weighed_by_the_live_vectors(site: Site) -> None:
     """Few are candidates by the vectors: the others get their cosines from what is kept for the index that is live."""
     fill(site, 30)
@@ -311,6 +347,7 @@ def test_what_words_or_the_graph_found_is_weighed_by_the_live_vectors(site: Site
 # ── who publishes while an index begins or goes ─────────────────────────────────────────────────
 
 
+@over_every_document_store
 def test_nobody_publishes_what_a_new_index_lacks(site: Site) -> None:
     """Embedded and staged before the index was begun: it is refused, and done again it is whole."""
     fill(site, 3)
@@ -328,6 +365,7 @@ def test_nobody_publishes_what_a_new_index_lacks(site: Site) -> None:
     assert first(site, 600) == "between.txt"
 
 
+@over_every_document_store
 def test_what_was_staged_for_an_index_that_went_is_staged_again(site: Site) -> None:
     fill(site, 3)
     steps, one = steps_of(site), prepared(site, "between.txt", text_of(601))
@@ -363,6 +401,7 @@ def test_what_is_unchanged_stays_so_whichever_index_is_live(site: Site) -> None:
         steps.parsers.close()
 
 
+@over_every_document_store
 def test_vacuum_removes_from_both_indexes(site: Site) -> None:
     fill(site, 3)
     site.reindexer.begin("default", WIDE, ALICE)
@@ -376,6 +415,7 @@ def test_vacuum_removes_from_both_indexes(site: Site) -> None:
     assert site.hades.fsck() == []
 
 
+@over_every_document_store
 def test_a_version_that_is_vacuumed_while_it_is_brought_in_leaves_nothing(site: Site) -> None:
     fill(site, 3)
     embed = site.reindexer.embed_for
@@ -394,6 +434,7 @@ def test_a_version_that_is_vacuumed_while_it_is_brought_in_leaves_nothing(site: 
     assert site.hades.fsck() == []
 
 
+@over_every_document_store
 def test_readers_that_change_while_a_document_is_brought_in_are_those_of_the_new_index(site: Site) -> None:
     document = put(site, "0.txt", text_of(0))
     put(site, "1.txt", text_of(1))
@@ -526,6 +567,7 @@ def test_each_step_says_what_is_in_its_way(site: Site) -> None:
         reindexer.begin("default", ADDRESS, ALICE)
 
 
+@over_every_document_store
 def test_the_next_reindex_ends_the_way_back(site: Site) -> None:
     fill(site, 30)
     reindex(site)
@@ -537,6 +579,7 @@ def test_the_next_reindex_ends_the_way_back(site: Site) -> None:
     assert live(site) == WordEmbedder.fingerprint and first(site, 3) == "3.txt"
 
 
+@over_every_document_store
 def test_what_was_dropped_stays_until_no_search_can_be_in_it(site: Site) -> None:
     fill(site, 30)
     reindex(site)
@@ -597,6 +640,7 @@ def test_an_embedder_that_became_another_is_not_used(site: Site) -> None:
     retriever.close()
 
 
+@over_every_document_store
 def test_fsck_looks_at_the_second_index_too(site: Site) -> None:
     fill(site, 30)
     site.reindexer.begin("default", WIDE, ALICE)
@@ -610,6 +654,7 @@ def test_fsck_looks_at_the_second_index_too(site: Site) -> None:
     assert site.hades.repair([fault]) == [] and site.hades.fsck() == []
 
 
+@over_every_document_store
 def test_both_indexes_are_made_again_without_a_model(site: Site) -> None:
     """As after a restore: the documents are there with all of their vectors, and the vector store is empty."""
     fill(site, 30)
@@ -724,9 +769,9 @@ def test_a_file_of_questions_that_cannot_be_meant_is_refused(text: str, tmp_path
 REINDEX = sorted(point for point in POINTS if point.startswith("reindex."))
 
 
-def run(home: Path, port: int, collection: str, failpoint: str = "") -> int | None:
+def run(home: Path, port: int, documents: str, collection: str, failpoint: str = "") -> int | None:
     testing = {"NEXUS_TESTING": "1", "NEXUS_FAILPOINT": failpoint} if failpoint else {}
-    process = _forks.Process(target=reindexing.run, args=(home, port, collection, testing))
+    process = _forks.Process(target=reindexing.run, args=(home, port, documents, collection, testing))
     process.start()
     process.join(60)
     process.kill()
@@ -734,24 +779,32 @@ def run(home: Path, port: int, collection: str, failpoint: str = "") -> int | No
     return process.exitcode
 
 
+IN_ARANGO = [(point, "arango") for point in ("reindex.after_fill", "reindex.after_adopt")]
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize("point", REINDEX)
+@pytest.mark.parametrize(("point", "store"), [*((point, "disk") for point in REINDEX), *IN_ARANGO])
 def test_a_kill_anywhere_leaves_a_whole_index_live_and_the_work_goes_on(
-    point: str, server: int, tmp_path: Path
+    point: str, store: str, server: int, tmp_path: Path
 ) -> None:
-    collection = f"killed-{point.partition('.')[2]}"
-    site = open_home(tmp_path, server)
+    with document_stores.place(store, tmp_path) as documents:
+        kill_and_go_on(point, server, tmp_path, documents.address)
+
+
+def kill_and_go_on(point: str, server: int, home: Path, documents: str) -> None:
+    collection = f"killed-{point.partition('.')[2]}-{documents.partition(':')[0]}"
+    site = open_home(home, server, documents)
     fill(site, 10, collection)
-    assert run(tmp_path, server, collection, f"{point}:kill") == -9
+    assert run(home, server, documents, collection, f"{point}:kill") == -9
     assert [first(site, number, collection) for number in range(10)] == [f"{n}.txt" for n in range(10)]
     put(site, "after.txt", text_of(800), collection=collection)
     assert site.hades.fsck() == []
-    assert run(tmp_path, server, collection) == 0
+    assert run(home, server, documents, collection) == 0
     assert live(site, collection) == Wide.fingerprint and site.hades.generations(collection) == []
     assert [first(site, number, collection) for number in range(10)] == [f"{n}.txt" for n in range(10)]
     assert first(site, 800, collection) == "after.txt"
     assert site.hades.fsck() == []
-    assert json.loads((tmp_path / "live.json").read_text())[collection]["dimension"] == Wide.dimension
+    assert json.loads((home / "live.json").read_text())[collection]["dimension"] == Wide.dimension
     for store in (site.hades.documents, site.hades.vectors):
         store.close()
     site.retriever.close()

@@ -8,6 +8,9 @@ documents concerned are read in one query, changed here, and written back in a f
 Edges are edges of ArangoDB, from a version to the fence of the document it refers to (there or not), or to the place
 of a `field=value` in its tenant and collection, which has no record.
 
+Vectors stand in the records of their chunks; those for a second index, while there is one (`generations`), are in
+`vectors_beside`. Where an index beside was adopted, a collection's record says of whom its vectors are (`vectors_of`).
+
 Tenants, readers, and whatever else decides are compared as digests: the server's own comparison of texts holds some
 for equal that differ.
 """
@@ -30,7 +33,7 @@ from nexus.errors import Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Filter
 from nexus.interactions_arango import ArangoInteractions
-from nexus.ports import Collection, Deletion, Staged, Verdict
+from nexus.ports import Collection, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of, digest
 
 T = TypeVar("T")
@@ -41,6 +44,8 @@ LOOKED_AT = 500  # edges that one step looks at to find them
 MAX_SHARED_CHARACTERS = 1024  # a longer value is a text, not the name of something two documents are about
 RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on their way out
 FOREVER = 1e15  # seconds: JSON knows no infinity
+LACKS = "generation_lacks"  # the code of an error: the version has to be staged again, with what it lacks
+ADOPTED_AT_ONCE = 100  # versions, whose vectors one query exchanges
 
 
 MIGRATIONS = (
@@ -71,6 +76,10 @@ MIGRATIONS = (
             edges=True,
         ),
         Table("turns", (persistent("by_session", "session", "ordinal", unique=True),)),
+    ),
+    (
+        Table("generations", (persistent("by_collection", "collection_key"),)),
+        Table("vectors_beside", (persistent("by_index", "index"), persistent("by_version", "version_key"))),
     ),
 )
 
@@ -107,7 +116,9 @@ LOOK = """
         shared: (
             FOR vertex IN @vertices
             FOR e IN edges FILTER e._from == vertex && e.kind == 'shared' RETURN [vertex, e._key]
-        )
+        ),
+        collections: (FOR k IN collections FILTER k._key IN @collections RETURN k),
+        generations: (FOR g IN generations FILTER g.collection_key IN @collections && g.state != 'leaving' RETURN g)
     }"""
 REMOVE = """
     LET chunks_of = (
@@ -120,9 +131,17 @@ REMOVE = """
         FOR e IN edges FILTER e._from == one.vertex && e.kind == one.kind && e._key NOT IN one.kept
         REMOVE e IN edges RETURN 1
     )
+    LET beside_of = (
+        FOR one IN @versions
+        FOR b IN vectors_beside FILTER b.version_key == one
+        REMOVE b IN vectors_beside RETURN 1
+    )
     LET versions_of = (FOR key IN @versions REMOVE key IN versions RETURN 1)
-    RETURN LENGTH(chunks_of) + LENGTH(edges_of) + LENGTH(versions_of)"""
-MOVED = ("chunks", "edges", "versions", "deletions", "sequences", "audiences")  # whoever has the lock on the fences
+    RETURN LENGTH(chunks_of) + LENGTH(edges_of) + LENGTH(beside_of) + LENGTH(versions_of)"""
+MOVED = (  # by whoever has the lock on the fences
+    "chunks", "edges", "versions", "deletions", "sequences", "audiences", "vectors_beside",
+)  # fmt: skip
+ASKED = ("collections", "generations")  # by the moves of documents, which change neither
 WRITTEN = (*MOVED, "fences")
 PUT = "\n".join(
     f"LET put_{name} = (FOR row IN @{name} INSERT row INTO {name} OPTIONS {{overwriteMode: 'replace'}} RETURN 1)"
@@ -158,7 +177,7 @@ LOAD = """
     FOR c IN chunks FILTER c._key IN @ids
     FOR v IN versions FILTER v._key == c.version_key
     RETURN [UNSET(c, 'vector'), v]"""
-VECTORS = "FOR c IN chunks FILTER c._key IN @ids RETURN [c._key, c.vector]"
+VECTORS = "FOR c IN chunks FILTER c._key IN @ids && c.vector != '' RETURN [c._key, c.vector]"
 VECTORS_OF = f"""
     FOR id IN @ids
         FOR v IN versions FILTER v.document_id == id && {VISIBLE}
@@ -192,6 +211,51 @@ CHUNK_IDS = """
 DELETIONS = f"""
     FOR v IN deletions FILTER v.tenant_key == @tenant && {MAY_READ} && (@id == null || v.document_id == @id)
     SORT v.deleted_at DESC, v.sequence DESC LIMIT @limit RETURN v"""
+
+GENERATIONS = "FOR g IN generations FILTER g.collection_key == @key RETURN g"
+GENERATION = "FOR g IN generations FILTER g._key == @index && g.collection_key == @key RETURN g"
+ADD_GENERATION = "INSERT @row INTO generations"
+NOTE_GENERATION = "FOR g IN generations FILTER g._key == @index UPDATE g WITH @change IN generations"
+NOTE_OWN = "FOR k IN collections FILTER k._key == @key UPDATE k WITH @change IN collections"
+FORGET_VECTORS = "FOR b IN vectors_beside FILTER b.index == @index REMOVE b IN vectors_beside"
+FORGET_GENERATION = "FOR g IN generations FILTER g._key == @index REMOVE g IN generations"
+IS_WANTED = """
+    FOR g IN generations FILTER g._key == @index && g.state != 'leaving'
+    FOR v IN versions FILTER v._key == @version && v.retiring_at == null
+    RETURN true"""
+FILL = "FOR row IN @rows INSERT row INTO vectors_beside OPTIONS {overwriteMode: 'replace'}"
+VECTORS_BESIDE = "FOR b IN vectors_beside FILTER b._key IN @keys RETURN [b.chunk_id, b.vector]"
+HAS = "(FOR b IN vectors_beside FILTER b._key == CONCAT(@index, '-', c._key) RETURN b.vector)"
+WHICH_LACK = f"""
+    FOR c IN chunks FILTER c.version_key IN @keys
+    LET has = {HAS}
+    FILTER LENGTH(has) == 0
+    RETURN DISTINCT c.version_key"""
+LACKING = f"""
+    FOR v IN versions FILTER v.collection_key == @key && LENGTH(v.spans) > 0 && v.retiring_at == null
+    LET lacks = (
+        FOR c IN chunks FILTER c.version_key == v._key
+        LET has = {HAS}
+        FILTER LENGTH(has) == 0
+        LIMIT 1 RETURN 1
+    )
+    FILTER LENGTH(lacks) > 0
+    LIMIT @limit RETURN v"""
+FILLED = f"""
+    FOR v IN versions FILTER v.collection_key == @key && LENGTH(v.spans) > 0
+    FOR c IN chunks FILTER c.version_key == v._key
+    LET has = {HAS}
+    COLLECT AGGREGATE done = SUM(LENGTH(has)), total = SUM(1)
+    RETURN [done, total]"""
+VERSIONS_IN = "FOR v IN versions FILTER v.collection_key == @key RETURN v._key"
+EXCHANGE = f"""
+    FOR key IN @keys
+    FOR c IN chunks FILTER c.version_key == key
+    LET has = {HAS}
+    UPDATE c WITH {{vector: LENGTH(has) == 0 ? '' : has[0]}} IN chunks"""
+NOTE_EXCHANGED = """
+    FOR v IN versions FILTER v._key IN @keys && (v._key IN @lacking) != (v.is_exchanged == true)
+    UPDATE v WITH {is_exchanged: v._key IN @lacking} IN versions"""
 
 TURNS = "FOR t IN turns FILTER t.session == @session SORT t.ordinal RETURN {key: t._key, role: t.role, text: t.text}"
 ADD_TURN = """
@@ -336,7 +400,13 @@ class ArangoDocuments:
             last()
             return result
 
-        return self._database.write(move, exclusive=["fences"], writes=MOVED, durable=durable)
+        return self._database.write(move, exclusive=["fences"], writes=MOVED, reads=ASKED, durable=durable)
+
+    def _alone(
+        self, move: Callable[[Transaction], T], *writes: str, reads: Sequence[str] = (), durable: bool = True
+    ) -> T:
+        """In a transaction of its own, between the moves of documents."""
+        return self._database.write(move, exclusive=["fences"], writes=writes, reads=reads, durable=durable)
 
     # ── collections ─────────────────────────────────────────────────────────────────────────────
 
@@ -519,6 +589,86 @@ class ArangoDocuments:
     def chunk_ids_of(self, document_id: str, version: str) -> list[str]:
         return self._database.aql(CHUNK_IDS_OF, key=_version_key(document_id, version))
 
+    # ── a second index ──────────────────────────────────────────────────────────────────────────
+
+    def generations(self, collection: str) -> list[Generation]:
+        rows = self._database.aql(GENERATIONS, key=_collection_key(collection))
+        return [_generation(row) for row in sorted(rows, key=lambda row: row["since"])]
+
+    def add_generation(self, collection: str, own: LiveIndex, generation: Generation) -> None:
+        key, wanted = _collection_key(collection), generation.live.index
+
+        def move(transaction: Transaction) -> None:
+            known = {row["_key"]: row["state"] for row in transaction.aql(GENERATIONS, key=key)}
+            if known.get(wanted, "leaving") != "leaving":
+                return
+            if others := [index for index, state in known.items() if state != "leaving"]:
+                raise Conflict(f"there is another index beside that of {collection!r} already ({others[0]})")
+            if wanted in known:
+                raise Unavailable("an index of this very embedder is being removed; try again in a minute")
+            transaction.aql(NOTE_OWN, key=key, change={"embedder": own.embedder, "dimension": own.dimension})
+            transaction.aql(ADD_GENERATION, row=_generation_row(key, generation))
+
+        self._alone(move, "collections", "generations")
+
+    def note_generation(
+        self, index: str, state: GenerationState, since: float, figures: Mapping[str, object] | None = None
+    ) -> None:
+        change: Row = {"state": state, "since": since}
+        if figures is not None:
+            change["figures"] = json.dumps(dict(figures))
+        self._alone(lambda transaction: transaction.aql(NOTE_GENERATION, index=index, change=change), "generations")
+
+    def lacking(self, collection: str, index: str, limit: int) -> list[Document]:
+        rows = self._database.aql(LACKING, key=_collection_key(collection), index=index, limit=limit)
+        return [_document(row) for row in rows]
+
+    def filled(self, collection: str, index: str) -> tuple[int, int]:
+        ((done, total),) = self._database.aql(FILLED, key=_collection_key(collection), index=index)
+        return int(done or 0), int(total or 0)
+
+    def fill(self, index: str, document: Document, vectors: Mapping[str, Vector]) -> bool:
+        key = _key(document)
+        rows = [_beside_row(index, key, chunk_id, vector) for chunk_id, vector in vectors.items()]
+
+        def move(transaction: Transaction) -> bool:
+            is_wanted = bool(transaction.aql(IS_WANTED, index=index, version=key))
+            if is_wanted:
+                transaction.aql(FILL, rows=rows)
+            return is_wanted
+
+        return self._alone(move, "vectors_beside", reads=("generations", "versions"), durable=False)
+
+    def vectors_beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]:
+        keys = [_beside_key(index, chunk_id) for chunk_id in chunk_ids]
+        return {chunk_id: _read_vector(vector) for chunk_id, vector in self._database.aql(VECTORS_BESIDE, keys=keys)}
+
+    def adopt(self, collection: str, index: str) -> None:
+        """See the port. A chunk without a vector there is of no version that was published, and has none from now on:
+        whoever would publish it, is told to stage it again."""
+        key = _collection_key(collection)
+
+        def move(transaction: Transaction) -> None:
+            found = transaction.aql(GENERATION, index=index, key=key)
+            if not found:
+                return
+            (live,), (own,) = found, transaction.aql(COLLECTION, key=key)
+            versions = transaction.aql(VERSIONS_IN, key=key)
+            for start in range(0, len(versions), ADOPTED_AT_ONCE):
+                some = versions[start : start + ADOPTED_AT_ONCE]
+                lacking = transaction.aql(WHICH_LACK, index=index, keys=some)
+                transaction.aql(NOTE_EXCHANGED, keys=some, lacking=lacking)
+                transaction.aql(EXCHANGE, index=index, keys=some)
+            _forget(transaction, index)
+            transaction.aql(ADD_GENERATION, row=_generation_row(key, _leaving(_collection(own))))
+            made_by = {"vectors_of": live["fingerprint"], "embedder": live["embedder"], "dimension": live["dimension"]}
+            transaction.aql(NOTE_OWN, key=key, change={"index": index, **made_by})
+
+        self._alone(move, "collections", "generations", "versions", "chunks", "vectors_beside")
+
+    def forget_generation(self, index: str) -> None:
+        self._alone(lambda transaction: _forget(transaction, index), "generations", "vectors_beside")
+
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
     def add_turn(self, tenant: str, session_id: str, role: str, content: str) -> None:
@@ -563,14 +713,20 @@ class _Records:
             LOOK, ids=list(dict.fromkeys(ids)), keys=[_key(document) for document in whole],
             vertices=[f"versions/{_key(document)}" for document in whole],
             places=list({_place(document) for document in whole}),
+            collections=list({_collection_key(document.collection) for document in whole}),
         )  # fmt: skip
         self._transaction = transaction
+        self._keys = [_key(document) for document in whole]
         self._read: dict[str, dict[str, Row]] = {
             name: {row["_key"]: row for row in found[name]} for name in ("fences", "versions", "deletions", "sequences")
         }
         self.fences, self.versions, self.deletions, self.sequences = (dict(rows) for rows in self._read.values())
         self._chunks_there: dict[str, int] = {row["version_key"]: row["number"] for row in found["staged"]}
         self._shared_there: set[tuple[str, str]] = {(vertex, key) for vertex, key in found["shared"]}
+        self._collections: dict[str, Row] = {row["_key"]: row for row in found["collections"]}
+        self._written: list[Row] = found["generations"]  # a second index of each of these, where there is one
+        self._lacking: dict[str, set[str]] = {}  # by index: the versions with chunks that have no vector in it
+        self._beside: dict[str, Row] = {}
         self._audiences: dict[str, Row] = {}
         self._edges: dict[tuple[str, str], dict[str, Row]] = {}  # by vertex and kind: all that it is to have
         self._chunks: dict[str, dict[str, Row]] = {}  # by version: all that it is to have
@@ -593,6 +749,7 @@ class _Records:
             edges=[row for rows in edges.values() for row in rows.values()],
             deletions=self._changed("deletions", self.deletions), audiences=list(self._audiences.values()),
             sequences=self._changed("sequences", self.sequences), fences=self._changed("fences", self.fences),
+            vectors_beside=list(self._beside.values()),
         )  # fmt: skip
 
     def _are_there(self, vertex: str, kind: str, rows: Mapping[str, Row]) -> bool:
@@ -626,6 +783,23 @@ class _Records:
         if self.fences.get(document.document_id, {}).get("epoch") != epoch:
             raise Fenced("a later upload or a delete of this document took over; add it again if it should stay")
 
+    def written_beside(self, collection: str) -> list[Row]:
+        """The indexes beside the own one of a collection that versions are written to."""
+        key = _collection_key(collection)
+        return [row for row in self._written if row["collection_key"] == key]
+
+    def require_vectors(self, document: Document) -> None:
+        """A version is published with all of its vectors in every index that is written to, or not at all."""
+        key = _key(document)
+        if self.versions[key].get("is_exchanged"):
+            raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
+        for row in self.written_beside(document.collection):
+            index = row["_key"]
+            if index not in self._lacking:
+                self._lacking[index] = set(self._transaction.aql(WHICH_LACK, index=index, keys=self._keys))
+            if key in self._lacking[index]:
+                raise Unavailable("a second index of this collection has just been begun; try again", code=LACKS)
+
     # ── changes ─────────────────────────────────────────────────────────────────────────────────
 
     def fence(self, document_id: str) -> int:
@@ -649,10 +823,23 @@ class _Records:
         row = self.versions.get(key) or _version(document, now)
         if row["retiring_at"] is not None and now - RETIRE_SECONDS < row["retiring_at"]:
             raise Unavailable("an earlier copy of this very version is being removed; try again in a moment")
-        self.versions[key] = {**row, "epoch": staged.epoch, "staged_at": now, "retiring_at": None}
+        fresh = {"epoch": staged.epoch, "staged_at": now, "retiring_at": None, "is_exchanged": False}
+        self.versions[key] = {**row, **fresh}
         self.note_audience(document, document.readers)
+        self.stage_beside(staged)
         chunks = zip(staged.chunks, staged.vectors, strict=True)
         self._chunks[key] = {chunk.chunk_id: _chunk_row(chunk, vector) for chunk, vector in chunks}
+
+    def stage_beside(self, staged: Staged) -> None:
+        """Keep the vectors of a second index. Raises Unavailable where the first is not that of `fingerprint` now."""
+        collection = self._collections.get(_collection_key(staged.document.collection))
+        if staged.fingerprint and collection and _collection(collection).fingerprint != staged.fingerprint:
+            raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
+        for row in self.written_beside(staged.document.collection):
+            if row["fingerprint"] in staged.beside:
+                for chunk, vector in zip(staged.chunks, staged.beside[row["fingerprint"]], strict=True):
+                    beside = _beside_row(row["_key"], _key(staged.document), chunk.chunk_id, vector)
+                    self._beside[beside["_key"]] = beside
 
     def publish(self, document: Document, epoch: int) -> Document:
         key = _key(document)
@@ -663,6 +850,7 @@ class _Records:
         there = self._chunks_there.get(key, 0) if row and row["retiring_at"] is None else None
         if row is None or there != document.chunks:
             raise Conflict("a version is published only when all of its chunks are staged")
+        self.require_vectors(document)
         self.annotate(document)
         sequence = self.sequence_of(document, steps=1)
         self.close_current(document.document_id, sequence)
@@ -764,6 +952,11 @@ class _Records:
                 self.deletions[key] = {**row, **more}
 
 
+def _forget(transaction: Transaction, index: str) -> None:
+    transaction.aql(FORGET_VECTORS, index=index)
+    transaction.aql(FORGET_GENERATION, index=index)
+
+
 # ── records and values ──────────────────────────────────────────────────────────────────────────
 
 
@@ -800,7 +993,42 @@ def _verdict(row: Row, as_of: int) -> Verdict:
 
 
 def _collection(row: Row) -> Collection:
-    return Collection(row["name"], row["fingerprint"], row["index"], row.get("sequence", 0), row.get("horizon", 0))
+    made_by = row.get("vectors_of")
+    return Collection(
+        row["name"], made_by or row["fingerprint"], row["index"], row.get("sequence", 0), row.get("horizon", 0),
+        row.get("embedder", ""), row.get("dimension", 0), row["fingerprint"] if made_by else "",
+    )  # fmt: skip
+
+
+def _generation(row: Row) -> Generation:
+    live = LiveIndex(row["_key"], row["fingerprint"], row["embedder"], row["dimension"])
+    return Generation(live, row["state"], row["since"], json.loads(row["asked"]), json.loads(row["figures"]))
+
+
+def _generation_row(collection_key: str, generation: Generation) -> Row:
+    live = generation.live
+    return {
+        "_key": live.index, "collection_key": collection_key, "fingerprint": live.fingerprint,
+        "embedder": live.embedder, "dimension": live.dimension, "state": generation.state, "since": generation.since,
+        "asked": json.dumps(dict(generation.asked)), "figures": json.dumps(dict(generation.figures)),
+    }  # fmt: skip
+
+
+def _leaving(own: Collection) -> Generation:
+    """What a collection's own index is once another one took its place."""
+    live = LiveIndex(own.index, own.fingerprint, own.embedder, own.dimension)
+    return Generation(live, "leaving", time.time(), {}, {})
+
+
+def _beside_key(index: str, chunk_id: str) -> str:
+    return f"{index}-{chunk_id}"
+
+
+def _beside_row(index: str, version_key: str, chunk_id: str, vector: Vector) -> Row:
+    return {
+        "_key": _beside_key(index, chunk_id), "index": index, "version_key": version_key, "chunk_id": chunk_id,
+        "vector": _write_vector(vector),
+    }  # fmt: skip
 
 
 def _version(document: Document, now: float) -> Row:
