@@ -567,7 +567,6 @@ def test_each_step_says_what_is_in_its_way(site: Site) -> None:
         reindexer.begin("default", ADDRESS, ALICE)
 
 
-@over_every_document_store
 def test_the_next_reindex_ends_the_way_back(site: Site) -> None:
     fill(site, 30)
     reindex(site)
@@ -579,7 +578,6 @@ def test_the_next_reindex_ends_the_way_back(site: Site) -> None:
     assert live(site) == WordEmbedder.fingerprint and first(site, 3) == "3.txt"
 
 
-@over_every_document_store
 def test_what_was_dropped_stays_until_no_search_can_be_in_it(site: Site) -> None:
     fill(site, 30)
     reindex(site)
