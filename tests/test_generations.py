@@ -287,6 +287,20 @@ def test_an_adoption_that_fails_on_its_last_step_leaves_all_as_it_was(
     assert not database.tables["vectors_beside"].rows and not database.open
 
 
+def test_moves_of_a_generation_are_on_the_disk_and_filling_is_not_waited_for(
+    opened: tuple[arango.ArangoDocuments, document_stores.arango_double.Database],
+) -> None:
+    (documents, _), synced = opened, document_stores.the_double().synced
+    document = put(documents, describe("a"))
+    synced.clear()
+    begin(documents)
+    assert fill(documents, "wide", document)
+    documents.note_generation(index("wide"), "staying", SINCE)
+    documents.adopt(NAME, index("wide"))
+    documents.forget_generation(index("words"))
+    assert synced == [True, False, True, True, True]
+
+
 def test_a_publish_waits_for_the_generation_that_is_being_noted_and_then_lacks_it(
     opened: tuple[arango.ArangoDocuments, document_stores.arango_double.Database], monkeypatch: pytest.MonkeyPatch
 ) -> None:
