@@ -210,6 +210,8 @@ def test_the_adopted_generation_is_the_own_index_and_the_former_one_leaves(store
     epoch = stage(store, unpublished)
     store.open_collection("other", "words", index_of("other", "words"))
     elsewhere = put(store, describe("a", collection="other"))
+    store.adopt("other", index("wide"))  # which is no generation of that one
+    assert store.generations(NAME) == [generation("wide")] and store.generations("other") == []
     for _ in range(2):  # twice is once
         store.adopt(NAME, index("wide"))
         own = store.collection(NAME)
