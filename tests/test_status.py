@@ -608,7 +608,7 @@ def test_the_command_shows_all_of_it(
         shown = json.loads(out)
     assert code == 0 and set(shown) == {
         "home", "running", "ready", "url", "dashboard", "parts", "processes", "memory_bytes", "up_seconds", "nodes",
-        "placement", "deployments", "coordinator", "collections", "differences", "drained", "unknown",
+        "placement", "deployments", "coordinator", "collections", "differences", "drained", "sharing", "unknown",
     }  # fmt: skip
     assert (shown["url"], len(shown["nodes"]), shown["processes"]) == ("http://127.0.0.1:8000", 3, 7)
 
