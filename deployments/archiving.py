@@ -50,7 +50,8 @@ def backup(
     if not home.is_dir():
         raise InvalidRequest(f"there is nothing in {home}: no Nexus was started there")
     bootstrap.prepare_home(home)
-    with _opened_elsewhere(config) as elsewhere, _one_at_a_time(config), recorded(config, "nexus backup", str(file)):
+    # Under the lock nothing is started or stopped meanwhile: the coordinator's disk has one reader.
+    with _opened_elsewhere(config) as elsewhere, bootstrap.lock_home(home), recorded(config, "nexus backup", str(file)):
         contents = archive.pack(home, file, lambda: _snapshot(config), elsewhere)
     shown = {"file": str(file), "files": len(contents.members), "bytes": contents.size, "made_at": contents.made_at}
     told = f"{file}: {len(contents.members)} files, {contents.size / 2**20:.1f} MiB"
@@ -153,13 +154,6 @@ def _snapshot(config: Config) -> bytes | None:
 
     held = coordinator.read_alone(home / coordinator.FOLDER)
     return None if held is None else snapshots.write(held)
-
-
-@contextmanager
-def _one_at_a_time(config: Config) -> Iterator[None]:
-    """Nothing is started or stopped meanwhile: the coordinator's disk has one reader."""
-    with bootstrap.lock_home(Path(config.home)):
-        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -316,6 +316,25 @@ class ArangoDatabase:
 
     def _busy(self) -> NexusError:
         return Unavailable(f"too many write to {self._called} at once; try again in a moment")
+
+
+class ArangoStore:
+    """What the stores over one database have in common."""
+
+    def __init__(self, database: ArangoDatabase) -> None:
+        self._database = database
+
+    def check(self) -> None:
+        self._database.check()
+
+    def close(self) -> None:
+        self._database.close()
+
+    def dump(self) -> AbstractContextManager[Iterator[bytes]]:
+        return self._database.dump()
+
+    def restore(self, lines: Iterable[bytes]) -> None:
+        self._database.restore(lines)
 
 
 def _nonsense(called: str, error: Exception) -> NexusError:

@@ -6,11 +6,10 @@ into a summary, by their ids alone. What is deleted stays in the server's files 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from nexus.arangodb import ArangoDatabase, Table, Transaction, condition_of, facts_of, persistent
+from nexus.arangodb import ArangoStore, Table, Transaction, condition_of, facts_of, persistent
 from nexus.failpoints import pass_through
 from nexus.filters import Filter
 from nexus.types import Forgotten, Interaction, InteractionKind, MemoryEntry, Vector, digest
@@ -81,23 +80,8 @@ LOST = """
     FILTER LENGTH(made) == 0 RETURN p._key"""
 
 
-class ArangoInteractions:
+class ArangoInteractions(ArangoStore):
     """An InteractionStore in one database."""
-
-    def __init__(self, database: ArangoDatabase) -> None:
-        self._database = database
-
-    def check(self) -> None:
-        self._database.check()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def dump(self) -> AbstractContextManager[Iterator[bytes]]:
-        return self._database.dump()
-
-    def restore(self, lines: Iterable[bytes]) -> None:
-        self._database.restore(lines)
 
     # ── keeping and recalling ───────────────────────────────────────────────────────────────────
 

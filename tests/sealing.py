@@ -1,11 +1,15 @@
 """What the tests of shared blocks have in common: machines with keys that know each other, and blocks made by hand."""
 
 import io
+import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from nexus import envelope
 from nexus.blocks import BlockStore, Stored
@@ -127,3 +131,21 @@ def open_in_memory(block: bytes, keyring: Keyring) -> tuple[Envelope, Iterable[b
     verify(file, parts, lambda header: keyring.verify_key(header.writer, header.signer))
     key = unwrap(parts, keyring.opening_key(parts.header.tenant, parts.wrap.key_id))
     return parts, read_segments(file, parts, key)
+
+
+def noted_on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """In which order files and folders are synced, and files renamed, from now on."""
+    seen: list[str] = []
+    real_sync, real_replace = os.fsync, Path.replace
+
+    def sync(descriptor: int) -> None:
+        seen.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        real_sync(descriptor)
+
+    def put(path: Path, to: Path) -> Path:
+        seen.append("rename")
+        return real_replace(path, to)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", put)
+    return seen

@@ -37,7 +37,21 @@ from nexus.errors import (
     WriterUnknown,
 )
 from nexus.keyring import Keyring
-from tests.sealing import TENANT, TEXT, acquaint, file_of, machine, read, retire, rotate, seal, sealed, share, take
+from tests.sealing import (
+    TENANT,
+    TEXT,
+    acquaint,
+    file_of,
+    machine,
+    noted_on_disk,
+    read,
+    retire,
+    rotate,
+    seal,
+    sealed,
+    share,
+    take,
+)
 
 ARM = BlockId(TENANT, "arm", 1)
 
@@ -216,20 +230,9 @@ def test_a_full_disk_says_so_and_leaves_nothing(store: BlockStore) -> None:
 
 
 def test_a_block_is_on_disk_before_it_is_there(store: BlockStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    real_sync, real_replace, real_note = os.fsync, Path.replace, store._register.note
+    real_note = store._register.note
     share(store, version=5)  # its folder is there from now on
-
-    def sync(descriptor: int) -> None:
-        seen.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
-        real_sync(descriptor)
-
-    def put(path: Path, to: Path) -> Path:
-        seen.append("rename")
-        return real_replace(path, to)
-
-    monkeypatch.setattr(module.os, "fsync", sync)
-    monkeypatch.setattr(Path, "replace", put)
+    seen = noted_on_disk(monkeypatch)
     monkeypatch.setattr(store._register, "note", lambda parts: (seen.append("number"), real_note(parts)))
     whole = ["file", "number", "rename", "folder"]
     share(store)

@@ -27,7 +27,7 @@ from nexus.errors import (
     WriterUnknown,
 )
 from nexus.keyring import ClusterKey, Keyring, Writer, fingerprint_of, is_weak
-from tests.sealing import SECRET, TENANT, acquaint, machine, retire, rotate
+from tests.sealing import SECRET, TENANT, acquaint, machine, noted_on_disk, retire, rotate
 
 OTHER_SECRET = "p9Xk2LqT7vBn4WzR8sJd5HyGc3MfA6uEo1IxYbKpQwZt"
 P = 2**255 - 19
@@ -498,20 +498,8 @@ def test_a_tenant_may_be_called_like_a_file(tmp_path: Path, tenant: str) -> None
 
 
 def test_files_are_synced_before_they_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
     file = tmp_path / "kept"
-    real_sync, real_replace = os.fsync, Path.replace
-
-    def sync(descriptor: int) -> None:
-        seen.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
-        real_sync(descriptor)
-
-    def put(path: Path, to: Path) -> Path:
-        seen.append("rename")
-        return real_replace(path, to)
-
-    monkeypatch.setattr(module.os, "fsync", sync)
-    monkeypatch.setattr(Path, "replace", put)
+    seen = noted_on_disk(monkeypatch)
     module.write_private(file, b"content")
     assert seen == ["file", "rename", "folder"]
     assert file.read_bytes() == b"content"

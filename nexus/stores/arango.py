@@ -19,8 +19,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nexus import interactions_arango
-from nexus.arangodb import ArangoDatabase, Table, Transaction, condition_of, facts_of, persistent
+from nexus.arangodb import ArangoDatabase, ArangoStore, Table, Transaction, condition_of, facts_of, persistent
 from nexus.errors import Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Filter
@@ -367,24 +366,12 @@ def _who_in(principal: Principal, collection: str) -> dict[str, str]:
     return {"place": place_of(principal.tenant, collection), "subject": _subject(principal.subject)}
 
 
-class ArangoDocuments:
+class ArangoDocuments(ArangoStore):
     """A DocumentStore in one database."""
 
     def __init__(self, database: ArangoDatabase, shared_metadata: Sequence[str]) -> None:
-        self._database = database
+        super().__init__(database)
         self._shared_metadata = shared_metadata
-
-    def check(self) -> None:
-        self._database.check()
-
-    def close(self) -> None:
-        self._database.close()
-
-    def dump(self) -> AbstractContextManager[Iterator[bytes]]:
-        return self._database.dump()
-
-    def restore(self, lines: Iterable[bytes]) -> None:
-        self._database.restore(lines)
 
     def _move(
         self, documents: Iterable[Document | str], change: Callable[["_Records"], T], durable: bool = True,
