@@ -4,6 +4,7 @@ A module has `parse(tree, pointer)`, which checks the JSON of an action and retu
 one file: a frozen class that says what it decides, what it changes, and how it is done.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ MAX_NAME_CHARACTERS = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Action:
+class Action(ABC):
     """One thing that one rule wants of some files. As it stands in a rule, it has no files."""
 
     name: ClassVar[str]
@@ -27,33 +28,33 @@ class Action:
     rule: str = ""
     files: tuple[StoredFile, ...] = ()
 
+    @abstractmethod
     def claims(self) -> Mapping[str, object]:
         """What of a file it decides, and how: of two that decide the same thing otherwise, one only is done.
 
         Nothing, if it only ever adds what no other action takes away.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def effect(self, file: StoredFile, tiers: Sequence[str]) -> StoredFile:
         """The file afterwards; the very same where there is nothing to do. `tiers` are all, in their order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settled(self, before: StoredFile, after: StoredFile) -> "Action | None":
         """What is left of it to do where all rules together take a file from one state to another."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def target(self) -> str:
         """What it aims at, for people."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show(self) -> dict[str, Any]:
         """Its JSON, as a rule has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, hands: Hands) -> list[FileOutcome]:
         """Have it done: one outcome per file, in order."""
-        raise NotImplementedError
 
     def tiers(self) -> frozenset[str]:
         """The tiers that it names."""
