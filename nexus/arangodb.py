@@ -57,11 +57,15 @@ MIGRATE = """
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A collection of ArangoDB as it should be; indexes in the words of its HTTP interface, each with a name."""
+    """A collection of ArangoDB as it should be; indexes in the words of its HTTP interface, each with a name.
+
+    One that `is_dropped` is no longer there.
+    """
 
     name: str
     indexes: tuple[Mapping[str, Any], ...] = ()
     edges: bool = False
+    is_dropped: bool = False
 
 
 def persistent(name: str, *fields: str, **options: object) -> Mapping[str, Any]:
@@ -228,7 +232,7 @@ class ArangoDatabase:
                 self.aql(_put_into(name), rows=left)
 
     def _names(self) -> list[str]:
-        return [table.name for tables in self._migrations for table in tables]
+        return [table.name for tables in self._migrations for table in tables if not table.is_dropped]
 
     def check(self) -> None:
         """Return if the server answers, as it should, else raise Unavailable or ConfigError."""
@@ -299,7 +303,7 @@ class ArangoDatabase:
         if code == LOCKED:
             return self._busy()
         if code == NO_DATABASE:
-            return ConfigError(f"the ArangoDB server has no database {database!r}: create it, as the README says")
+            return ConfigError(f"the ArangoDB server has no database {database!r}: create it, as docs/operate.md says")
         if status == 401:
             return ConfigError(f"the ArangoDB server refuses user {user!r}, or its password, for {database!r}")
         if code == READ_ONLY:
@@ -366,6 +370,9 @@ def _run(database: Database, query: str, values: Mapping[str, object], page: int
 
 
 def _create(database: StandardDatabase, table: Table) -> None:
+    if table.is_dropped:
+        database.delete_collection(table.name, ignore_missing=True)
+        return
     try:
         database.create_collection(table.name, edge=table.edges)
     except ArangoServerError as error:

@@ -31,6 +31,7 @@ from nexus.background import begin_in_background
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable, UpstreamInvalid
 from nexus.limits import spender
 from nexus.ports import Generator
+from nexus.tracing import generated
 from nexus.types import Delta, Prompt, digest
 
 AUTO = "auto"
@@ -256,7 +257,8 @@ class Balancer:
         backend = attempt.backend
         meter = _Meter(self._clock())
         spend = spender()
-        async with aclosing(backend.generator.stream(prompt)) as deltas:
+        stream = generated(backend.name, backend.machine, prompt, backend.generator.stream(prompt))
+        async with aclosing(stream) as deltas:
             backend.begin()
             try:
                 async for delta in deltas:

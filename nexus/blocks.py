@@ -339,7 +339,7 @@ class BlockStore:
         """The parts of a block, once nothing speaks against it but, perhaps, its wrap. Raises BlockRefused."""
         with _disk():
             envelope = read_envelope(file)
-            verify(file, envelope, lambda header: self.keyring.verify_key(header.writer, header.signer))
+            verify(file, envelope, lambda one: self.keyring.verify_key(one.writer, one.signer, one.version))
         found = envelope.header.block
         if (found.tenant, found.data_id) != (block.tenant, block.data_id) or found.version > block.version:
             raise BlockCorrupt(f"another block is in the place of {_called(block)}")

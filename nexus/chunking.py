@@ -22,11 +22,12 @@ What holds for every cut:
   says: some count a word of 200 kB as one unknown token.
 """
 
+import json
 import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 
 from nexus.errors import ConfigError
@@ -78,6 +79,14 @@ class ChunkSettings:
     def fingerprint(self) -> str:
         """Text that changes when a setting or the chunker does."""
         return " ".join([CHUNKER, *(f"{field.name}={getattr(self, field.name)}" for field in fields(self))])
+
+    def write(self) -> str:
+        """As it is kept with an index that is cut so; `read` takes it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str) -> "ChunkSettings":
+        return cls(**json.loads(text))
 
 
 def cut(parsed: Parsed, count_tokens: CountTokens, settings: ChunkSettings) -> list[Piece]:
@@ -547,8 +556,9 @@ def _parts(unit: _Unit, strings: list[str], rung: int) -> list[_Unit]:
             end = line + text.count("\n")
             lines = (line, end) if exact else (first, last)
             depth = max(rung, unit.depth) if parts else unit.depth
-            part = replace(unit, text=text, rung=rung, depth=depth, first_line=lines[0], last_line=lines[1])
-            parts.append(replace(part, gap=_narrow(gap + before) if parts else unit.gap))
+            gap = _narrow(gap + before) if parts else unit.gap
+            part = replace(unit, text=text, gap=gap, rung=rung, depth=depth, first_line=lines[0], last_line=lines[1])
+            parts.append(part)
             line, gap = end, ""
         line += after.count("\n")
         gap += after if text else before + after

@@ -44,13 +44,17 @@ PRODUCTION_REQUESTS = 20  # a minute
 PLACES = 64
 MOST_SESSION = 1_000_000  # characters of a session's context
 SUMMARISED_SESSION = 32_000  # the same, where a model reads half of it to summarise it
+TRACES_PATH = "/v1/traces"
 NODE_LABEL = "nexus.io/node"  # of a machine in Ray, with its name
-NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE"})
+COUNTS = "NEXUS_COUNTS"  # the folder in which each process of a machine counts (counts.py)
+NOT_SETTINGS = frozenset({"NEXUS_HOME", "NEXUS_CONFIG", "NEXUS_API_KEY", "NEXUS_URL", "NEXUS_INSTANCE", COUNTS})
 ALIASES = {
     "OPENAI_API_KEY": "models.api_key",
     "VALID_API_KEYS": "access.development_keys",
     "ALLOWED_ORIGINS": "http.allowed_origins",
     "PHOENIX_COLLECTOR_ENDPOINT": "telemetry.otlp_endpoint",
+    "PHOENIX_API_KEY": "telemetry.api_key",
+    "PHOENIX_PROJECT_NAME": "telemetry.project",
 }
 NEURAL_ENGINES = {"extractive": "extractive:", "openai": "openai:https://api.openai.com/v1#gpt-4o-mini"}
 
@@ -62,6 +66,8 @@ NodeName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9\-]{0,62}$")]
 PublicKeyAlgorithm = Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"]
 TierName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]{0,63}$")]
 TenantName = Annotated[str, Field(pattern=rf"^(?:{NAME.pattern})$")]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9\-]{0,99}$")]
+Precision = Literal["auto", "bf16", "int8", "fp32"]
 FieldName = Annotated[str, Field(pattern=rf"^(?:{KEY.pattern})$")]
 
 
@@ -81,6 +87,22 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Host = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9.:\-]{1,253}$"),
+    AfterValidator(lambda host: "127.0.0.1" if host == "localhost" else host),
+]
+HostNames = tuple[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}$|^\[[0-9a-f:.]{2,45}\]$")], ...]
+LOOPBACK = ("127.0.0.1", "::1")
+
+
+def _url(host: str, port: int) -> str:
+    """How this machine itself reaches what listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}"
+
+
 class Http(Section):
     """The front door. `allowed_origins` are those of browsers; empty allows none.
 
@@ -89,42 +111,67 @@ class Http(Section):
     `request_seconds`, or it is 504.
     """
 
-    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\-]{1,253}$")] = "127.0.0.1"
+    host: Host = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     behind_tls: bool = False
-    allowed_hosts: tuple[
-        Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.\-]{0,252}$|^\[[0-9a-f:.]{2,45}\]$")], ...
-    ] = ()
+    allowed_hosts: HostNames = ()
     allowed_origins: tuple[Annotated[str, Field(pattern=r"^https?://[a-z0-9.\-\[\]:]{1,260}$")], ...] = ()
     max_body_bytes: Positive = 64 * 2**20
     request_seconds: Annotated[float, Field(gt=0)] = 900.0
 
-    @field_validator("host")
-    @classmethod
-    def _is_address(cls, host: str) -> str:
-        return "127.0.0.1" if host == "localhost" else host
-
     @model_validator(mode="after")
     def _is_private_or_encrypted(self) -> "Http":
         if not self.is_loopback and not self.behind_tls:
-            raise ValueError(
-                f"host {self.host!r} is not loopback, and keys would travel unencrypted: leave it at 127.0.0.1 behind a"
-                " TLS proxy on this machine, or set http.behind_tls where other machines get here only through one"
-            )
+            raise ValueError(_unencrypted(self.host, "http"))
         return self
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("127.0.0.1", "::1")
+        return self.host in LOOPBACK
+
+
+class Athena(Section):
+    """The pages that `nexus athena` serves to browsers, by the same rules as the front door's.
+
+    Only on loopback does it lend the key that the command line finds, and to nobody without the link that is printed.
+    """
+
+    host: Host = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8501
+    behind_tls: bool = False
+    allowed_hosts: HostNames = ()
+
+    @model_validator(mode="after")
+    def _is_private_or_encrypted(self) -> "Athena":
+        if not self.is_loopback and not self.behind_tls:
+            raise ValueError(_unencrypted(self.host, "athena"))
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+    @property
+    def url(self) -> str:
+        return _url(self.host, self.port)
+
+
+def _unencrypted(host: str, section: str) -> str:
+    return (
+        f"host {host!r} is not loopback, and keys would travel unencrypted: leave it at 127.0.0.1 behind a TLS proxy on"
+        f" this machine, or set {section}.behind_tls where other machines get here only through one"
+    )
 
 
 class Ray(Section):
     """The Ray head that `nexus up` starts, on the machine that `head` names; none in `nodes`: this one, on loopback.
 
-    A port of 0 means any free one; with `nodes`, 6379, for the others have to know it.
+    A port of 0 means any free one; with `nodes`, 6379, for the others have to know it. With `tls` the machines show
+    each other certificates, which `nexus node certificate` makes, and what they say is encrypted.
     """
 
     head: str | None = None
+    tls: bool = False
     dashboard_port: Port = 8265
     port: Port = 0
     object_store_bytes: Annotated[int, Field(ge=80 * 2**20)] = 128 * 2**20
@@ -204,6 +251,7 @@ class Served(Section):
     engine: Engine = Engine()
     replicas: Replicas = Replicas()
     device: Literal["cpu", "gpu"] = "cpu"  # of an embedder or reranker of ours; an engine has its own setting
+    precision: Precision = "auto"  # of an embedder of ours
     nodes: tuple[str, ...] = ()  # the machines it may be on; none named: any
 
     @property
@@ -218,7 +266,7 @@ class Served(Section):
         key = None if self.api_key is None else self.api_key.get_secret_value()
         return {
             "name": self.called, "api_key": key, "timeout_seconds": self.timeout_seconds,
-            "dimension": self.dimension, "max_tokens": self.max_tokens,
+            "dimension": self.dimension, "max_tokens": self.max_tokens, "precision": self.precision,
         }  # fmt: skip
 
 
@@ -234,6 +282,7 @@ class Models(Section):
     image_hosts: tuple[HostName, ...] = ()  # whose pictures may be fetched; of no others, and by default of none
     embedder_threads: Annotated[int, Field(ge=0)] = 0  # 0: as many as there are cores
     embedder_device: Literal["cpu", "gpu"] = "cpu"
+    precision: Precision = "auto"  # of `embedder`; auto: the faster of bf16 and int8, tried once on this machine
     embedder_replicas: Replicas = Replicas(at_once=16)  # of the pool that embeds documents
     embedder_nodes: tuple[str, ...] = ()
     api_key: SecretStr | None = None
@@ -247,7 +296,10 @@ class Models(Section):
             return tuple(sorted(listed, key=lambda model: model.called != of_its_own))
         hosting: dict[str, Any] = {}
         if task == "embed":
-            hosting = {"device": self.embedder_device, "replicas": self.embedder_replicas, "nodes": self.embedder_nodes}
+            hosting = {
+                "device": self.embedder_device, "replicas": self.embedder_replicas, "nodes": self.embedder_nodes,
+                "precision": self.precision,
+            }  # fmt: skip
         return (Served(address=of_its_own, task=task, api_key=self.api_key, **hosting), *listed)
 
     @property
@@ -332,10 +384,15 @@ class Chunking(Section):
 
 
 class Retrieval(Section):
+    """Each route names `candidates`. Indexes are held in memory as far as they fit into `resident_bytes` together (0:
+    none is); the others are searched in the vector store.
+    """
+
     candidates: Annotated[int, Field(ge=1, le=1000)] = 100
     embedding_weight: Annotated[float, Field(ge=0, le=1)] = 0.7
     text_weight: Annotated[float, Field(ge=0, le=1)] = 0.3
     fusion: Literal["max", "rrf"] = "max"
+    resident_bytes: Annotated[ByteSize, Field(ge=0)] = ByteSize(2**30)
 
 
 class Graph(Section):
@@ -540,7 +597,37 @@ class Limits(Section):
 
 
 class Telemetry(Section):
-    otlp_endpoint: str | None = None
+    """Where spans go: to an OpenTelemetry collector that speaks OTLP over HTTP, as Phoenix does, or nowhere.
+
+    `otlp_endpoint` is its address, with or without /v1/traces. `api_key` is sent as a bearer token, beside
+    `otlp_headers`. Without `record_text` no question, answer or passage is in a span. Of all traces, the share
+    `sampling` is recorded.
+    """
+
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#]*)?$", max_length=2000)] | None = None
+    otlp_headers: dict[HeaderName, SecretStr] = {}
+    api_key: SecretStr | None = None
+    project: Annotated[str, Field(min_length=1, max_length=200)] = "nexus"
+    record_text: bool = False
+    sampling: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _fits_into_headers(self) -> "Telemetry":
+        for name, value in self.headers.items():
+            if not value.isascii() or not value.isprintable():
+                raise ValueError(f"what is sent as {name!r} has signs that no header can have: look for line ends")
+        return self
+
+    @property
+    def traces_url(self) -> str:
+        base = (self.otlp_endpoint or "").rstrip("/")
+        return base if base.endswith(TRACES_PATH) else base + TRACES_PATH
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request to the collector carries; secrets among it."""
+        bearer = {} if self.api_key is None else {"authorization": f"Bearer {self.api_key.get_secret_value()}"}
+        return bearer | {name.lower(): value.get_secret_value() for name, value in self.otlp_headers.items()}
 
 
 class Ingest(Section):
@@ -666,6 +753,7 @@ class Config(BaseSettings):
 
     home: Path
     http: Http = Http()
+    athena: Athena = Athena()
     ray: Ray = Ray()
     nodes: dict[NodeName, Node] = {}
     stores: Stores = Stores()
@@ -702,6 +790,8 @@ class Config(BaseSettings):
     def _machines_are_known(self) -> "Config":
         if (self.ray.head is None) != (not self.nodes):
             raise ValueError("ray.head names the machine of `nodes` that Ray's head runs on: set both, or neither")
+        if self.ray.tls and self.ray.head is None:
+            raise ValueError("ray.tls is for several machines; Ray is on this one's loopback: set it with `nodes`")
         named = [("ray.head", self.ray.head)] if self.ray.head is not None else []
         named += [("models.embedder_nodes", name) for name in self.models.embedder_nodes]
         named += [("sharing.nodes", name) for name in self.sharing.nodes]
@@ -803,9 +893,7 @@ class Config(BaseSettings):
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.http.host, self.http.host)
-        host = f"[{host}]" if ":" in host else host
-        return f"http://{host}:{self.http.port}"
+        return _url(self.http.host, self.http.port)
 
 
 def default_home() -> Path:

@@ -27,7 +27,9 @@ from nexus.jobs import FileState, Jobs, Outcome, Ticket
 from nexus.parsing import ENDED
 from nexus.ports import Staged
 from nexus.pressure import UNYIELDING, Yielding
+from nexus.tracing import done_for
 from nexus.types import Receipt
+from nexus.vocabulary import CHUNKS, DOCUMENTS, KIND
 
 log = logging.getLogger("nexus.conveyor")
 Result = TypeVar("Result")
@@ -47,7 +49,7 @@ class Pace:
 
     readers: int = 2
     embedders: int = 3  # one more than the pool has places, so that it never waits for us
-    batch_texts: int = 128
+    batch_texts: int = 64  # about a second of one core: for so long the last may leave the others idle
     batch_documents: int = 100
     stuck_seconds: float = 180.0
 
@@ -86,6 +88,7 @@ class Conveyor:
     _stages: dict[tuple[str, int], str] = field(default_factory=dict)  # of every file on the line
     _places: set[tuple[str, str, str]] = field(default_factory=set)  # documents on the line
     _known: list[Ticket] = field(default_factory=list)
+    _is_asked: bool = False  # somebody began to wait for a file since what is known was read
     _waiters: dict[tuple[str, int], set[asyncio.Future[Outcome]]] = field(default_factory=lambda: defaultdict(set))
     _alone: bool = False  # a file that may be poison is on the line, and nothing else
     _texts_ahead: int = 0  # read and cut, not yet at the embedder
@@ -120,6 +123,7 @@ class Conveyor:
         """How a file ends, once it does: here, or elsewhere, or before it was asked for. Raises NotFound."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._waiters[job_id, number].add(future)
+        self._is_asked = True
         self.wake()
         try:
             while not future.done():
@@ -217,10 +221,15 @@ class Conveyor:
     # ── the feed ────────────────────────────────────────────────────────────────────────────────
 
     async def _next(self) -> Ticket:
-        """The next file whose document is not on the line; one that failed its worker before goes alone."""
+        """The next file whose document is not on the line; one that failed its worker before goes alone.
+
+        Whom somebody waits for does not wait for all that is known of a large job: the list has small jobs first.
+        """
         async with self._feeding:
             while True:
                 self._changed.clear()
+                if self._is_asked:
+                    self._is_asked, self._known = False, []
                 ticket = self._pick()
                 if ticket is None and not self._alone:
                     busy = list(self._stages)
@@ -253,10 +262,14 @@ class Conveyor:
         """What the step returns, or what it raised; while a store is away, wait and do it again."""
         chunks = sum(len(item.prepared.texts) for item in batch if item.prepared)
         seconds = self.pace.stuck_seconds * max(1.0, chunks / 1000)
+        told = [item.ticket.told for item in batch]
+        traced = partial(
+            done_for, told, f"ingest {stage}", {KIND: "CHAIN", DOCUMENTS: len(batch), CHUNKS: chunks}, step
+        )
         pause = 0.25
         while True:
             self._mark(batch, stage)
-            result = await self._attempt(step, seconds)
+            result = await self._attempt(traced, seconds)
             if not isinstance(result, TryAgain) or result.code == ENDED:
                 return result
             self._mark(batch, f"{stage}: waiting: {result.message}")

@@ -93,7 +93,8 @@ class Database:
             with self._in_use[connection]:
                 if self._is_closed:
                     raise Unavailable(f"{self._called} is closed")
-                connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                if mode != "DEFERRED":  # which only reads
+                    connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
                 connection.execute(f"BEGIN {mode}")
                 try:
                     yield connection

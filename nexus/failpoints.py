@@ -36,7 +36,8 @@ POINTS = frozenset(
     | {"homes.inside_copy"}  # written, under a name that does not count yet
     | {"memory.before_replace", "memory.inside_replace", "memory.inside_drop"}
     | _around("reindex", INDEX_MOVES)
-    | {"reindex.between_stores"}  # the rows of a version brought in, not yet their vectors
+    | {"reindex.between_stores"}  # the vectors of a version brought in, not yet its chunks
+    | {"reindex.inside_forget"}  # some of the chunks of an index that leaves, not all
 )
 _SPEC = re.compile(r"(?P<point>[\w.]+):(?P<action>kill|raise|sleep:(?P<seconds>\d+(?:\.\d+)?))(?:@(?P<nth>[1-9]\d*))?")
 

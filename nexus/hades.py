@@ -20,10 +20,11 @@ principal at this sequence number. From that one rule follows the rest:
   may show; the document store, asked about each row found, is believed about that too. Where readers are
   narrowed, they are so for what the document was before: no `as_of` opens it again.
 - A crash leaves only invisible rows. They are named by `fsck` and removed by `vacuum`.
-- A collection has an index of its own, and may have a second one beside it, with another embedder (reindex.py). All
-  is written to both, and a version that lacks something in one of them is not published. Which of them is searched
-  is one value of the coordinator: a search looks that up once, and stays with it to its end. Versions keep their
-  names whichever it is: they are named by the embedder with which the collection began.
+- A collection has an index of its own, and may have a second one beside it, with another embedder or chunker
+  (reindex.py). Each has chunks of its own, in both stores: a cut of every version. All is written to both, and a
+  version that lacks its chunks in one of them is not published. Which of them is searched is one value of the
+  coordinator: a search looks that up once, and stays with it to its end, for a chunk's id says which cut it is of.
+  Versions keep their names whichever it is: they are named by the embedder with which the collection began.
 
 The order of writes matters twice. Rows are staged before vectors, and both before `publish`: what
 is visible can be found, and a vector without a row is nobody's work under way. Vectors are purged
@@ -32,12 +33,10 @@ before rows: what is left after a crash is still known, and the next `vacuum` fi
 
 import posixpath
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 from urllib.parse import unquote, urljoin
-
-import numpy as np
 
 from nexus.chunking import embedded_text
 from nexus.coordination import Alone
@@ -47,7 +46,9 @@ from nexus.ports import (
     INDEX_PREFIX,
     Collection,
     Coordinator,
+    Cut,
     DocumentStore,
+    Followed,
     Generation,
     IndexRow,
     KeepsGenerations,
@@ -57,7 +58,7 @@ from nexus.ports import (
     VectorStore,
 )
 from nexus.terms import shadow
-from nexus.types import Chunk, Document, Piece, Principal, Vector, Vectors, chunk_id_of, digest
+from nexus.types import LAST_ORDINAL, Chunk, Document, Piece, Principal, Vector, Vectors, chunk_id_of, digest, model_of
 
 
 def document_id_of(tenant: str, collection: str, source: str) -> str:
@@ -106,12 +107,12 @@ def audience_of(tenant: str, readers: frozenset[str]) -> str:
     return f"{tenant}:{digest('readers', *sorted(readers))}" if readers else tenant
 
 
-def chunks_of(document: Document, pieces: Sequence[Piece]) -> list[Chunk]:
-    """The pieces of a version with their identities."""
+def chunks_of(document: Document, pieces: Sequence[Piece], cut: str = "") -> list[Chunk]:
+    """The pieces of a cut of a version with their identities."""
     return [
         Chunk(
-            chunk_id_of(document.document_id, document.version, ordinal),
-            document.document_id, document.version, ordinal, piece,
+            chunk_id_of(document.document_id, document.version, ordinal, cut),
+            document.document_id, document.version, ordinal, piece, cut,
         )
         for ordinal, piece in enumerate(pieces)
     ]  # fmt: skip
@@ -217,37 +218,47 @@ class Hades:
         """Those beside the collection's own index."""
         return self.keeper.generations(name) if self.keeper else []
 
-    def live_vectors(self, collection: Collection, chunk_ids: Sequence[str]) -> dict[str, Vector]:
-        """Those of the index that is live in this collection, as far as there are any."""
-        found = self._beside(collection.index, chunk_ids) if collection.is_beside else None
-        return self.documents.vectors(chunk_ids) if found is None else found
-
     def lacking(self, name: str, live: LiveIndex, limit: int = 1000) -> list[Document]:
         """Versions that were published and are not whole in an index beside the collection's own."""
         return self.keeper.lacking(name, live.index, limit) if self.keeper else []
-
-    def _beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]:
-        return self.keeper.vectors_beside(index, chunk_ids) if self.keeper else {}
 
     def _own(self, recorded: Collection) -> LiveIndex:
         """A collection's own index. What nobody noted is told by the coordinator, or by being the configured one's."""
         live = self.coordinator.live_index(recorded.name)
         if live is not None and live.index == recorded.index and live.embedder:
-            return live
+            return replace(live, cut=recorded.cut, chunking=recorded.chunking)
         is_configured = recorded.fingerprint == self.fingerprint
-        embedder = recorded.embedder or (self.embedder if is_configured else "")
+        embedder = recorded.embedder or self._address_of(recorded.fingerprint)
         dimension = self.dimension if is_configured else recorded.dimension or self.dimension
-        return LiveIndex(recorded.index, recorded.fingerprint, embedder, dimension)
+        return LiveIndex(
+            recorded.index, recorded.fingerprint, embedder, dimension, recorded.cut, recorded.chunking
+        )  # fmt: skip
+
+    def live_of(self, recorded: Collection) -> LiveIndex:
+        """The index that is searched: the one that the coordinator says while that is written to, else the own one.
+
+        One that is not written to was begun by a Nexus of before, which kept no chunks of it.
+        """
+        live, own = self.coordinator.live_index(recorded.name), self._own(recorded)
+        if live is None or live.index == own.index:
+            return own
+        beside = (one.live for one in self.generations(recorded.name) if one.is_written)
+        return next((one for one in beside if one.index == live.index), own)
 
     def _live(self, recorded: Collection) -> Collection:
         """The collection with the index that is live in it."""
-        live = self.coordinator.live_index(recorded.name) or self._own(recorded)
-        if not live.embedder and live.fingerprint != self.fingerprint:
+        live = self.live_of(recorded)
+        embedder = live.embedder or self._address_of(live.fingerprint)
+        if not embedder and live.fingerprint != self.fingerprint:
             raise refusal(f"collection {recorded.name!r}")
         return replace(
-            recorded, index=live.index, fingerprint=live.fingerprint, embedder=live.embedder,
-            dimension=live.dimension or self.dimension, is_beside=live.index != recorded.index,
+            recorded, index=live.index, fingerprint=live.fingerprint, embedder=embedder,
+            dimension=live.dimension or self.dimension, cut=live.cut, chunking=live.chunking,
         )  # fmt: skip
+
+    def _address_of(self, fingerprint: str) -> str:
+        """That of the configured embedder, where its model makes these vectors; else nothing."""
+        return self.embedder if model_of(fingerprint) == model_of(self.fingerprint) else ""
 
     # ── the five moves ──────────────────────────────────────────────────────────────────────────
 
@@ -271,10 +282,10 @@ class Hades:
         own, beside = self.written(name)
         self.documents.stage(batch)
         pass_through("ingest.between_stores")
-        self.vectors.upsert(own.index, [row for staged in batch for row in _index_rows(staged, staged.vectors)])
+        self.vectors.upsert(own.index, [row for staged in batch for row in rows_of(staged.document, staged.own)])
         for live in beside:
-            have = [staged for staged in batch if live.fingerprint in staged.beside]
-            rows = [row for staged in have for row in _index_rows(staged, staged.beside[live.fingerprint])]
+            have = [staged for staged in batch if live.index in staged.beside]
+            rows = [row for staged in have for row in rows_of(staged.document, staged.beside[live.index])]
             self.vectors.open_index(live.index, live.dimension)
             self.vectors.upsert(live.index, rows)
         pass_through("ingest.after_stage")
@@ -334,6 +345,21 @@ class Hades:
         audiences = (audience_of(principal.tenant, some) for some in self.documents.audiences(collection, principal))
         return Scope(principal.tenant, document_ids, tuple(sorted(audiences)))
 
+    def rows(self, collection: Collection, documents: Sequence[Document]) -> Iterator[list[IndexRow]]:
+        """For each of these versions, its rows in the live index, as far as they are there: none of one that is gone.
+
+        The document store has to be `Followed`.
+        """
+        assert isinstance(self.documents, Followed)
+        chunks: dict[tuple[str, str], list[Chunk]] = {}
+        for chunk in self.documents.chunks_of(documents, collection.cut):
+            chunks.setdefault((chunk.document_id, chunk.version), []).append(chunk)
+        vectors = self.documents.vectors([chunk.chunk_id for some in chunks.values() for chunk in some])
+        for document in documents:
+            found = chunks.get((document.document_id, document.version), [])
+            whole = [chunk for chunk in found if chunk.chunk_id in vectors]
+            yield rows_of(document, cut_of(document, whole, [vectors[chunk.chunk_id] for chunk in whole]))
+
     def is_unchanged(self, document: Document, principal: Principal, keeps_readers: bool = False) -> Document | None:
         """The current version of this document if it is the very version given, else None.
 
@@ -341,7 +367,7 @@ class Hades:
         date in place; in the vector store first, so that doing it again mends what a crash left half done.
         """
         current = self.documents.current(document.document_id, principal)
-        if current is None or current.version != document.version:
+        if current is None or current.version != document.version or self._is_to_be_cut(current):
             return None
         readers = current.readers if keeps_readers else document.readers
         if (current.metadata, current.readers) != (document.metadata, readers):
@@ -356,6 +382,13 @@ class Hades:
                     self.write_again(chunk_ids)  # who fills an index meanwhile, may have read the readers of before
             current = changed
         return current
+
+    def _is_to_be_cut(self, current: Document) -> bool:
+        """Whether it has to be read once more: it was not kept what it was cut from, and an index is cut otherwise."""
+        own, beside = self.written(current.collection)
+        if not any(live.chunking for live in (own, *beside)):
+            return False
+        return self.documents.kept(current.document_id, current.version) is None
 
     def fsck(self) -> list[Fault]:
         """Compare the two stores, collection by collection, while others write; an empty list is a clean bill.
@@ -374,16 +407,15 @@ class Hades:
     def _look(self) -> list[Fault]:
         faults = []
         for collection in self.documents.collections():
-            own, generations = self._own(collection), self.generations(collection.name)
-            complete = [one.live for one in generations if one.state in ("ready", "refused", "staying")]
-            growing = [one.live for one in generations if one.state == "building"]
-            published = self.documents.chunk_ids(collection.index, published=True)
-            indexed = {live.index: self.vectors.chunk_ids(live.index) for live in (own, *complete, *growing)}
-            known = self.documents.chunk_ids(collection.index, published=False)
-            damaged = set(self.documents.damaged(collection.index, own.dimension))
-            damaged |= {one.document_id for live in complete for one in self.lacking(collection.name, live)}
-            missing = set[str]().union(*(published - indexed[live.index] for live in (own, *complete)))
-            orphans = set[str]().union(*indexed.values()) - known
+            missing, orphans, damaged = set[str](), set[str](), set[str]()
+            beside = [one for one in self.generations(collection.name) if one.is_written]
+            complete = [one.live for one in beside if one.state != "building"]  # which may lack or leave anything
+            for live in (self._own(collection), *complete):
+                published = self.documents.chunk_ids(live.index, published=True)
+                indexed = self.vectors.chunk_ids(live.index)
+                missing |= published - indexed
+                orphans |= indexed - self.documents.chunk_ids(live.index, published=False)
+                damaged |= set(self.documents.damaged(live.index, live.dimension))
             for kind, ids in ((MISSING, missing), (ORPHANS, orphans), (DAMAGED, damaged)):
                 if ids:
                     faults.append(Fault(kind, collection.name, tuple(sorted(ids))))
@@ -406,22 +438,17 @@ class Hades:
 
         They are for these readers, where given, and else for the documents' own.
         """
-        documents = {(d.document_id, d.version): d for _, d in self.documents.load(chunk_ids).values()}
-        for document in documents.values():
-            document = document if readers is None else replace(document, readers=readers)
-            chunks = self.documents.neighbours(document.document_id, document.version, 0, document.chunks)
+        cuts = {(d.document_id, d.version, c.cut): d for c, d in self.documents.load(chunk_ids).values()}
+        for (document_id, version, cut), document in cuts.items():
             own, beside = self.written(document.collection)
-            self._upsert(own, document, chunks, self.documents.vectors([chunk.chunk_id for chunk in chunks]))
-            for live in beside:
-                self._upsert(live, document, chunks, self._beside(live.index, [chunk.chunk_id for chunk in chunks]))
-
-    def _upsert(
-        self, live: LiveIndex, document: Document, chunks: Sequence[Chunk], vectors: Mapping[str, Vector]
-    ) -> None:
-        """A version's rows, unless some of its vectors are not there yet: then they are still to be written."""
-        if chunks and len(vectors) == len(chunks):
-            self.vectors.open_index(live.index, live.dimension)
-            self.vectors.upsert(live.index, rows_of(document, chunks, np.stack([vectors[c.chunk_id] for c in chunks])))
+            live = next((one for one in (own, *beside) if one.cut == cut), None)
+            chunks = self.documents.neighbours(document_id, version, 0, LAST_ORDINAL, cut)
+            vectors = self.documents.vectors([chunk.chunk_id for chunk in chunks])
+            if live is not None and chunks and len(vectors) == len(chunks):
+                document = document if readers is None else replace(document, readers=readers)
+                made = cut_of(document, chunks, [vectors[chunk.chunk_id] for chunk in chunks])
+                self.vectors.open_index(live.index, live.dimension)
+                self.vectors.upsert(live.index, rows_of(document, made))
 
 
 def refusal(what: str) -> Conflict:
@@ -435,23 +462,38 @@ def refusal(what: str) -> Conflict:
 
 def live_in(collection: Collection) -> LiveIndex:
     """The index that is live in a collection, as HADES gave it."""
-    return LiveIndex(collection.index, collection.fingerprint, collection.embedder, collection.dimension)
+    return LiveIndex(
+        collection.index, collection.fingerprint, collection.embedder, collection.dimension, collection.cut,
+        collection.chunking,
+    )  # fmt: skip
 
 
-def index_of(collection: str, fingerprint: str) -> str:
+def index_of(collection: str, fingerprint: str, chunking: str = "") -> str:
     """The name of an index in the vector store."""
-    return f"{INDEX_PREFIX}{digest('index', collection, fingerprint)}"
+    return f"{INDEX_PREFIX}{digest('index', collection, fingerprint, *([chunking] if chunking else []))}"
 
 
-def rows_of(document: Document, chunks: Sequence[Chunk], vectors: Vectors) -> list[IndexRow]:
-    """What an index keeps of a version: all of its chunks, in order, and a vector for each."""
-    texts = [embedded_text(document.title, chunk.piece) for chunk in chunks]
-    return _index_rows(Staged(document, 0, chunks, texts, vectors), vectors)
+def cut_of(document: Document, chunks: Sequence[Chunk], vectors: Vectors | Sequence[Vector]) -> Cut:
+    """A version as an index has it, of all of its chunks, in order, and a vector for each."""
+    return Cut(chunks, [embedded_text(document.title, chunk.piece) for chunk in chunks], vectors)
 
 
-def _index_rows(staged: Staged, vectors: Vectors) -> list[IndexRow]:
-    audience = audience_of(staged.document.tenant, staged.document.readers)
+def rows_of(document: Document, cut: Cut) -> list[IndexRow]:
+    """What an index keeps of a version."""
+    audience = audience_of(document.tenant, document.readers)
     return [
         IndexRow(chunk.chunk_id, chunk.document_id, audience, terms, vector)
-        for chunk, terms, vector in zip(staged.chunks, lexical(staged.chunks, staged.texts), vectors, strict=True)
+        for chunk, terms, vector in zip(cut.chunks, lexical(cut.chunks, cut.texts), cut.vectors, strict=True)
     ]
+
+
+def in_batches(documents: Iterable[Document], chunks: int) -> Iterator[list[Document]]:
+    """In order, each of about so many chunks, or of one document that has more."""
+    batch: list[Document] = []
+    for document in documents:
+        batch.append(document)
+        if sum(one.chunks for one in batch) >= chunks:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -17,15 +17,28 @@ import numpy as np
 from nexus.chunking import ChunkSettings, CountTokens, cut, embedded_text
 from nexus.config import Config
 from nexus.embedders import Embedders, of_config
-from nexus.errors import ConfigError, Conflict, InvalidRequest, NexusError, UpstreamInvalid
+from nexus.errors import ConfigError, Conflict, NexusError, UpstreamInvalid
 from nexus.failpoints import pass_through
 from nexus.hades import Hades, chunks_of, document_id_of, linked, version_of
+from nexus.kept import pack, unpack
 from nexus.parsing import PARSER, Limits, Parsers
-from nexus.ports import Embedder, LiveIndex, Staged
+from nexus.ports import Cut, Embedder, LiveIndex, Staged
 from nexus.registry import find_module
-from nexus.types import Chunk, Document, Principal, Receipt, Upload, Vectors, content_digest
+from nexus.tracing import span
+from nexus.types import (
+    Chunk,
+    Document,
+    Parsed,
+    Piece,
+    Principal,
+    Receipt,
+    Upload,
+    Vectors,
+    check_source,
+    content_digest,
+)
+from nexus.vocabulary import BYTES, CHUNKS, KIND
 
-MAX_SOURCE_CHARACTERS = 1024
 FLUSH_AFTER_CHUNKS = 500
 
 
@@ -43,7 +56,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A document read and cut, with its epoch; what is left is to embed `texts` and to commit."""
+    """A document read and cut, with its epoch; what is left is to embed `texts` and to commit.
+
+    It is cut for one index, which was its collection's own then; `chunking` and `cut` are that one's (LiveIndex).
+    `kept` is what it was cut from.
+    """
 
     document: Document
     principal: Principal
@@ -51,6 +68,9 @@ class Prepared:
     chunks: tuple[Chunk, ...]
     texts: tuple[str, ...]
     replaced: bool
+    kept: bytes = b""
+    chunking: str = ""
+    cut: str = ""
 
 
 @dataclass
@@ -108,13 +128,27 @@ class Ingestor:
         if current is not None and upload.readers is None:
             document = replace(document, readers=current.readers)
         pass_through("ingest.before_parse")
-        parsed = self.parsers.parse(upload.source, upload.content, upload.media_type)
+        with span("read", {KIND: "CHAIN", BYTES: len(upload.content)}):
+            parsed = self.parsers.parse(upload.source, upload.content, upload.media_type)
         pass_through("ingest.after_parse")
-        pieces = cut(parsed, self.count_tokens, self.chunking)
+        own, _ = self.hades.written(document.collection)
+        with span("chunk", {KIND: "CHAIN"}) as told:
+            pieces = self.cut_for(own, parsed)
+            told.set_attribute(CHUNKS, len(pieces))
         document = replace(document, title=parsed.title, media_type=parsed.media_type, chunks=len(pieces))
         document = replace(document, links=linked(document, parsed.links))
         texts = tuple(embedded_text(parsed.title, piece) for piece in pieces)
-        return Prepared(document, principal, epoch, tuple(chunks_of(document, pieces)), texts, current is not None)
+        chunks = tuple(chunks_of(document, pieces, own.cut))
+        replaced = current is not None
+        return Prepared(document, principal, epoch, chunks, texts, replaced, pack(parsed), own.chunking, own.cut)
+
+    def cut_for(self, live: LiveIndex, parsed: Parsed) -> list[Piece]:
+        """A document's pieces as an index has them."""
+        if not live.chunking:
+            return cut(parsed, self.count_tokens, self.chunking)
+        is_configured = live.fingerprint == self.hades.fingerprint
+        count_tokens = self.count_tokens if is_configured else self.others.tokenizer_of(live)
+        return cut(parsed, count_tokens, ChunkSettings.read(live.chunking))
 
     def embed(self, batch: Sequence[Prepared]) -> list[Staged]:
         """The vectors of several documents, asked for at once. Raises UpstreamInvalid when they are not vectors."""
@@ -123,25 +157,34 @@ class Ingestor:
         pass_through("ingest.after_embed")
         return [staged for some in found for staged in some]
 
-    def _completed(self, batch: Sequence[Prepared], made: Mapping[str, Sequence[Vectors]]) -> list[Staged]:
-        """Documents of one collection with their vectors for each of its indexes.
+    def _completed(self, batch: Sequence[Prepared], made: Mapping[str, Sequence[Cut]]) -> list[Staged]:
+        """Documents of one collection as each of its indexes has them.
 
-        `made` are vectors that are there already, by the fingerprint of their embedder: for each document its own.
+        `made` is what is there already, by the names of indexes: for each document its own.
         """
         own, beside = self.hades.written(batch[0].document.collection)
         found = dict(made)
         for live in (own, *beside):
-            if live.fingerprint not in found:
-                vectors = self.embed_for(live, [text for prepared in batch for text in prepared.texts])
-                staged = attach(batch, vectors, live.dimension)
-                found[live.fingerprint] = [one.vectors for one in staged]
+            if live.index not in found:
+                cut_so = [self._cut_so(one, live) for one in batch]
+                vectors = self.embed_for(live, [text for one in cut_so for text in one.texts])
+                found[live.index] = [one.own for one in attach(cut_so, vectors, live.dimension)]
         return [
             Staged(
-                one.document, one.epoch, one.chunks, one.texts, found[own.fingerprint][place], own.fingerprint,
-                {live.fingerprint: found[live.fingerprint][place] for live in beside},
+                replace(one.document, chunks=len(mine.chunks)), one.epoch, mine.chunks, mine.texts, mine.vectors,
+                own.index, {live.index: found[live.index][place] for live in beside}, one.kept,
             )
-            for place, one in enumerate(batch)
+            for place, (one, mine) in enumerate(zip(batch, found[own.index], strict=True))
         ]  # fmt: skip
+
+    def _cut_so(self, one: Prepared, live: LiveIndex) -> Prepared:
+        """The same, as this index has it."""
+        if one.cut == live.cut:
+            return one
+        parsed = unpack(one.kept) if one.chunking != live.chunking else None
+        pieces = [chunk.piece for chunk in one.chunks] if parsed is None else self.cut_for(live, parsed)
+        texts = tuple(embedded_text(one.document.title, piece) for piece in pieces)
+        return replace(one, chunks=tuple(chunks_of(one.document, pieces, live.cut)), texts=texts)
 
     def embed_for(self, live: LiveIndex, texts: Sequence[str]) -> Vectors:
         """Passages, by the embedder of an index. Raises Conflict where nobody knows which that is, UpstreamInvalid."""
@@ -154,12 +197,12 @@ class Ingestor:
             raise UpstreamInvalid(f"the embedder of an index failed ({type(error).__name__})") from error
 
     def _with_all(self, batch: Sequence[Prepared], staged: Sequence[Staged]) -> Sequence[Staged]:
-        """The same with the vectors that an index wants which came, or was exchanged, since they were embedded."""
+        """The same with what an index wants which came, or was exchanged, since they were embedded."""
         own, beside = self.hades.written(batch[0].document.collection)
-        wanted = {own.fingerprint, *(live.fingerprint for live in beside)}
-        if all({one.fingerprint or own.fingerprint, *one.beside} >= wanted for one in staged):
+        wanted = {own.index, *(live.index for live in beside)}
+        known = [{one.index or own.index: one.own, **one.beside} for one in staged]
+        if all(each.keys() >= wanted and one.index in ("", own.index) for each, one in zip(known, staged, strict=True)):
             return staged
-        known = [{one.fingerprint or own.fingerprint: one.vectors, **one.beside} for one in staged]
         shared = set.intersection(*(set(each) for each in known))
         return self._completed(batch, {name: [each[name] for each in known] for name in shared})
 
@@ -233,20 +276,21 @@ def open_steps(config: Config, hades: Hades, embedder: Callable[[Sequence[str]],
     )
 
 
-def no_embedder(address: str) -> Embedder:
+def no_embedder(address: str, fingerprint: str | None = None) -> Embedder:
     """Where no others are lent."""
     raise ConfigError(f"no embedder but the configured one can be opened here, so not {address!r}")
 
 
-def attach(batch: Sequence[Prepared], vectors: Vectors, dimension: int, fingerprint: str = "") -> list[Staged]:
-    """Documents with their vectors, checked: nothing but finite unit vectors, one per text, is ever stored."""
+def attach(batch: Sequence[Prepared], vectors: Vectors, dimension: int, index: str = "") -> list[Staged]:
+    """Documents with their vectors for an index, checked: nothing but finite unit vectors, one per text, is stored."""
     count = sum(len(prepared.texts) for prepared in batch)
     check_vectors(vectors, count, dimension)
     staged, start = [], 0
     for prepared in batch:
         end = start + len(prepared.texts)
         rows = vectors[start:end]
-        staged.append(Staged(prepared.document, prepared.epoch, prepared.chunks, prepared.texts, rows, fingerprint))
+        document, kept = prepared.document, prepared.kept
+        staged.append(Staged(document, prepared.epoch, prepared.chunks, prepared.texts, rows, index, kept=kept))
         start = end
     return staged
 
@@ -257,16 +301,6 @@ def check_vectors(vectors: Vectors, count: int, dimension: int) -> None:
         raise UpstreamInvalid(f"the embedder answered {vectors.shape} where ({count}, {dimension}) was asked for")
     if count and not np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-2):
         raise UpstreamInvalid("the embedder answered rows that are not unit vectors")
-
-
-def check_source(source: str, pointer: str = "/filename") -> None:
-    """A source is a label, never opened as a path; still it must be one that can be shown."""
-    if not source.strip():
-        raise InvalidRequest("the file has no name; give one that says where it came from", pointer=pointer)
-    if len(source) > MAX_SOURCE_CHARACTERS:
-        raise InvalidRequest(f"a file name has at most {MAX_SOURCE_CHARACTERS} characters", pointer=pointer)
-    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in source):
-        raise InvalidRequest("a file name has no control characters", pointer=pointer)
 
 
 def _receipt(document: Document, outcome: str, replaced: bool) -> Receipt:

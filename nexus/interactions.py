@@ -26,6 +26,7 @@ from nexus.types import Forgotten, Interaction, InteractionKind, MemoryEntry, Ve
 log = logging.getLogger("nexus.interactions")
 
 COMPARED_AT_ONCE = 4096  # vectors
+COSINE_DIGITS = 6  # behind the point
 CLEARING_MILLISECONDS = 1000  # that emptying the log waits for who reads; the next deletion, or upkeep, does it then
 MIGRATIONS = (
     """
@@ -106,7 +107,9 @@ class SqliteInteractions(Database):
             )
             while rows := found.fetchmany(COMPARED_AT_ONCE):
                 vectors = np.frombuffer(b"".join(row[1] for row in rows), np.float32).reshape(len(rows), -1)
-                compared = zip((-(vectors @ vector)).tolist(), (row[0] for row in rows), strict=True)
+                # Equal vectors are equally near, though a processor's sums of them may differ in the eighth digit.
+                distances = np.round(-(vectors @ vector), COSINE_DIGITS).tolist()
+                compared = zip(distances, (row[0] for row in rows), strict=True)
                 best = nsmallest(limit, chain(best, compared))
             kept = {one.interaction_id: one for one in _load(db, tenant, [id for _, id in best])}
         return [(kept[id], -distance) for distance, id in best]

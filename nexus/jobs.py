@@ -33,6 +33,7 @@ from nexus.errors import (
 from nexus.failpoints import pass_through
 from nexus.hades import Fault, Hades
 from nexus.ports import InteractionStore
+from nexus.tracing import carried
 from nexus.types import NOBODY, Principal, Receipt, Upload, content_digest, digest
 
 DATABASE = "jobs.db"
@@ -86,6 +87,7 @@ MIGRATIONS = (
     ALTER TABLE jobs ADD COLUMN readers TEXT;
     ALTER TABLE jobs ADD COLUMN seen_by TEXT NOT NULL DEFAULT '[]';
     """,
+    "ALTER TABLE jobs ADD COLUMN told TEXT NOT NULL DEFAULT '{}'",
 )
 MAY_SEE = (
     "j.tenant = :tenant AND (j.subject = :subject OR j.seen_by = '[]'"
@@ -178,6 +180,7 @@ class Ticket:
     source: str
     principal: Principal
     accepted_at: int
+    told: Mapping[str, str] = field(default_factory=dict)  # of the request that it came with (tracing.carried)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -251,11 +254,12 @@ class Jobs(Database):
                 _refuse_more(db, principal.tenant, self._most_open)
             job_id, now = uuid.uuid4().hex, time.time()
             db.execute(
-                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)",
+                "INSERT INTO jobs VALUES (?, ?, ?, ?, ?, ?, 'running', NULL, ?, ?, ?, ?, NULL, ?, ?, ?, ?, ?, ?)",
                 (
                     job_id, principal.tenant, principal.subject, _json(sorted(principal.permissions)), collection,
                     kind, idempotency_key, request, accepted_at, now, now, len(files), holder,
                     None if readers is None else _json(sorted(readers)), _json(sorted(seen_by)),
+                    _json(carried()),
                 ),
             )  # fmt: skip
             for number, file in enumerate(files):
@@ -301,10 +305,10 @@ class Jobs(Database):
         found: list[Ticket] = []
         with self._reading() as db:
             jobs = db.execute(
-                "SELECT rowid, job_id, collection, tenant, subject, permissions, accepted_at FROM jobs"
+                "SELECT rowid, job_id, collection, tenant, subject, permissions, accepted_at, told FROM jobs"
                 " WHERE state = 'running' AND kind = 'upload' ORDER BY files > 1, rowid"
             ).fetchall()
-            for place, job_id, collection, tenant, subject, permissions, accepted_at in jobs:
+            for place, job_id, collection, tenant, subject, permissions, accepted_at, told in jobs:
                 rows = db.execute(
                     f"SELECT number, attempts, source FROM files f WHERE {IS_OPEN} AND f.state = 'queued'"
                     " AND job_id = :job AND number NOT IN (SELECT value FROM json_each(:apart))"
@@ -319,7 +323,8 @@ class Jobs(Database):
                     },
                 )  # fmt: skip
                 principal = _principal(tenant, subject, permissions)
-                found += [Ticket(job_id, n, tries + 1, collection, s, principal, accepted_at) for n, tries, s in rows]
+                about = (principal, accepted_at, json.loads(told))
+                found += [Ticket(job_id, n, tries + 1, collection, source, *about) for n, tries, source in rows]
                 if len(found) == limit:
                     break
         return found

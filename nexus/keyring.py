@@ -3,7 +3,8 @@
 **The cluster key** is the one secret that an installation's machines share: a text in `share-key` of the home, carried
 to each machine by whoever runs them, or given in the configuration. What machines tell each other of keys goes through
 the coordinator, sealed under it (AES-256-GCM, a key of its own for each purpose): who reads or writes the coordinator
-and has not the cluster key learns no key and can slip none in.
+and has not the cluster key learns no key and can slip none in. A machine may hold several, beside the one that it seals
+under: while it is changed, the one before and the next (cluster/membership.py).
 
 **A tenant's ring** is all keys that its blocks may be under: one `active`, which new blocks get, `readable` ones before
 it, and `retired` ones, of which only the id is passed on. It has a generation, which only grows. A ring is drafted
@@ -14,8 +15,9 @@ with the old key retired. A machine that was away meanwhile still holds the reti
 it is good for wrapping what it has anew and for nothing else, and is forgotten after that.
 
 **Machines** introduce themselves with the Ed25519 key that they sign with. One that is lost stays known, or its blocks
-would be worth nothing; one that is removed never comes back under the same key. Records of a machine only ever gain:
-they may be met in any order, and twice.
+would be worth nothing. Of one that is expelled blocks count up to a version, until others have sealed those anew; then
+none does, it is removed, and never comes back under the same key. What is known of a key only ever gets worse, so
+records of a machine may be met in any order, and twice.
 
 Every file here is its owner's alone and written whole, or not at all.
 """
@@ -55,7 +57,7 @@ from nexus.private_files import require_private, sync_folder
 from nexus.signing import fault_of_secret
 
 SECRET_FILE, FOLDER, SIGNING_FILE, PART = "share-key", "share", "signing-key", ".part"
-RINGS, MACHINES = "keys", "nodes"  # folders
+RINGS, MACHINES, HELD, BLOCKS = "keys", "nodes", "cluster-keys", "blocks"  # folders
 MAGIC = b"NXKEYS\0\x01"
 ID_BYTES, NONCE_BYTES, SECRET_BYTES = 8, 12, 32
 FINGERPRINT_DIGITS = 32
@@ -63,7 +65,8 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # says the system o
 LEFT_SECONDS = 3600.0  # after which a file that was not finished is one that a crash left
 
 State = Literal["active", "readable", "retired"]
-Purpose = Literal["ring", "machine"]
+Purpose = Literal["ring", "machine", "cluster"]
+Keys = Mapping[str, int | None]  # a machine's, and the last version that counts: 0 for none, None for all
 
 _P = 2**255 - 19
 # y of the points whose order divides 8: under such a key one signature verifies for many messages. Chalkias, Garillot,
@@ -80,11 +83,19 @@ _SMALL_ORDER = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A machine's key, by its fingerprint (32 hexadecimal digits), and whether blocks under it still count."""
+    """A machine's key, by its fingerprint (32 hexadecimal digits), and which blocks under it still count.
+
+    Of a machine that is expelled those up to version `last`; of one that is removed none, and of others all.
+    """
 
     node: str
     fingerprint: str
     is_removed: bool
+    last: int | None = None
+
+    @property
+    def is_good(self) -> bool:
+        return not self.is_removed and self.last is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +132,7 @@ class ClusterKey:
     """Seals what is kept of keys, and what machines tell each other of them."""
 
     def __init__(self, secret: str) -> None:
-        self._secret = secret.encode()
+        self.secret = secret
         self.key_id = self._derive("id")[:ID_BYTES].hex()
 
     def seal(self, purpose: Purpose, value: Mapping[str, Any]) -> bytes:
@@ -150,31 +161,37 @@ class ClusterKey:
 
     def _derive(self, purpose: str) -> bytes:
         info = f"nexus-cluster-v1 {purpose}".encode()
-        return HKDF(hashes.SHA256(), SECRET_BYTES, salt=None, info=info).derive(self._secret)
+        return HKDF(hashes.SHA256(), SECRET_BYTES, salt=None, info=info).derive(self.secret.encode())
 
 
 class Keyring:
     """This machine's keys, under `share/` of its home, and the cluster key. Safe to call from several threads."""
 
-    def __init__(self, home: Path, node: str, given: str | None = None, create: bool = True) -> None:
+    def __init__(
+        self, home: Path, node: str, given: str | None = None, create: bool = True, keeps: bool = True
+    ) -> None:  # fmt: skip
         """`given` is the cluster key where the configuration has it; without one and with `create` it is made.
+
+        What `keeps` nothing knows the machines while it lives, and no tenant's keys: for processes beside the one that
+        does.
 
         Raises ConfigError for keys that are lost, wrong, damaged, or that other users of the machine may read.
         """
         _check_name("a machine", node)
-        self.node = node
-        self._folder = home / FOLDER
-        for folder in (self._folder, self._folder / RINGS, self._folder / MACHINES):
+        self.node, self.keeps = node, keeps
+        self.folder = home / FOLDER
+        for folder in (self.folder, *(self.folder / name for name in (RINGS, MACHINES, HELD))):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_private(folder)
             _remove_parts(folder)
-        self._cluster = ClusterKey(_cluster_secret(home, given, create))
+        self.is_given, self._secret_file = given is not None, home / SECRET_FILE
         self._lock = threading.RLock()
+        self._cluster = ClusterKey(_cluster_secret(home, given, create))
+        self._clusters = {self._cluster.key_id: self._cluster}
+        self._read_held()
         self._rings = {ring.tenant: ring for ring in map(_decode_ring, self._load(RINGS, "ring"))}
-        self._known = dict(
-            map(_decode_machine, self._load(MACHINES, "machine"))
-        )  # {machine: {public key: is it removed}}
-        self._signing = Ed25519PrivateKey.from_private_bytes(_signing_secret(self._folder / SIGNING_FILE))
+        self._known = dict(map(_decode_machine, self._load(MACHINES, "machine")))  # {machine: its Keys}
+        self._signing = Ed25519PrivateKey.from_private_bytes(_signing_secret(self.folder / SIGNING_FILE))
         self._public = self._signing.public_key().public_bytes_raw().hex()
         self.fingerprint = fingerprint_of(self._public)
         self._check_own_key()
@@ -182,8 +199,101 @@ class Keyring:
 
     @property
     def cluster_key_id(self) -> str:
-        """A public name of the cluster key: equal for equal keys."""
+        """A public name of the cluster key that this machine seals under: equal for equal keys."""
         return self._cluster.key_id
+
+    # ── cluster keys ────────────────────────────────────────────────────────────────────────────
+
+    def cluster_keys(self) -> tuple[str, ...]:
+        """The ids of all that are held here."""
+        with self._lock:
+            return tuple(sorted(self._clusters))
+
+    def draft_cluster_key(self) -> tuple[str, str]:
+        """(id, secret) of another, held here beside the one in use. Raises Conflict where the settings give it."""
+        if self.is_given:
+            raise Conflict(
+                "the cluster key stands in the settings (sharing.key), where no command can change it: put it into"
+                f" {SECRET_FILE} in the home of each machine instead, and take sharing.key out"
+            )
+        secret = secrets.token_urlsafe(48)
+        return self.hold_cluster_key(secret), secret
+
+    def hold_cluster_key(self, secret: str) -> str:
+        """Keep another one; its id."""
+        key = ClusterKey(secret)
+        with self._lock:
+            if key.key_id not in self._clusters:
+                write_private(self.folder / HELD / key.key_id, secret.encode())
+                self._clusters[key.key_id] = key
+        return key.key_id
+
+    def cluster_secret(self, key_id: str) -> str:
+        """For another member. Raises NotFound."""
+        with self._lock:
+            if key_id not in self._clusters:
+                raise NotFound(f"cluster key {key_id} is not on this machine")
+            return self._clusters[key_id].secret
+
+    def seal_cluster_key(self, key_id: str) -> bytes:
+        """What tells members of a cluster key, by its id; only who has it could have said it."""
+        with self._lock:
+            return self._clusters[key_id].seal("cluster", {})
+
+    def use_cluster_key(self, key_id: str) -> None:
+        """Seal under this one, which is held, from now on; also all that is kept here. Idempotent, whatever crashes."""
+        with self._lock:
+            new, old = self._clusters[key_id], self._cluster
+            if new is old or self.is_given:
+                return
+            if not self.keeps and self.is_beside_steward():
+                self._cluster = new
+                return
+            write_private(self.folder / HELD / old.key_id, old.secret.encode())
+            self._cluster = new
+            try:
+                for ring in self._rings.values():
+                    self._use(ring)
+                for node, keys in self._known.items():
+                    self._keep_machine(node, keys)
+                write_private(self._secret_file, f"{new.secret}\n".encode())
+            except Unavailable:
+                self._cluster = old
+                raise
+            (self.folder / HELD / key_id).unlink(missing_ok=True)
+
+    def forget_cluster_keys(self) -> None:
+        """Destroy all but the one in use."""
+        with self._lock:
+            self._clusters = {self._cluster.key_id: self._cluster}
+            for file in (self.folder / HELD).iterdir():
+                pass_through("keys.before_forget")
+                file.unlink(missing_ok=True)
+
+    def read_cluster_keys(self) -> None:
+        """Again, what the process beside this one may have changed. Raises ConfigError as at the start."""
+        with self._lock:
+            if not self.is_given:
+                self._cluster = ClusterKey(_cluster_secret(self._secret_file.parent, None, False))
+                self._clusters = {self._cluster.key_id: self._cluster}
+                self._read_held()
+
+    def is_beside_steward(self) -> bool:
+        """Whether this machine keeps blocks, so that the cluster key is another process's to change."""
+        return (self.folder / BLOCKS).exists()
+
+    def _read_held(self) -> None:
+        for file in _kept_in(self.folder / HELD):
+            with suppress(FileNotFoundError):  # the process beside this one destroyed it just now
+                if file.name == self._cluster.key_id:  # a crash left it when this one came into use
+                    file.unlink()
+                    continue
+                require_private(file)
+                self._clusters.setdefault(file.name, ClusterKey(file.read_text().strip()))
+
+    def _unseal(self, purpose: Purpose, sealed: bytes) -> dict[str, Any]:
+        with self._lock:
+            return self._clusters.get(key_id_of(sealed), self._cluster).unseal(purpose, sealed)
 
     # ── machines ────────────────────────────────────────────────────────────────────────────────
 
@@ -192,33 +302,51 @@ class Keyring:
 
         Raises ConfigError where the key was removed, and UpstreamInvalid for a record that is none of it.
         """
-        keys: dict[str, bool] = {}
+        keys: Keys = {}
         if known is not None:
-            name, keys = _decode_machine(self._cluster.unseal("machine", known))
+            name, keys = _decode_machine(self._unseal("machine", known))
             if name != self.node:
                 raise UpstreamInvalid(f"the record of machine {self.node} is that of {name}")
-        if keys.get(self._public) or self._known.get(self.node, {}).get(self._public):
+        self._require_good(keys.get(self._public))
+        self.require_member()
+        return self._cluster.seal("machine", _encode_machine(self.node, {**keys, self._public: None}))
+
+    def require_member(self) -> None:
+        """Raises ConfigError where this machine's key was taken out of use."""
+        self._require_good(self._known.get(self.node, {}).get(self._public))
+
+    def _require_good(self, last: int | None) -> None:
+        if last is not None:
             raise ConfigError(
                 f"this machine, {self.node}, was removed: its signing key {self.fingerprint} counts no more. To let it"
                 f" come back, remove {FOLDER}/{SIGNING_FILE} from its home: it makes another"
             )
-        return self._cluster.seal("machine", _encode_machine(self.node, {**keys, self._public: False}))
 
-    def removal(self, node: str) -> bytes:
-        """What makes machines refuse all that was signed with a machine's keys so far. Raises NotFound, Conflict."""
+    def removal(self, node: str, last: int = 0) -> bytes:
+        """What makes machines refuse all that was signed with a machine's keys so far, but blocks up to this version.
+
+        Raises NotFound, Conflict.
+        """
         with self._lock:
             if node == self.node:
                 raise Conflict(f"machine {node} cannot remove itself: do it on another one")
             if node not in self._known:
                 raise NotFound(f"no machine {node} is known here")
-            return self._cluster.seal("machine", _encode_machine(node, dict.fromkeys(self._known[node], True)))
+            keys = {key: _worse(known, last) for key, known in self._known[node].items()}
+            return self._cluster.seal("machine", _encode_machine(node, keys))
+
+    def end_of_expulsion(self, node: str) -> bytes:
+        """What makes machines refuse all that was signed with a machine's keys that were taken out of use."""
+        with self._lock:
+            keys = {key: last if last is None else 0 for key, last in self._known[node].items()}
+            return self._cluster.seal("machine", _encode_machine(node, keys))
 
     def meet(self, record: bytes) -> tuple[Writer, ...]:
         """Learn of a machine's keys, or that they are removed, for good. Returns all that is known of the machine.
 
         Raises UpstreamInvalid for a record that was not made under the cluster key, or with a key that is none.
         """
-        node, keys = _decode_machine(self._cluster.unseal("machine", record))
+        node, keys = _decode_machine(self._unseal("machine", record))
         with self._lock:
             for other, theirs in self._known.items():
                 if other != node and (shared := theirs.keys() & keys.keys()):
@@ -227,23 +355,36 @@ class Keyring:
                         f" copy of the other. Remove {FOLDER}/ from the home of the copy"
                     )
             before = self._known.get(node, {})
-            after = {key: keys.get(key, False) or before.get(key, False) for key in (*before, *keys)}
+            after = {key: _worse(keys.get(key), before.get(key)) for key in (*before, *keys)}
             if after != before:
-                sealed = self._cluster.seal("machine", _encode_machine(node, after))
-                write_private(self._folder / MACHINES / f"{node}.{MACHINES}", sealed)
+                self._keep_machine(node, after)
                 self._known[node] = after
             return _writers_of(node, after)
+
+    def record_of(self, node: str) -> bytes | None:
+        """All that is known of a machine, as the others meet it."""
+        with self._lock:
+            keys = self._known.get(node)
+            return None if keys is None else self._cluster.seal("machine", _encode_machine(node, keys))
+
+    def _keep_machine(self, node: str, keys: Keys) -> None:
+        if self.keeps:
+            sealed = self._cluster.seal("machine", _encode_machine(node, keys))
+            write_private(self.folder / MACHINES / f"{node}.{MACHINES}", sealed)
 
     def writers(self) -> tuple[Writer, ...]:
         with self._lock:
             return tuple(writer for node in sorted(self._known) for writer in _writers_of(node, self._known[node]))
 
-    def verify_key(self, node: str, fingerprint: str) -> Ed25519PublicKey:
-        """The key that this machine signs with. Raises WriterUnknown for a removed one too."""
+    def verify_key(self, node: str, fingerprint: str, version: int | None = None) -> Ed25519PublicKey:
+        """The key that this machine signs with, or signed a block of this version with. Raises WriterUnknown.
+
+        An expelled machine's is good for its blocks that are not sealed anew yet, and for nothing else.
+        """
         with self._lock:
-            for public, is_removed in self._known.get(node, {}).items():
+            for public, last in self._known.get(node, {}).items():
                 if fingerprint_of(public) == fingerprint:
-                    if is_removed:
+                    if last is not None and (version is None or version > last):
                         raise WriterUnknown(f"machine {node} was removed: what it signed with {fingerprint} is refused")
                     return Ed25519PublicKey.from_public_bytes(bytes.fromhex(public))
         raise WriterUnknown(f"no machine {node} is known here to sign with key {fingerprint}")
@@ -286,7 +427,7 @@ class Keyring:
         A retired key that this machine has stays with it until `forget`. Raises UpstreamInvalid for a ring that was not
         made under the cluster key, and Conflict for another one of the same generation.
         """
-        ring = _decode_ring(self._cluster.unseal("ring", sealed))
+        ring = _decode_ring(self._unseal("ring", sealed))
         with self._lock:
             used = self._rings.get(ring.tenant)
             if used is not None and ring.generation == used.generation and _passed_on(ring) != _passed_on(used):
@@ -346,7 +487,7 @@ class Keyring:
 
     def _use(self, ring: Ring) -> Ring:
         sealed = self._cluster.seal("ring", _encode_ring(ring))
-        write_private(self._folder / RINGS / f"{ring.tenant}.{RINGS}", sealed)
+        write_private(self.folder / RINGS / f"{ring.tenant}.{RINGS}", sealed)
         self._rings[ring.tenant] = ring
         return ring
 
@@ -356,10 +497,10 @@ class Keyring:
     def _load(self, folder: str, purpose: Purpose) -> list[dict[str, Any]]:
         """What was kept in a folder. Raises ConfigError for what is not this installation's, or damaged."""
         found = []
-        for file in _kept_in(self._folder / folder):
+        for file in _kept_in(self.folder / folder) if self.keeps else ():
             require_private(file)
             try:
-                value = self._cluster.unseal(purpose, file.read_bytes())
+                value = self._unseal(purpose, file.read_bytes())
                 if file.stem not in (value.get("tenant"), value.get("node")):
                     raise UpstreamInvalid("it is of another tenant, or another machine")
                 found.append(value)
@@ -377,6 +518,11 @@ class Keyring:
                     f"this machine is {self.node}, but signs with the key of machine {node}: give it back that name, or"
                     f" remove {FOLDER}/{SIGNING_FILE} from its home for a key of its own"
                 )
+
+
+def key_id_of(sealed: bytes) -> str:
+    """Which cluster key it says to be sealed under; "" for what is no record of keys."""
+    return sealed[len(MAGIC) : len(MAGIC) + ID_BYTES].hex() if sealed.startswith(MAGIC) else ""
 
 
 def fingerprint_of(public: str) -> str:
@@ -517,17 +663,24 @@ def _decode_ring(value: Mapping[str, Any]) -> Ring:
     return Ring(value["tenant"], value["generation"], tuple(keys))
 
 
-def _encode_machine(node: str, keys: Mapping[str, bool]) -> dict[str, Any]:
+def _worse(one: int | None, other: int | None) -> int | None:
+    """Of two last versions that count."""
+    return min((last for last in (one, other) if last is not None), default=None)
+
+
+def _encode_machine(node: str, keys: Keys) -> dict[str, Any]:
     return {"node": node, "keys": dict(keys)}
 
 
-def _decode_machine(value: Mapping[str, Any]) -> tuple[str, dict[str, bool]]:
+def _decode_machine(value: Mapping[str, Any]) -> tuple[str, dict[str, int | None]]:
     """Raises UpstreamInvalid for a key under which others than its owner could sign."""
     for public in value["keys"]:
         if is_weak(bytes.fromhex(public)):
             raise UpstreamInvalid(f"machine {value['node']} has a signing key that is none: {fingerprint_of(public)}")
-    return value["node"], dict(value["keys"])
+    older = {True: 0, False: None}  # as records said it before there was expelling
+    keys = {key: older[last] if isinstance(last, bool) else last for key, last in value["keys"].items()}
+    return value["node"], keys
 
 
-def _writers_of(node: str, keys: Mapping[str, bool]) -> tuple[Writer, ...]:
-    return tuple(Writer(node, fingerprint_of(public), is_removed) for public, is_removed in keys.items())
+def _writers_of(node: str, keys: Keys) -> tuple[Writer, ...]:
+    return tuple(Writer(node, fingerprint_of(public), last == 0, last or None) for public, last in keys.items())

@@ -1,10 +1,13 @@
 """Bytes become text, each document in its own guarded child process.
 
-`Parsers` keeps one clean process, the zygote (`python -m nexus.parsing`). It has loaded the format libraries, runs
+`Parsers` keeps a clean process, the zygote (`python -m nexus.parsing`). It has loaded the format libraries, runs
 one thread, has no secrets in its environment and, where Linux allows it, no network. For every document it forks a
 worker, which limits itself, reads the bytes from a socket of its own, answers in JSON and exits. The zygote watches:
 it tells the caller how each worker ended, and ends those that nobody waits for. Whatever a hostile file does, it does
 in its worker.
+
+There are two zygotes, each from its first document on: a fork copies the page tables of all that was loaded, and PDF
+and office files need libraries that are more than half of that.
 
 A reader fills a `_Draft` with blocks. Markdown and reStructuredText become HTML that carries line numbers, so one walk
 makes blocks of all that people write. To add a format, write a reader and name it in `_SUFFIXES` and `_READERS`.
@@ -35,11 +38,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from html import escape
 from importlib import import_module  # most format libraries have no types, and only the zygote loads them
 from itertools import groupby, islice, pairwise, takewhile
 from pathlib import Path
-from typing import Any, NoReturn, Self, get_args
+from typing import Any, Literal, NoReturn, Self, get_args
 from urllib.parse import urlsplit
 
 from nexus.errors import InvalidRequest, NexusError, Unavailable, Unprocessable, UnsupportedMedia
@@ -473,8 +477,13 @@ def _xml_line(element: Any) -> str:
 # What people write: Markdown, reStructuredText and HTML
 
 
+@cache
+def _markdown() -> Any:
+    return import_module("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+
+
 def _read_markdown(content: bytes, draft: _Draft) -> None:
-    markdown = import_module("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    markdown = _markdown()
     tokens = markdown.parse(_take_front_matter(_UNWANTED.sub("", _decode(content)), draft))
     for token in tokens:
         first, last = (token.map[0] + 1, token.map[1]) if token.map else (0, 0)
@@ -1137,28 +1146,43 @@ def _limit_self(limits: Limits) -> None:
         resource.setrlimit(kind, (most, end))
 
     with suppress(OSError, ValueError):  # a system without /proc, or without this limit
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        lower(resource.RLIMIT_AS, pages * resource.getpagesize() + limits.memory_bytes)
+        lower(resource.RLIMIT_AS, _address_space() + limits.memory_bytes)
     lower(resource.RLIMIT_CPU, max(1, round(limits.cpu_seconds)), slack=1)  # a signal, and one second later the end
     lower(resource.RLIMIT_FSIZE, 0)
     lower(resource.RLIMIT_NOFILE, 32)
     lower(resource.RLIMIT_CORE, 0)
     signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds)  # its signal ends C code too
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the zygote
+        _of_libc("prctl")(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive the zygote
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped. Raises OSError where there is no /proc."""
+    about = os.open("/proc/self/statm", os.O_RDONLY)  # a file object of Python's would touch a hundred pages more
+    try:
+        return int(os.read(about, 128).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(about)
+
+
+@cache
+def _of_libc(name: str) -> Any:
+    """A function of the C library: looked up by the zygote, so that no worker has to."""
+    return ctypes.CDLL(None)[name]
 
 
 # The zygote: a worker for each document
 
 
 def serve() -> NoReturn:
-    """Be the zygote: take documents from the socket that is standard input, until that closes."""
+    """Be a zygote: take documents from the socket that is standard input, until that closes."""
     limits = Limits(**json.loads(sys.argv[1]))
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the caller may have blocked some, and limits speak in signals
     for number in (signal.SIGALRM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides when to end, and closes the socket
-    _warm(limits)
+    _WARM[sys.argv[2]](limits)
+    _settle_down()
     ended, ending = socket.socketpair()
     ending.setblocking(False)
     signal.set_wakeup_fd(ending.fileno(), warn_on_full_buffer=False)
@@ -1221,32 +1245,41 @@ _SAMPLES = {
 }
 
 
-def _warm(limits: Limits) -> None:
-    """Load and exercise what workers need, so that each begins with it; then leave the network."""
-    for library in ("charset_normalizer", "docx", "openpyxl", "pptx", "pypdfium2"):
-        import_module(library)
+def _warm_plain(limits: Limits) -> None:
+    """Load and exercise what workers need for what people write, so that each begins with it."""
+    import_module("charset_normalizer")
     _patch_docutils()
     for media_type, sample in _SAMPLES.items():
         _read("warm", media_type, sample.encode(), limits)
+
+
+def _warm_office(limits: Limits) -> None:
+    """Load what workers need for PDF and office files."""
+    for library in ("docx", "openpyxl", "pptx", "pypdfium2"):
+        import_module(library)
+
+
+_WARM = {"plain": _warm_plain, "office": _warm_office}
+
+
+def _settle_down() -> None:
+    """What is there now stays: workers share it. Then leave the network."""
+    if sys.platform == "linux":
+        _of_libc("prctl")
+        if _of_libc("unshare")(0x10000000 | 0x40000000):  # CLONE_NEWUSER, CLONE_NEWNET
+            print("nexus.parsing: this system does not let parsers leave the network", file=sys.stderr)
     gc.collect()
     gc.freeze()
-    if sys.platform == "linux" and ctypes.CDLL(None).unshare(0x10000000 | 0x40000000):  # CLONE_NEWUSER, CLONE_NEWNET
-        print("nexus.parsing: this system does not let parsers leave the network", file=sys.stderr)
 
 
 # The caller
 
 
 class Parsers:
-    """Reads documents in guarded child processes. Threads may share one; it starts with the first document."""
+    """Reads documents in guarded child processes. Threads may share one."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._lock = threading.Lock()
-        self._zygote: subprocess.Popen[bytes] | None = None
-        self._door: socket.socket | None = None
-        self._closed = False
-        self._command = [sys.executable, "-P", "-m", "nexus.parsing"]
+        self._plain, self._office = _Zygote("plain", limits), _Zygote("office", limits)
 
     def __enter__(self) -> Self:
         return self
@@ -1255,10 +1288,9 @@ class Parsers:
         self.close()
 
     def close(self) -> None:
-        """End the zygote and its workers. Whoever waits for a document gets Unavailable."""
-        with self._lock:
-            self._closed = True
-            self._stop()
+        """End the zygotes and their workers. Whoever waits for a document gets Unavailable."""
+        self._plain.close()
+        self._office.close()
 
     def parse(self, source: str, content: bytes, media_type: str | None = None) -> Parsed:
         """The title and the blocks of a document, in reading order.
@@ -1272,12 +1304,31 @@ class Parsers:
             raise InvalidRequest("the file is empty: nothing was added")
         kind = detect(source, content, media_type)
         header = json.dumps({"name": _name_of(source), "media_type": kind}).encode()
-        reply = self._ask(header, content) or self._ask(header, content)  # again where the zygote was killed
+        zygote = self._office if kind in _BINARY else self._plain
+        reply = zygote.ask(header, content) or zygote.ask(header, content)  # again where it was killed
         if not reply:
             raise Unavailable("the process that reads documents ended twice over this file", code=ENDED)
         return _parsed(reply, kind)
 
-    def _ask(self, header: bytes, content: bytes) -> bytes:
+
+class _Zygote:
+    """The process that forks a worker for each document, as its caller has it; it starts with the first document."""
+
+    def __init__(self, kind: Literal["plain", "office"], limits: Limits) -> None:
+        self._kind, self._limits = kind, limits
+        self._lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+        self._door: socket.socket | None = None
+        self._closed = False
+        self.command = [sys.executable, "-P", "-m", "nexus.parsing"]
+
+    def close(self) -> None:
+        """End it and its workers; it does not start again."""
+        with self._lock:
+            self._closed = True
+            self._stop()
+
+    def ask(self, header: bytes, content: bytes) -> bytes:
         """The worker's reply; nothing when the zygote went away before it could say how the worker ended."""
         mine, theirs = socket.socketpair()
         verdict, judge = socket.socketpair()
@@ -1306,7 +1357,7 @@ class Parsers:
             for _ in range(2):
                 if self._closed:
                     raise Unavailable("the parsers are closed")
-                if self._zygote is None or self._door is None or self._zygote.poll() is not None:
+                if self.process is None or self._door is None or self.process.poll() is not None:
                     self._door = self._start()
                 with suppress(BrokenPipeError, ConnectionResetError):  # it was killed just now
                     socket.send_fds(self._door, [b"."], [end.fileno() for end in ends])
@@ -1319,18 +1370,18 @@ class Parsers:
         roots = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         environment = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
         environment |= {"PYTHONPATH": os.pathsep.join(filter(None, roots)), "OPENBLAS_NUM_THREADS": "1"}
-        command = [*self._command, json.dumps(asdict(self._limits))]
+        command = [*self.command, json.dumps(asdict(self._limits)), self._kind]
         door, stdin = socket.socketpair()
         with stdin:
-            self._zygote = subprocess.Popen(command, stdin=stdin.fileno(), stdout=subprocess.DEVNULL, env=environment)
+            self.process = subprocess.Popen(command, stdin=stdin.fileno(), stdout=subprocess.DEVNULL, env=environment)
         return door
 
     def _stop(self) -> None:
         if self._door is not None:
             self._door.close()
-        if self._zygote is not None:
-            self._zygote.wait()
-        self._door = self._zygote = None
+        if self.process is not None:
+            self.process.wait()
+        self._door = self.process = None
 
     def _reason(self, exit_code: int) -> str:
         limits = self._limits

@@ -202,12 +202,15 @@ class LiveIndex:
     """Which index of a collection is searched, and which embedder made the vectors in it: the questions are its, too.
 
     `embedder` is its address, "" where nobody noted it: then it must be the configured one. So with a dimension of 0.
+    `cut` names its chunks; `chunking` is how they are cut (ChunkSettings.write), "": as configured, each when it came.
     """
 
     index: str
     fingerprint: str
     embedder: str = ""
     dimension: int = 0
+    cut: str = ""
+    chunking: str = ""
 
 
 class Coordinator(Protocol):
@@ -254,7 +257,9 @@ class Collection:
     embedder: str = ""  # as in LiveIndex
     dimension: int = 0
     identity: str = ""  # the fingerprint that names its versions, whichever index is live; "": `fingerprint`
-    is_beside: bool = False  # the live index is the second one, whose vectors `KeepsGenerations` has
+    cut: str = ""  # as in LiveIndex
+    chunking: str = ""
+    revision: int = field(default=0, compare=False)  # as `Followed` counts it, for the tenant asked for
 
 
 GenerationState = Literal["building", "ready", "refused", "staying", "leaving"]
@@ -262,11 +267,12 @@ GenerationState = Literal["building", "ready", "refused", "staying", "leaving"]
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An index of a collection, with another embedder than that of its own one, and how far it has come.
+    """An index of a collection, with another embedder or chunker than its own one, and how far it has come.
 
-    It is written to like the own one from the moment it is there. "building": what was published before is being
-    brought in; "ready" and "refused": it is complete, and was compared; "staying": it is live, and will be the own one
-    in a while; "leaving": nothing is written to it any more, and it will be removed. `since` is in Unix seconds.
+    It has chunks of its own, and is written to like the own one from the moment it is there. "building": what was
+    published before is being brought in; "ready" and "refused": it is complete, and was compared; "staying": it is
+    live, and will be the own one in a while; "leaving": nothing is written to it any more, and it will be removed.
+    `since` is in Unix seconds.
     """
 
     live: LiveIndex
@@ -281,20 +287,34 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """One version ready to be written: its chunks, the texts that were embedded, and their vectors.
+class Cut:
+    """One version as one index has it: its chunks in order, the texts that were embedded, and their vectors."""
 
-    `vectors` are those of the collection's own index, made by the embedder of that `fingerprint` ("": nobody asks);
-    `beside` are those of other embedders, by fingerprint.
+    chunks: Sequence[Chunk]
+    texts: Sequence[str]
+    vectors: Vectors | Sequence[Vector]
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """One version ready to be written, as the collection's own index has it, and every other one.
+
+    `index` is the own one that it was made for ("": nobody asks), `beside` are others by their names. `kept` is what
+    the chunks were cut from (kept.py).
     """
 
     document: Document
     epoch: int
     chunks: Sequence[Chunk]
     texts: Sequence[str]
-    vectors: Vectors
-    fingerprint: str = ""
-    beside: Mapping[str, Vectors] = field(default_factory=dict)
+    vectors: Vectors | Sequence[Vector]
+    index: str = ""
+    beside: Mapping[str, Cut] = field(default_factory=dict)
+    kept: bytes = b""
+
+    @property
+    def own(self) -> Cut:
+        return Cut(self.chunks, self.texts, self.vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +391,13 @@ class DocumentStore(Protocol):
 
     def current(self, document_id: str, principal: Principal) -> Document | None: ...
 
+    def history(self, document_id: str, principal: Principal) -> list[Document]:
+        """The document's current version and those before it that are not vacuumed yet, the latest first.
+
+        A version that was current twice is there twice. Empty unless the principal may read the current one.
+        """
+        ...
+
     def readers_of(self, document_ids: Sequence[str]) -> set[frozenset[str]]:
         """The sets of readers of these documents' current versions, of those that have any. Asks nobody."""
         ...
@@ -415,16 +442,20 @@ class DocumentStore(Protocol):
         ...
 
     def vectors_of(
-        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int
+        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int, cut: str = ""
     ) -> dict[str, tuple[str, Vector]]:
-        """{chunk id: (document id, vector)} of these documents as visible at `as_of`, at most `limit` chunks.
+        """{chunk id: (document id, vector)} of these documents as visible at `as_of`, at most `limit` chunks of a cut.
 
         Each document gives at most its share of the limit, its first chunks: a book leaves room for a note.
         """
         ...
 
-    def neighbours(self, document_id: str, version: str, first: int, last: int) -> list[Chunk]:
-        """Chunks of one version with first <= ordinal <= last, in order."""
+    def neighbours(self, document_id: str, version: str, first: int, last: int, cut: str = "") -> list[Chunk]:
+        """Chunks of one cut of a version with first <= ordinal <= last, in order."""
+        ...
+
+    def kept(self, document_id: str, version: str) -> bytes | None:
+        """What a version's chunks were cut from; None for one that was staged without it, or is not there."""
         ...
 
     def needless(self, closed_before: float, staged_before: float) -> list[Document]:
@@ -435,7 +466,7 @@ class DocumentStore(Protocol):
         ...
 
     def retire(self, document: Document, closed_before: float, staged_before: float) -> list[str] | None:
-        """Claim a needless version for removal and return its chunk ids; None if it is needed after all.
+        """Claim a needless version for removal and return its chunk ids, of all cuts; None if it is needed after all.
 
         From here on no `as_of` sees it, and nobody can stage that very version for a moment.
         """
@@ -450,14 +481,17 @@ class DocumentStore(Protocol):
         ...
 
     def damaged(self, index: str, dimension: int) -> list[str]:
-        """Ids of current documents whose chunks are not all there, and of chunks with a wrong id or vector."""
+        """Ids of current documents whose chunks in an index are not all there, or of which what is kept cannot be read;
+        and of chunks with a wrong id or vector."""
         ...
 
     def chunk_ids(self, index: str, published: bool) -> set[str]:
         """Chunk ids of an index: those of current versions, or every one that has rows."""
         ...
 
-    def chunk_ids_of(self, document_id: str, version: str) -> list[str]: ...
+    def chunk_ids_of(self, document_id: str, version: str) -> list[str]:
+        """Of all cuts."""
+        ...
 
     def add_turn(self, tenant: str, session_id: str, role: str, content: str) -> None: ...
 
@@ -715,11 +749,40 @@ class KeptElsewhere(Protocol):
 
 
 @runtime_checkable
-class KeepsGenerations(Protocol):
-    """What a document store can that keeps vectors of a second index beside those of a collection's own.
+class Followed(Protocol):
+    """What a document store can that tells what became of a tenant's versions, so that others keep an index of them.
 
-    From the moment a generation is there, and until it leaves, `publish` takes no version that lacks a vector in it:
-    it raises Unavailable (code "generation_lacks"), as `stage` does where `Staged.fingerprint` is not the own one's.
+    Of each tenant in a collection it counts two things: `revision` grows with all that a search may have to find or
+    judge otherwise, which is a version that is published or closed, and one whose title or readers change; `erased`
+    with each version that was published and is retired.
+    """
+
+    def standings(self) -> dict[tuple[str, str], tuple[int, int]]:
+        """{(collection, tenant): (revision, erased)} of all that there are."""
+        ...
+
+    def changed(self, collection: str, tenant: str, after: int) -> list[Document]:
+        """Versions that are or were visible, and were published, closed or changed after a revision; 0: all of them.
+
+        Each stands there once for every time that it was opened, one after the other.
+        """
+        ...
+
+    def held(self, collection: str, tenant: str) -> int:
+        """How many chunks the versions have that `changed` would give in all."""
+        ...
+
+    def chunks_of(self, documents: Sequence[Document], cut: str = "") -> list[Chunk]:
+        """Of one cut of these versions, in their order, and by their ordinals; those that are there."""
+        ...
+
+
+@runtime_checkable
+class KeepsGenerations(Protocol):
+    """What a document store can that keeps other indexes of a collection beside its own, each with chunks of its own.
+
+    From the moment a generation is there, and until it leaves, `publish` takes no version that lacks its chunks in it:
+    it raises Unavailable (code "generation_lacks"), as `stage` does where `Staged.index` is not the own one.
     """
 
     def generations(self, collection: str) -> list[Generation]:
@@ -727,7 +790,11 @@ class KeepsGenerations(Protocol):
         ...
 
     def add_generation(self, collection: str, own: LiveIndex, generation: Generation) -> None:
-        """Note a generation, and what the own index is. Nothing where it is there. Raises Conflict beside another."""
+        """Note a generation, and what the own index is. Nothing where it is there. Raises Conflict beside another, and
+        for the own index.
+
+        Its cut is named like its index.
+        """
         ...
 
     def note_generation(
@@ -737,23 +804,27 @@ class KeepsGenerations(Protocol):
         ...
 
     def lacking(self, collection: str, index: str, limit: int) -> list[Document]:
-        """Versions that were published, of all tenants, and have chunks without a vector in this generation."""
+        """Versions that were published, of all tenants, and are not there in this generation."""
+        ...
+
+    def unkept(self, collection: str, limit: int) -> list[Document]:
+        """Current documents, of all tenants, of which it is not kept what they were cut from; by document id."""
         ...
 
     def filled(self, collection: str, index: str) -> tuple[int, int]:
-        """Of the chunks of published versions, how many have a vector in this generation; and how many there are."""
+        """Of the own index's chunks of published versions, how many are of versions that this generation has; and how
+        many there are."""
         ...
 
-    def fill(self, index: str, document: Document, vectors: Mapping[str, Vector]) -> bool:
-        """Keep vectors of a version's chunks in a generation; False, and nothing kept, if either is on its way out."""
+    def fill(self, index: str, document: Document, cut: Cut) -> bool:
+        """Keep a version as a generation has it; False, and nothing kept, where it is there, or either is on its way
+        out."""
         ...
-
-    def vectors_beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]: ...
 
     def adopt(self, collection: str, index: str) -> None:
-        """In one transaction: this generation is the own index, and the one that was so leaves. Twice is once."""
+        """This generation is the own index, and the one that was so leaves. Twice is once."""
         ...
 
-    def forget_generation(self, index: str) -> None:
-        """Remove a generation that leaves, with its vectors."""
+    def forget_generation(self, index: str) -> bool:
+        """Remove a part of what a generation that leaves holds, and at the end itself; whether there is more to do."""
         ...

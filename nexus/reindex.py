@@ -1,58 +1,66 @@
-"""Another embedder for a collection: a second index, built beside the live one under load, compared, switched to.
+"""Another embedder or chunker for a collection: a second index, built beside the live one, compared, switched to.
 
-A collection has an index of its own, and for a while a second one, its generation of the other embedder (ports.py).
-Chunks, their ids and their texts are the same for both; only the vectors differ. What happens, in order:
+A collection has an index of its own, and for a while a second one, its generation (ports.py). Each has chunks of its
+own, with ids, texts and vectors: the same pieces of the same versions where only the embedder is another, and else a
+new cut of what every version was cut from, which is kept with it (kept.py). What happens, in order:
 
-1. `begin` notes the generation in the document store. From that transaction on no version is published that lacks a
-   vector in it: whoever publishes writes to both indexes, and who did not know yet is told to stage again. So what
+1. `begin` notes the generation in the document store. From that transaction on no version is published that lacks its
+   chunks in it: whoever publishes writes to both indexes, and who did not know yet is told to stage again. So what
    is left to bring in is what was published before, and that only shrinks: no fence, and nobody waits.
-2. `build` brings it in, batch by batch: rows of the vector store first, then the vectors in the document store, which
-   say what is done. A crash repeats a batch at most; work goes on where it was.
+2. `build` brings it in, batch by batch: rows of the vector store first, then chunks in the document store, which
+   say what is done. A crash repeats a batch at most; work goes on where it was. A version of which it was not kept
+   what it was cut from stays as it is cut: it is found as before, and `Progress.unkept` names it. Added again, it
+   is cut like the others.
 3. `compare` measures recall@k of both on the same questions, by the vectors alone and fused as configured: vectors
-   that say nothing would hide behind the words. Not worse is "ready", else it is "refused", and the figures say why.
+   that say nothing would hide behind the words. k counts passages, however long they are. Of a question that was kept
+   a hit counts if its document is expected; of one made up, a sentence, if it holds at least half of that, word for
+   word. Not worse is "ready", else it is "refused", and the figures say why.
 4. `switch` is one compare-and-set of the coordinator. A search looks up once which index is live, and embeds its
    question with that one's embedder; those under way end with the index they began with, which is whole. `rollback`
    is the same compare-and-set the other way round: both indexes are written to, so nothing is lost by either.
 5. `drop` gives up whichever of the two is not live. After a pause, in which the last search in it ends, `tidy` makes
-   the live one the collection's own and removes the other.
-
-Another chunker would cut other chunks, for which the text as it was parsed is needed, and that is not kept: it takes
-the documents themselves, added again.
+   the live one the collection's own, which is one small transaction, and removes the other, part by part.
 """
 
 import random
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
-from nexus.chunking import embedded_text
+from nexus.chunking import ChunkSettings, embedded_text
 from nexus.coordination import Alone
 from nexus.embedders import Embedders
 from nexus.errors import ConfigError, Conflict, InvalidRequest, NexusError, NotFound, TryAgain
 from nexus.failpoints import pass_through
-from nexus.hades import Hades, alias_of, document_id_of, index_of, rows_of
+from nexus.hades import Hades, alias_of, chunks_of, cut_of, document_id_of, in_batches, index_of, rows_of
 from nexus.ingest import check_vectors
+from nexus.kept import unpack
 from nexus.ports import Embedder, Generation, KeepsGenerations, LiveIndex
 from nexus.retrieval import RetrievalSettings, Retriever
-from nexus.types import Document, Principal, SearchRequest, Vectors
+from nexus.types import LAST_ORDINAL, Document, Parsed, Piece, Principal, SearchRequest, Vectors
 
 BATCH_TEXTS = 128
 MOST_K = 10
 SAMPLED = 100  # questions, where none are kept
 SAMPLED_ALLOWANCE = 0.02  # they are made up from the documents: two of a hundred decide nothing
 MOST_QUESTIONS = 1000
+MOST_UNKEPT = 1000  # documents that are looked for, to be named
 QUESTION_WORDS = 4  # a shorter sentence is hardly about its passage
 GRACE_SECONDS = 60.0  # until a search that began before a switch has ended, whatever it was
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What somebody asks, and the documents, or the chunks, that should be among the first hits."""
+    """What somebody asks, and the documents that should be among the first hits.
+
+    `is_sentence`: it was taken from the one document, and the hit should be the passage that it stands in.
+    """
 
     query: str
     expected: frozenset[str]
     principal: Principal
+    is_sentence: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +90,18 @@ class Comparison:
     def sentence(self) -> str:
         which = "made up from the documents" if self.sampled else "kept"
         return (
-            f"recall@{self.k} on {self.questions} questions {which}: by vectors {self.live.dense:.3f} with the live"
-            f" embedder, {self.beside.dense:.3f} with the other; fused {self.live.fused:.3f} and"
+            f"recall@{self.k} on {self.questions} questions {which}: by vectors {self.live.dense:.3f} in the live"
+            f" index, {self.beside.dense:.3f} in the other; fused {self.live.fused:.3f} and"
             f" {self.beside.fused:.3f}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a collection stands. `done` and `total` count the chunks of published versions in the second index.
+    """Where a collection stands. `done` of `total` chunks of the own index are of versions that are in the second one.
 
-    `beside` is the second index; once it is live, `own` is the one to roll back to.
+    `beside` is the second index; once it is live, `own` is the one to roll back to. `unkept` are documents, of all
+    tenants, that the second index should have cut otherwise and has as they were, MOST_UNKEPT at most.
     """
 
     collection: str
@@ -101,17 +110,20 @@ class Progress:
     beside: Generation | None
     done: int = 0
     total: int = 0
+    unkept: tuple[Document, ...] = ()
 
 
 @dataclass
 class Reindexer:
     """The moves above, over one Hades. `embed_for` makes vectors of passages for an index, `embedder_of` is whole.
 
-    `pauses` are how long to wait before each batch, for whoever is asking meanwhile.
+    `cut_for` cuts a document as an index has it; `pauses` are how long to wait before each batch, for whoever is asking
+    meanwhile.
     """
 
     hades: Hades
     others: Embedders
+    cut_for: Callable[[LiveIndex, Parsed], list[Piece]]
     embed_for: Callable[[LiveIndex, Sequence[str]], Vectors]
     embedder_of: Callable[[LiveIndex], Embedder]
     settings: RetrievalSettings = field(default_factory=RetrievalSettings)
@@ -121,18 +133,28 @@ class Reindexer:
     # ── beginning ───────────────────────────────────────────────────────────────────────────────
 
     def begin(
-        self, name: str, address: str, by: Principal, questions: Sequence[tuple[str, Sequence[str]]] = ()
-    ) -> Generation:
-        """Note that the collection gets an index with this embedder; twice is once. `work` does the rest.
+        self, name: str, address: str | None, by: Principal, questions: Sequence[tuple[str, Sequence[str]]] = (),
+        chunking: ChunkSettings | None = None,
+    ) -> Generation:  # fmt: skip
+        """Note that the collection gets an index with this embedder, cut so; twice is once. `work` does the rest.
 
-        `questions` are queries with the ids or sources of the documents that `by` expects; without any, some are made
-        up. Raises NotFound, InvalidRequest, and Conflict where it is the live one or another is under way.
+        None is as in the live index. `questions` are queries with the ids or sources of the documents that `by`
+        expects; without any, some are made up. Raises NotFound, InvalidRequest, and Conflict where it is the live one
+        or another is under way.
         """
         keeper = self._keeper()
         progress = self.progress(name)
         asked = self._asked(name, by, questions)
-        embedder = self._open(address)
-        live = LiveIndex(index_of(name, embedder.fingerprint), embedder.fingerprint, address, embedder.dimension)
+        embedder = self._open(address) if address else self.embedder_of(progress.live)
+        address = address or progress.live.embedder or self.hades.embedder
+        if chunking is not None and chunking.max_tokens > embedder.max_tokens:
+            raise InvalidRequest(
+                f"{address!r} reads {embedder.max_tokens} tokens of a text: chunks cannot have {chunking.max_tokens}",
+                pointer="/chunking/max_tokens",
+            )  # fmt: skip
+        cut_so = progress.live.chunking if chunking is None else chunking.write()
+        index = index_of(name, embedder.fingerprint, cut_so)
+        live = LiveIndex(index, embedder.fingerprint, address, embedder.dimension, index, cut_so)
         self._make_room(keeper, progress, live)
         self.hades.vectors.open_index(live.index, live.dimension)
         pass_through("reindex.before_begin")
@@ -145,8 +167,10 @@ class Reindexer:
 
     def _make_room(self, keeper: KeepsGenerations, now: Progress, wanted: LiveIndex) -> None:
         """Nothing but the wanted index is beside the live one, or Conflict says what is in the way."""
-        if wanted.fingerprint == now.live.fingerprint:
-            raise Conflict(f"collection {now.collection!r} is embedded with that model already", code="same_embedder")
+        if (wanted.fingerprint, wanted.chunking) == (now.live.fingerprint, now.live.chunking):
+            raise Conflict(
+                f"collection {now.collection!r} is cut so and embedded with that model already", code="same_embedder"
+            )
         if now.beside is None:
             return
         if now.live != now.beside.live:
@@ -159,7 +183,7 @@ class Reindexer:
                 self._leave(keeper, now.beside)
         elif wanted.index == now.own.index:
             raise Conflict(
-                "the index with that embedder is still there; `nexus reindex --rollback` goes back to it",
+                "the index that is cut and embedded so is still there; `nexus reindex --rollback` goes back to it",
                 code="same_embedder",
             )
         else:
@@ -196,6 +220,8 @@ class Reindexer:
     def _open(self, address: str) -> Embedder:
         """The embedder of this address, tried out."""
         try:
+            if address == self.hades.embedder:
+                return self.embedder_of(LiveIndex("", self.hades.fingerprint, address, self.hades.dimension))
             embedder = self.others.open(address)
         except ConfigError as error:
             raise InvalidRequest(error.message, pointer="/embedder") from error
@@ -233,37 +259,55 @@ class Reindexer:
     def build(self, name: str, live: LiveIndex) -> bool:
         """Bring in all that was published before; False when it was given up meanwhile. May run again at any time."""
         while documents := self.hades.lacking(name, live):
-            for batch in _batches(documents):
+            for batch in in_batches(documents, BATCH_TEXTS):
                 for pause in self.pauses():
                     time.sleep(pause)
                 if not self._is_building(name, live):
                     return False
-                self._fill(live, batch)
-        own, _ = self.hades.written(name)
-        published = self.hades.documents.chunk_ids(own.index, published=True)
-        self.hades.write_again(sorted(published - self.hades.vectors.chunk_ids(live.index)))
+                self._fill(name, live, batch)
+        published, indexed = self.hades.documents.chunk_ids(live.index, True), self.hades.vectors.chunk_ids(live.index)
+        self.hades.write_again(sorted(published - indexed))
+        if strangers := indexed - self.hades.documents.chunk_ids(live.index, published=False):
+            self.hades.vectors.delete(live.index, sorted(strangers))  # of who was killed, and a version vacuumed since
         self.hades.vectors.flush(live.index)
         return True
 
-    def _fill(self, live: LiveIndex, documents: Sequence[Document]) -> None:
-        load = self.hades.documents.neighbours
-        versions = [(one, load(one.document_id, one.version, 0, one.chunks)) for one in documents]
+    def _fill(self, name: str, live: LiveIndex, documents: Sequence[Document]) -> None:
+        own, _ = self.hades.written(name)
+        cuts = [(one, chunks_of(one, self._cut(one, own, live), live.cut)) for one in documents]
+        versions = [(one, chunks) for one, chunks in cuts if chunks or not one.chunks]  # else it was vacuumed just now
         texts = [embedded_text(one.title, chunk.piece) for one, chunks in versions for chunk in chunks]
         vectors = self.embed_for(live, texts)
         check_vectors(vectors, len(texts), live.dimension)
         start = 0
         for document, chunks in versions:
             pass_through("reindex.before_fill")
-            made = vectors[start : start + len(chunks)]
+            made = cut_of(document, chunks, vectors[start : start + len(chunks)])
             start += len(chunks)
             ids = [chunk.chunk_id for chunk in chunks]
-            self.hades.vectors.upsert(live.index, rows_of(document, chunks, made))
+            self.hades.vectors.upsert(live.index, rows_of(document, made))
             pass_through("reindex.between_stores")
-            if not self._keeper().fill(live.index, document, dict(zip(ids, made, strict=True))):
-                self.hades.vectors.delete(live.index, ids)  # it was vacuumed meanwhile
-            elif (readers := self._readers_of(ids, document)) != document.readers:
+            if not self._keeper().fill(live.index, document, made):
+                self._take_back(live, ids)
+            elif ids and (readers := self._readers_of(ids, document)) != document.readers:
                 self.hades.write_again(ids, readers)
             pass_through("reindex.after_fill")
+
+    def _cut(self, document: Document, own: LiveIndex, live: LiveIndex) -> list[Piece]:
+        """A version's pieces for an index: of its own cut, if it is the same or cannot be another."""
+        key = (document.document_id, document.version)
+        kept = self.hades.documents.kept(*key) if live.chunking != own.chunking else None
+        parsed = unpack(kept) if kept is not None else None
+        if parsed is not None:
+            return self.cut_for(live, parsed)
+        return [chunk.piece for chunk in self.hades.documents.neighbours(*key, 0, LAST_ORDINAL, own.cut)]
+
+    def _take_back(self, live: LiveIndex, chunk_ids: Sequence[str]) -> None:
+        """Rows of a version that was vacuumed meanwhile, or is there already, as who published it anew cut it."""
+        known = self.hades.documents.load(chunk_ids)
+        if gone := [one for one in chunk_ids if one not in known]:
+            self.hades.vectors.delete(live.index, gone)
+        self.hades.write_again(list(known))
 
     def _readers_of(self, chunk_ids: Sequence[str], document: Document) -> frozenset[str]:
         """As they are now: they may have changed while its rows were written for those of before."""
@@ -293,7 +337,8 @@ class Reindexer:
             if long and len(found) < SAMPLED:
                 reader = Principal(document.tenant, min(document.readers, default="reindex"))
                 query = dice.choice(long).strip()[:500]
-                found.setdefault(document.document_id, Question(query, frozenset({chunk.chunk_id}), reader))
+                about = frozenset({document.document_id})
+                found.setdefault(document.document_id, Question(query, about, reader, is_sentence=True))
         return list(found.values())
 
     def _recall(self, name: str, live: LiveIndex, questions: Sequence[Question], k: int) -> Recall:
@@ -319,19 +364,20 @@ class Reindexer:
         if self.hades.documents.collection(name) is None:
             raise NotFound(f"there is no collection {name!r}; add a document to it and it will be there")
         own, _ = self.hades.written(name)
-        live = self.hades.coordinator.point(name, own)
+        held = self.hades.coordinator.point(name, own)
         beside = self._beside(name)
-        if live.index == own.index:
-            live = own  # with what was not noted at the time
+        live = beside.live if beside is not None and held.index == beside.live.index else own
         if beside is None or self.hades.keeper is None:
             return Progress(name, live, own, beside)
-        return Progress(name, live, own, beside, *self.hades.keeper.filled(name, beside.live.index))
+        is_cut_anew = beside.live.chunking != own.chunking
+        unkept = self.hades.keeper.unkept(name, MOST_UNKEPT) if is_cut_anew else []
+        return Progress(name, live, own, beside, *self.hades.keeper.filled(name, beside.live.index), tuple(unkept))
 
     def switch(self, name: str, anyway: bool = False) -> Progress:
         """Make the second index the live one. Raises Conflict where it is not complete, or worse and not `anyway`."""
         now = self.progress(name)
         if now.beside is None:
-            raise Conflict("there is no second index; `nexus reindex --embedder …` builds one", code="no_generation")
+            raise Conflict("there is no second index; `nexus reindex` builds one", code="no_generation")
         if now.live == now.beside.live:
             return now
         if now.beside.state == "building":
@@ -385,11 +431,17 @@ class Reindexer:
                 pass_through("reindex.after_adopt")
         for generation in self.hades.generations(name):
             if generation.state == "leaving" and time.time() - generation.since >= self.grace_seconds:
+                own = self.progress(name).own
+                held = self.hades.coordinator.point(name, own)
+                if held.index == generation.live.index:  # of before: it is searched no more (Hades.live_of)
+                    self.hades.coordinator.move(name, held, own)
                 live = self.progress(name).live
+                self.hades.vectors.open_index(live.index, live.dimension)
                 self.hades.vectors.point_alias(alias_of(name), live.index)  # a crash may have left it behind
                 self.hades.vectors.drop_index(generation.live.index)
                 pass_through("reindex.before_forget")
-                self._keeper().forget_generation(generation.live.index)
+                while self._keeper().forget_generation(generation.live.index):
+                    pass_through("reindex.inside_forget")
                 pass_through("reindex.after_forget")
 
     def _leave(self, keeper: KeepsGenerations, generation: Generation) -> None:
@@ -411,18 +463,6 @@ class Reindexer:
         return self.hades.keeper
 
 
-def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
-    """In order, each of about as many chunks as are embedded at once."""
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if sum(one.chunks for one in batch) >= BATCH_TEXTS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def _kept(generation: Generation) -> list[Question]:
     """The questions that were given with it."""
     asked = generation.asked
@@ -433,5 +473,12 @@ def _kept(generation: Generation) -> list[Question]:
 
 def _share(retriever: Retriever, request: SearchRequest, question: Question) -> float:
     hits = retriever.search(request, question.principal).hits
-    found = {hit.document_id for hit in hits} | {hit.chunk_id for hit in hits}
+    found = {hit.document_id for hit in hits if not question.is_sentence or _holds(hit.text, question.query)}
     return len(found & question.expected) / min(len(question.expected), request.k)
+
+
+def _holds(text: str, sentence: str) -> bool:
+    """Whether the first or the last half of a sentence's words stands in a text, wherever lines are broken."""
+    words, whole = sentence.split(), " ".join(text.split())
+    half = -(-len(words) // 2)
+    return " ".join(words[:half]) in whole or " ".join(words[-half:]) in whole

@@ -19,18 +19,24 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import Literal
+from functools import cache, partial
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from opentelemetry.trace import Span
 
+from nexus.config import Retrieval
 from nexus.embedders import Embedders
 from nexus.errors import InvalidRequest
 from nexus.hades import Hades, live_in
 from nexus.ports import Collection, Embedder, Scope, Verdict
 from nexus.reranking import Reranked, Reranking
+from nexus.resident import Held, Resident
 from nexus.terms import shadow
+from nexus.tracing import records_text, span, text, within
 from nexus.types import Chunk, Document, Hit, Principal, RouteScore, SearchRequest, SearchResult, Vector
+from nexus.vocabulary import FINGERPRINT, INPUT, SEQUENCE, STAGES, of_hits, of_reranking, of_retrieval
 
 RRF_CONSTANT = 60
 MAX_QUERY_CHARACTERS = 8192
@@ -45,6 +51,8 @@ GRAPH_CHUNKS = 2000
 WEAK_COSINE = 0.4  # below it the best passage is hardly about the question (grounding.py calls such a cosine loose)
 MAX_HOPS = 3
 
+NOWHERE = RouteScore(0, 0.0)
+
 Route = Sequence[tuple[str, float]]
 
 
@@ -57,9 +65,13 @@ class RetrievalSettings:
     text_weight: float = 0.3
     fusion: str = "max"
 
+    @classmethod
+    def of(cls, config: Retrieval) -> "RetrievalSettings":
+        """As the installation has them."""
+        return cls(config.candidates, config.embedding_weight, config.text_weight, config.fusion)
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+
+class Candidate(NamedTuple):
     """A chunk that a route named, before anyone asked whether it may be seen."""
 
     chunk_id: str
@@ -98,6 +110,7 @@ class Retriever:
     settings: RetrievalSettings
     reranking: Reranking | None = None
     others: Embedders | None = None  # of indexes that are not the configured embedder's
+    resident: Resident | None = None  # what it holds is searched there, and all else in the vector store
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(8, "route"))
 
     def search(self, request: SearchRequest, principal: Principal) -> SearchResult:
@@ -105,6 +118,13 @@ class Retriever:
         check_request(request)
         if request.rerank and self.reranking is None:
             raise InvalidRequest("no reranker is configured here; set models.reranker", pointer="/rerank")
+        with span("retrieval", {**of_retrieval(request.collection, request.k), **text(INPUT, request.query)}) as told:
+            result = self._search(request, principal)
+            if told.is_recording():
+                told.set_attributes({SEQUENCE: result.sequence, **of_hits(result.hits, records_text())})
+            return result
+
+    def _search(self, request: SearchRequest, principal: Principal) -> SearchResult:
         clock = Clock()
         while True:
             collection = self.hades.find_collection(request.collection, principal.tenant)
@@ -128,15 +148,20 @@ class Retriever:
         # Asked for while the text route runs, and made once however often the routes are widened.
         embedder = self._embedder_of(collection)
         embedded = cache(lambda: self._embed(embedder, request.query, clock))
+        with clock.time("search"):
+            held = self.resident.serving(collection, principal.tenant) if self.resident else None
         while True:
-            candidates = self._candidates(request, collection, scope, wanted, clock, embedded)
+            candidates = self._candidates(request, collection, scope, wanted, clock, embedded, held)
             with clock.time("authority"):
-                verdicts = self.hades.documents.verdicts(
-                    collection.name, principal, [c.chunk_id for c in candidates], sequence
-                )
+                ids = [c.chunk_id for c in candidates]
+                if held is not None:
+                    verdicts = held.verdicts(principal, ids, sequence)
+                else:
+                    verdicts = self.hades.documents.verdicts(collection.name, principal, ids, sequence)
                 visible = [c for c in candidates if verdicts[c.chunk_id] == "visible"]
                 if allowed is not None:
-                    visible = self._filtered(visible, allowed)
+                    document_of = self._documents_of(visible, held)
+                    visible = [c for c in visible if document_of[c.chunk_id] in allowed]
             crowded_out = len(candidates) > len(visible) and len(visible) < max(request.k, self.settings.candidates)
             if not crowded_out or len(candidates) < wanted or wanted >= MAX_CANDIDATES:
                 break
@@ -147,8 +172,10 @@ class Retriever:
         if graph.expanded:
             among = set(scope.document_ids) if scope.document_ids is not None else allowed
             with clock.time("graph"):
-                judged, graph = self._widen(request, principal, collection, sequence, judged, graph, among, embedded)
-        hits, reranked = self._rank(request, judged.visible, clock)
+                judged, graph = self._widen(
+                    request, principal, collection, sequence, judged, graph, among, embedded, held
+                )  # fmt: skip
+        hits, reranked = self._rank(request, principal, sequence, judged.visible, clock)
         explain = _explanation(judged, graph, reranked) if request.explain else None
         fused = tuple(hits[: request.k]) if reranked.applied else ()
         return SearchResult(tuple(reranked.hits[: request.k]), sequence, clock.seconds, explain, fused)
@@ -170,31 +197,40 @@ class Retriever:
         limit: int,
         clock: "Clock",
         embedded: Callable[[], Vector],
+        held: Held | None,
     ) -> list[Candidate]:
         embedding_weight, text_weight = self._weights(request)
-        vectors, index = self.hades.vectors, collection.index
-        text: Route = []
-        dense: Route = []
-        vector: Vector | None = None
+        vector = embedded() if embedding_weight and held is not None else None
         with clock.time("search"):
-            terms = shadow(request.query)
-            # The text route needs no vector: it runs in the store while the query is embedded here.
-            searching = self._pool.submit(vectors.search_text, index, terms, limit, scope) if text_weight else None
-            if embedding_weight:
-                vector = embedded()
-                dense = vectors.search_dense(index, vector, limit, scope)
-            if searching is not None:
-                text = searching.result()
-        if vector is not None:
+            if held is not None:
+                rows, terms = held.rows, shadow(request.query)
+                dense = [] if vector is None else _timed("search dense", rows.search_dense, vector, limit, scope)
+                text = _timed("search text", rows.search_text, terms, limit, scope) if text_weight else []
+            else:
+                dense, text = self._ask_store(request, collection.index, scope, limit, embedded)
+        cosines: Mapping[str, float] = {}
+        if embedding_weight:
             with clock.time("authority"):
-                cosines = self._complete(collection, dense, text, vector)
-        else:
-            cosines = {}
+                cosines = self._complete(dense, text, embedded(), held)
         fusion = request.fusion or self.settings.fusion
         return fuse(dense, text, cosines, embedding_weight, text_weight, fusion)
 
+    def _ask_store(
+        self, request: SearchRequest, index: str, scope: Scope, limit: int, embedded: Callable[[], Vector]
+    ) -> tuple[Route, Route]:
+        """Both routes in the vector store. That of the text needs no vector: it runs there while one is made here."""
+        embedding_weight, text_weight = self._weights(request)
+        vectors, terms = self.hades.vectors, shadow(request.query)
+        ask = within(partial(_timed, "search text", vectors.search_text))
+        searching = self._pool.submit(ask, index, terms, limit, scope) if text_weight else None
+        dense: Route = []
+        if embedding_weight:
+            dense = _timed("search dense", vectors.search_dense, index, embedded(), limit, scope)
+        return dense, searching.result() if searching is not None else []
+
     def _embed(self, embedder: Embedder, query: str, clock: "Clock") -> Vector:
-        with clock.time("embed"):
+        with clock.time("embed") as told:
+            told.set_attributes({FINGERPRINT: embedder.fingerprint})
             vector: Vector = embedder.embed([query], "query")[0]
         return vector
 
@@ -210,16 +246,22 @@ class Retriever:
         text = settings.text_weight if request.text_weight is None else request.text_weight
         return embedding, text
 
-    def _complete(self, collection: Collection, dense: Route, text: Route, vector: Vector) -> dict[str, float]:
+    def _complete(self, dense: Route, text: Route, vector: Vector, held: Held | None) -> dict[str, float]:
         """The exact cosine of every candidate of the union."""
         cosines = dict(dense)
         missing = [chunk_id for chunk_id, _ in text if chunk_id not in cosines]
-        stored = self.hades.live_vectors(collection, missing) if missing else {}
+        if missing and held is not None:
+            cosines |= held.rows.cosines(missing, vector)
+            missing = [chunk_id for chunk_id in missing if chunk_id not in cosines]
+        stored = self.hades.documents.vectors(missing) if missing else {}
         return cosines | _cosines(stored, vector)
 
-    def _filtered(self, candidates: list[Candidate], allowed: set[str]) -> list[Candidate]:
-        rows = self.hades.documents.load([c.chunk_id for c in candidates])
-        return [c for c in candidates if rows[c.chunk_id][1].document_id in allowed]
+    def _documents_of(self, candidates: Sequence[Candidate], held: Held | None) -> dict[str, str]:
+        """Which document each of those is of that are there."""
+        ids = [c.chunk_id for c in candidates]
+        if held is not None:
+            return held.documents_of(ids)
+        return {i: document.document_id for i, (_, document) in self.hades.documents.load(ids).items()}
 
     def _widen(
         self,
@@ -231,26 +273,20 @@ class Retriever:
         graph: Expansion,
         among: set[str] | None,
         embedded: Callable[[], Vector],
+        held: Held | None,
     ) -> tuple[Judged, Expansion]:
         """Candidates with those that the graph adds and lifts, of the documents in `among` where that is given."""
         documents, visible = self.hades.documents, judged.visible
-        document_of = {
-            i: document.document_id for i, (_, document) in documents.load([c.chunk_id for c in visible]).items()
-        }
-        seeds = tuple(
-            dict.fromkeys(document_of[c.chunk_id] for c in visible[:GRAPH_SEEDS] if c.chunk_id in document_of)
-        )
+        begins = self._documents_of(visible[:GRAPH_SEEDS], held)
+        seeds = tuple(dict.fromkeys(begins[c.chunk_id] for c in visible if c.chunk_id in begins))
         where = (request.collection, principal)
         reached = documents.connected(*where, seeds, request.hops, sequence, GRAPH_DOCUMENTS)
         reached = {i: how for i, how in reached.items() if among is None or i in among}
         graph = replace(graph, seeds=seeds, reached=reached)
         if not reached:
             return judged, graph
-        stored = documents.vectors_of(*where, list(reached), sequence, GRAPH_CHUNKS)
-        document_of |= {i: document_id for i, (document_id, _) in stored.items()}
-        if collection.is_beside:
-            found = self.hades.live_vectors(collection, list(stored))
-            stored = {i: (document_id, found[i]) for i, (document_id, _) in stored.items() if i in found}
+        stored = documents.vectors_of(*where, list(reached), sequence, GRAPH_CHUNKS, collection.cut)
+        document_of = self._documents_of(visible, held) | {i: document_id for i, (document_id, _) in stored.items()}
         new = [i for i in stored if i not in judged.verdicts]
         verdicts = judged.verdicts | documents.verdicts(request.collection, principal, new, sequence)
         embedding_weight, _ = self._weights(request)
@@ -265,21 +301,27 @@ class Retriever:
         candidates = lift([*judged.candidates, *added], near, visible[0].score)
         return Judged(candidates, verdicts, [c for c in candidates if c.chunk_id in may_show]), graph
 
-    def _rank(self, request: SearchRequest, visible: Sequence[Candidate], clock: "Clock") -> tuple[list[Hit], Reranked]:
+    def _rank(
+        self, request: SearchRequest, principal: Principal, sequence: int, visible: Sequence[Candidate], clock: "Clock"
+    ) -> tuple[list[Hit], Reranked]:
         """The best visible hits as they were fused; and as the reranker orders them, where there is one."""
         reranking = self.reranking if request.rerank is not False else None
         wanted = request.k if reranking is None else max(request.k, reranking.candidates)
         with clock.time("authority"):
-            hits = self._load(visible[:wanted])
+            hits = self._load(visible[:wanted], principal, sequence)
         if reranking is None:
             configured = self.reranking is not None
             return hits, Reranked(hits, False, "the request does without" if configured else "none is configured")
-        with clock.time("rerank"):
-            return hits, reranking.order(request.query, hits)
+        with clock.time("rerank") as told:
+            reranked = reranking.order(request.query, hits)
+            told.set_attributes(of_reranking(reranking.name, len(hits), reranked.applied))
+            return hits, reranked
 
-    def _load(self, candidates: Sequence[Candidate]) -> list[Hit]:
-        rows = self.hades.documents.load([c.chunk_id for c in candidates])
-        return [_hit(c, *rows[c.chunk_id]) for c in candidates if c.chunk_id in rows]
+    def _load(self, candidates: Sequence[Candidate], principal: Principal, sequence: int) -> list[Hit]:
+        """Those of them that the document store, which has the last word, has for this principal now."""
+        found = self.hades.documents.load([c.chunk_id for c in candidates])
+        loaded = [(c, *found[c.chunk_id]) for c in candidates if c.chunk_id in found]
+        return [_hit(*one) for one in loaded if _may_be_shown(one[2], principal, sequence)]
 
     def expand(self, hits: Sequence[Hit], budget: int, neighbours: int = 1) -> list[Hit]:
         """Passages for an answer: each hit with its neighbours, overlaps merged, packed to a budget.
@@ -293,7 +335,7 @@ class Retriever:
             if (hit.document_id, hit.version, hit.ordinal) in taken:
                 continue
             around = self.hades.documents.neighbours(
-                hit.document_id, hit.version, hit.ordinal - neighbours, hit.ordinal + neighbours
+                hit.document_id, hit.version, hit.ordinal - neighbours, hit.ordinal + neighbours, hit.cut
             )
             chunks = [c for c in around if _belongs(c, hit) and (c.document_id, c.version, c.ordinal) not in taken]
             cost = sum(c.piece.tokens for c in chunks)
@@ -308,11 +350,13 @@ class Retriever:
         return passages
 
     def close(self) -> None:
+        if self.resident is not None:
+            self.resident.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Clock:
-    """Seconds spent per stage of one request."""
+    """Seconds spent per stage of one request, and a span for each."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -324,13 +368,23 @@ class Clock:
 class _Stage:
     def __init__(self, seconds: dict[str, float], stage: str) -> None:
         self._seconds, self._stage = seconds, stage
+        self._span = span(stage, STAGES[stage])
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Span:
         self._started = time.perf_counter()
+        return self._span.__enter__()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._span.__exit__(kind, error, traceback)
         spent = time.perf_counter() - self._started
         self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + spent
+
+
+def _timed(name: str, work: Callable[..., Route], *arguments: Any) -> Route:
+    with span(name):
+        return work(*arguments)
 
 
 def check_request(request: SearchRequest) -> None:
@@ -373,21 +427,21 @@ def fuse(
     "max": embedding_weight * cosine + text_weight * bm25 / best bm25 of the query; a chunk that the
     text route did not name has bm25 0. "rrf": weight / (60 + rank), summed over the routes.
     """
-    routes: dict[str, dict[str, RouteScore]] = {}
-    for name, route in (("dense", dense), ("text", text)):
-        for rank, (chunk_id, score) in enumerate(route, 1):
-            routes.setdefault(chunk_id, {})[name] = RouteScore(rank, score)
+    near, worded = (
+        {chunk_id: RouteScore(rank, score) for rank, (chunk_id, score) in enumerate(route, 1)}
+        for route in (dense, text)
+    )
     best = max((score for _, score in text), default=0.0)
     weights = {"dense": embedding_weight, "text": text_weight}
-
-    def fused_score(chunk_id: str) -> float:
-        places = routes[chunk_id]
+    fused = []
+    for chunk_id in near | worded:
+        places = {name: route[chunk_id] for name, route in (("dense", near), ("text", worded)) if chunk_id in route}
+        cosine, lexical = cosines.get(chunk_id, 0.0), places.get("text", NOWHERE).score
         if fusion == "rrf":
-            return sum(weights[name] / (RRF_CONSTANT + place.rank) for name, place in places.items())
-        lexical = places["text"].score / best if "text" in places and best > 0 else 0.0
-        return embedding_weight * cosines.get(chunk_id, 0.0) + text_weight * lexical
-
-    fused = [Candidate(i, fused_score(i), cosines.get(i, 0.0), routes[i]) for i in routes]
+            score = sum(weights[name] / (RRF_CONSTANT + place.rank) for name, place in places.items())
+        else:
+            score = embedding_weight * cosine + text_weight * (lexical / best if best > 0 else 0.0)
+        fused.append(Candidate(chunk_id, score, cosine, places))
     return sorted(fused, key=lambda c: (-c.score, c.chunk_id))
 
 
@@ -404,7 +458,7 @@ def lift(candidates: Sequence[Candidate], hops: Mapping[str, int], best: float) 
     )
     places = {c.chunk_id: RouteScore(rank, near[c.chunk_id]) for rank, c in enumerate(named, 1)}
     lifted = [
-        replace(c, score=c.score + GRAPH_WEIGHT * near[c.chunk_id], routes={**c.routes, "graph": places[c.chunk_id]})
+        c._replace(score=c.score + GRAPH_WEIGHT * near[c.chunk_id], routes={**c.routes, "graph": places[c.chunk_id]})
         if c.chunk_id in near
         else c
         for c in candidates
@@ -436,12 +490,18 @@ def _cosines(stored: Mapping[str, Vector], vector: Vector) -> dict[str, float]:
     return dict(zip(stored, (np.stack(list(stored.values())) @ vector).tolist(), strict=True))
 
 
+def _may_be_shown(document: Document, principal: Principal, sequence: int) -> bool:
+    """Whether nothing that is known of a version, as it was opened last, speaks against showing it."""
+    is_theirs = document.tenant == principal.tenant and principal.may_read(document.readers)
+    return is_theirs and (document.closed is None or document.closed > sequence)
+
+
 def _hit(candidate: Candidate, chunk: Chunk, document: Document) -> Hit:
     piece = chunk.piece
     return Hit(
         chunk.chunk_id, chunk.document_id, chunk.version, chunk.ordinal, candidate.score, candidate.cosine,
         piece.text, document.title, document.source, piece.heading, piece.page, piece.first_line,
-        piece.last_line, document.metadata, candidate.routes, tuple(sorted(document.readers)),
+        piece.last_line, document.metadata, candidate.routes, tuple(sorted(document.readers)), cut=chunk.cut,
     )  # fmt: skip
 
 

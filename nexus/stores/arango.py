@@ -8,8 +8,11 @@ documents concerned are read in one query, changed here, and written back in a f
 Edges are edges of ArangoDB, from a version to the fence of the document it refers to (there or not), or to the place
 of a `field=value` in its tenant and collection, which has no record.
 
-Vectors stand in the records of their chunks; those for a second index, while there is one (`generations`), are in
-`vectors_beside`. Where an index beside was adopted, a collection's record says of whom its vectors are (`vectors_of`).
+What a version's chunks were cut from is in `kept` (kept.py), for all but versions of before there was such a table.
+Vectors stand in the records of their chunks. Each index of a collection, its own and those beside it (`generations`),
+has a cut of every version: a version's record says of which cuts all chunks are there (`cuts`), and a chunk's
+`version_key` names its version and, but for a collection's first cut, its cut. Which index is the own one is said by
+the collection's record, where `vectors_of` is whose its vectors are.
 
 Tenants, readers, and whatever else decides are compared as digests: the server's own comparison of texts holds some
 for equal that differ.
@@ -32,7 +35,8 @@ from nexus.errors import Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Filter
 from nexus.interactions_arango import ArangoInteractions
-from nexus.ports import Collection, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
+from nexus.kept import unpack
+from nexus.ports import Collection, Cut, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of, digest
 
 T = TypeVar("T")
@@ -44,7 +48,8 @@ MAX_SHARED_CHARACTERS = 1024  # a longer value is a text, not the name of someth
 RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on their way out
 FOREVER = 1e15  # seconds: JSON knows no infinity
 LACKS = "generation_lacks"  # the code of an error: the version has to be staged again, with what it lacks
-ADOPTED_AT_ONCE = 100  # versions, whose vectors one query exchanges
+FORGOTTEN_AT_ONCE = 100  # versions, of which one transaction removes a cut
+FIRST = "first"  # what a collection's first cut is called in records, where it has no name
 
 
 MIGRATIONS = (
@@ -76,10 +81,9 @@ MIGRATIONS = (
         ),
         Table("turns", (persistent("by_session", "session", "ordinal", unique=True),)),
     ),
-    (
-        Table("generations", (persistent("by_collection", "collection_key"),)),
-        Table("vectors_beside", (persistent("by_index", "index"), persistent("by_version", "version_key"))),
-    ),
+    (Table("generations", (persistent("by_collection", "collection_key"),)),),
+    (Table("kept"),),
+    (Table("vectors_beside", is_dropped=True),),  # of before each index had chunks of its own
 )
 
 MAY_READ = "(LENGTH(v.audience) == 0 || @subject IN v.audience)"
@@ -107,17 +111,15 @@ LOOK = """
             LET places = (FOR v IN versions FILTER v.document_id IN @ids RETURN v.place)
             FOR s IN sequences FILTER s._key IN APPEND(@places, places) RETURN UNSET(s, '_id', '_rev')
         ),
-        staged: (
-            FOR c IN chunks FILTER c.version_key IN @keys
-            COLLECT version_key = c.version_key WITH COUNT INTO number
-            RETURN {version_key, number}
-        ),
         shared: (
             FOR vertex IN @vertices
             FOR e IN edges FILTER e._from == vertex && e.kind == 'shared' RETURN [vertex, e._key]
         ),
         collections: (FOR k IN collections FILTER k._key IN @collections RETURN k),
-        generations: (FOR g IN generations FILTER g.collection_key IN @collections && g.state != 'leaving' RETURN g)
+        generations: (
+            FOR g IN generations FILTER g.collection_key IN @collections && g.state != 'leaving' && g.cut != null
+            RETURN g
+        )
     }"""
 REMOVE = """
     LET chunks_of = (
@@ -130,16 +132,14 @@ REMOVE = """
         FOR e IN edges FILTER e._from == one.vertex && e.kind == one.kind && e._key NOT IN one.kept
         REMOVE e IN edges RETURN 1
     )
-    LET beside_of = (
+    LET kept_of = (
         FOR one IN @versions
-        FOR b IN vectors_beside FILTER b.version_key == one
-        REMOVE b IN vectors_beside RETURN 1
+        FOR k IN kept FILTER k._key == one
+        REMOVE k IN kept RETURN 1
     )
     LET versions_of = (FOR key IN @versions REMOVE key IN versions RETURN 1)
-    RETURN LENGTH(chunks_of) + LENGTH(edges_of) + LENGTH(beside_of) + LENGTH(versions_of)"""
-MOVED = (  # by whoever has the lock on the fences
-    "chunks", "edges", "versions", "deletions", "sequences", "audiences", "vectors_beside",
-)  # fmt: skip
+    RETURN LENGTH(chunks_of) + LENGTH(edges_of) + LENGTH(kept_of) + LENGTH(versions_of)"""
+MOVED = ("chunks", "edges", "versions", "deletions", "sequences", "audiences", "kept")  # under the lock on the fences
 ASKED = ("collections", "generations")  # by the moves of documents, which change neither
 WRITTEN = (*MOVED, "fences")
 PUT = "\n".join(
@@ -149,6 +149,7 @@ PUT = "\n".join(
 PUT = f"{PUT}\nRETURN LENGTH(put_{') + LENGTH(put_'.join(WRITTEN)})"
 
 CURRENT = f"FOR v IN versions FILTER v.current_of == @id && v.tenant_key == @tenant && {MAY_READ} RETURN v"
+HISTORY = f"FOR v IN versions FILTER v.document_id == @id && v.tenant_key == @tenant && {MAY_READ} RETURN v"
 READERS = """
     FOR v IN versions FILTER v.current_of IN @ids && LENGTH(v.audience) > 0
     RETURN v.readers"""
@@ -167,28 +168,31 @@ MATCHING = f"FOR v IN versions FILTER {VISIBLE} && "
 FIRST_MATCHING = " SORT v.document_id LIMIT @limit RETURN v.document_id"
 VERDICTS = f"""
     FOR c IN chunks FILTER c._key IN @ids
-    FOR v IN versions FILTER v._key == c.version_key
+    FOR v IN versions FILTER v._key == CONCAT(c.document_id, '-', c.version)
     RETURN {{
         chunk_id: c._key, ours: v.place == @place, may_read: {MAY_READ}, first_opened: MIN(v.spans[*].opened),
         is_open: {VISIBLE}
     }}"""
 LOAD = """
     FOR c IN chunks FILTER c._key IN @ids
-    FOR v IN versions FILTER v._key == c.version_key
+    FOR v IN versions FILTER v._key == CONCAT(c.document_id, '-', c.version)
     RETURN [UNSET(c, 'vector'), v]"""
 VECTORS = "FOR c IN chunks FILTER c._key IN @ids && c.vector != '' RETURN [c._key, c.vector]"
 VECTORS_OF = f"""
     FOR id IN @ids
         FOR v IN versions FILTER v.document_id == id && {VISIBLE}
             FOR one IN (
-                FOR c IN chunks FILTER c.version_key == v._key && c.ordinal < @share SORT c.ordinal
+                FOR c IN chunks FILTER c.version_key == CONCAT(v._key, @suffix) && c.ordinal < @share SORT c.ordinal
                 RETURN [c._key, id, c.vector]
             )
             LIMIT @limit RETURN one"""
 NEIGHBOURS = """
     FOR c IN chunks FILTER c.version_key == @key && c.ordinal >= @first && c.ordinal <= @last SORT c.ordinal
     RETURN UNSET(c, 'vector')"""
-CHUNK_IDS_OF = "FOR c IN chunks FILTER c.version_key == @key SORT c.ordinal RETURN c._key"
+CHUNK_IDS_OF = "FOR c IN chunks FILTER c.version_key IN @keys SORT c.version_key, c.ordinal RETURN c._key"
+VERSION = "FOR v IN versions FILTER v._key == @key RETURN v"
+
+KEPT = "FOR k IN kept FILTER k._key == @key RETURN k.content"
 
 NEEDLESS = """
     FOR v IN versions FILTER v.is_current == false
@@ -197,64 +201,49 @@ NEEDLESS = """
         && (v.retiring_at != null || v.staged_at < MAX([@staged_before, closed_at]))
     RETURN v"""
 DAMAGED = """
-    FOR k IN collections FILTER k.index == @index
-    FOR v IN versions FILTER v.collection_key == k._key && v.is_current == true
-    RETURN [v.document_id, v.version, v.chunks, (
-        FOR c IN chunks FILTER c.version_key == v._key SORT c.ordinal RETURN [c.ordinal, c._key, c.vector]
+    FOR v IN versions FILTER v.collection_key == @key && v.is_current == true
+    RETURN [v, (
+        FOR c IN chunks FILTER c.version_key == CONCAT(v._key, @suffix) SORT c.ordinal
+        RETURN [c.ordinal, c._key, c.vector]
     )]"""
+KEPT_IN = """
+    FOR v IN versions FILTER v.collection_key == @key && v.is_current == true
+    FOR p IN kept FILTER p._key == v._key
+    RETURN [v.document_id, p.content]"""
 CHUNK_IDS = """
-    FOR k IN collections FILTER k.index == @index
-    FOR v IN versions FILTER v.collection_key == k._key && v.is_current IN @states
-    FOR c IN chunks FILTER c.version_key == v._key
+    FOR v IN versions FILTER v.collection_key == @key && v.is_current IN @states
+    FOR c IN chunks FILTER c.version_key == CONCAT(v._key, @suffix)
     RETURN c._key"""
 DELETIONS = f"""
     FOR v IN deletions FILTER v.tenant_key == @tenant && {MAY_READ} && (@id == null || v.document_id == @id)
     SORT v.deleted_at DESC, v.sequence DESC LIMIT @limit RETURN v"""
 
 GENERATIONS = "FOR g IN generations FILTER g.collection_key == @key RETURN g"
-GENERATION = "FOR g IN generations FILTER g._key == @index && g.collection_key == @key RETURN g"
+GENERATION = "FOR g IN generations FILTER g._key == @index RETURN g"
+OWNER = "FOR k IN collections FILTER k.index == @index RETURN k"
 ADD_GENERATION = "INSERT @row INTO generations"
 NOTE_GENERATION = "FOR g IN generations FILTER g._key == @index UPDATE g WITH @change IN generations"
 NOTE_OWN = "FOR k IN collections FILTER k._key == @key UPDATE k WITH @change IN collections"
-FORGET_VECTORS = "FOR b IN vectors_beside FILTER b.index == @index REMOVE b IN vectors_beside"
 FORGET_GENERATION = "FOR g IN generations FILTER g._key == @index REMOVE g IN generations"
-IS_WANTED = """
-    FOR g IN generations FILTER g._key == @index && g.state != 'leaving'
-    FOR v IN versions FILTER v._key == @version && v.retiring_at == null
-    RETURN true"""
-FILL = "FOR row IN @rows INSERT row INTO vectors_beside OPTIONS {overwriteMode: 'replace'}"
-VECTORS_BESIDE = "FOR b IN vectors_beside FILTER b._key IN @keys RETURN [b.chunk_id, b.vector]"
-HAS = "(FOR b IN vectors_beside FILTER b._key == CONCAT(@index, '-', c._key) RETURN b.vector)"
-WHICH_LACK = f"""
-    FOR c IN chunks FILTER c.version_key IN @keys
-    LET has = {HAS}
-    FILTER LENGTH(has) == 0
-    RETURN DISTINCT c.version_key"""
-LACKING = f"""
+LACKING = """
     FOR v IN versions FILTER v.collection_key == @key && LENGTH(v.spans) > 0 && v.retiring_at == null
-    LET lacks = (
-        FOR c IN chunks FILTER c.version_key == v._key
-        LET has = {HAS}
-        FILTER LENGTH(has) == 0
-        LIMIT 1 RETURN 1
-    )
-    FILTER LENGTH(lacks) > 0
+    FILTER v.cuts[@index] == null
     LIMIT @limit RETURN v"""
-FILLED = f"""
+UNKEPT = """
+    FOR v IN versions FILTER v.collection_key == @key && v.is_current == true
+    LET has = (FOR p IN kept FILTER p._key == v._key RETURN 1)
+    FILTER LENGTH(has) == 0
+    SORT v.document_id LIMIT @limit RETURN v"""
+FILLED = """
     FOR v IN versions FILTER v.collection_key == @key && LENGTH(v.spans) > 0
-    FOR c IN chunks FILTER c.version_key == v._key
-    LET has = {HAS}
-    COLLECT AGGREGATE done = SUM(LENGTH(has)), total = SUM(1)
+    LET own = v.cuts == null ? v.chunks : v.cuts[@own]
+    FILTER own != null
+    COLLECT AGGREGATE done = SUM(v.cuts[@index] == null ? 0 : own), total = SUM(own)
     RETURN [done, total]"""
-VERSIONS_IN = "FOR v IN versions FILTER v.collection_key == @key RETURN v._key"
-EXCHANGE = f"""
-    FOR key IN @keys
-    FOR c IN chunks FILTER c.version_key == key
-    LET has = {HAS}
-    UPDATE c WITH {{vector: LENGTH(has) == 0 ? '' : has[0]}} IN chunks"""
-NOTE_EXCHANGED = """
-    FOR v IN versions FILTER v._key IN @keys && (v._key IN @lacking) != (v.is_exchanged == true)
-    UPDATE v WITH {is_exchanged: v._key IN @lacking} IN versions"""
+HAVING = """
+    FOR v IN versions FILTER v.collection_key == @key
+    FILTER v.cuts == null ? @is_first : v.cuts[@cut] != null
+    LIMIT @limit RETURN v"""
 
 TURNS = "FOR t IN turns FILTER t.session == @session SORT t.ordinal RETURN {key: t._key, role: t.role, text: t.text}"
 ADD_TURN = """
@@ -474,6 +463,13 @@ class ArangoDocuments(ArangoStore):
         rows = self._database.aql(CURRENT, id=document_id, **_who(principal))
         return _document(rows[0]) if rows else None
 
+    def history(self, document_id: str, principal: Principal) -> list[Document]:
+        rows = self._database.aql(HISTORY, id=document_id, **_who(principal))
+        spans = [(span["opened"], span["closed"], row) for row in rows for span in row["spans"]]
+        spans.sort(key=lambda one: one[0], reverse=True)
+        found = [replace(_document(row), opened=opened, closed=closed) for opened, closed, row in spans]
+        return found if found and found[0].closed is None else []
+
     def readers_of(self, document_ids: Sequence[str]) -> set[frozenset[str]]:
         return {frozenset(readers) for readers in self._database.aql(READERS, ids=list(document_ids))}
 
@@ -528,17 +524,21 @@ class ArangoDocuments(ArangoStore):
         return {document_id: (reached, "shared" if shared else "link") for document_id, reached, shared in rows}
 
     def vectors_of(
-        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int
+        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int, cut: str = ""
     ) -> dict[str, tuple[str, Vector]]:
         rows = self._database.aql(
             VECTORS_OF, ids=list(document_ids), share=max(1, limit // max(1, len(document_ids))), limit=limit,
-            as_of=as_of, **_who_in(principal, collection),
+            as_of=as_of, suffix=_cut_key("", cut), **_who_in(principal, collection),
         )  # fmt: skip
         return {chunk_id: (document_id, _read_vector(vector)) for chunk_id, document_id, vector in rows}
 
-    def neighbours(self, document_id: str, version: str, first: int, last: int) -> list[Chunk]:
-        key = _version_key(document_id, version)
+    def neighbours(self, document_id: str, version: str, first: int, last: int, cut: str = "") -> list[Chunk]:
+        key = _cut_key(_version_key(document_id, version), cut)
         return [_chunk(row) for row in self._database.aql(NEIGHBOURS, key=key, first=first, last=last)]
+
+    def kept(self, document_id: str, version: str) -> bytes | None:
+        rows = self._database.aql(KEPT, key=_version_key(document_id, version))
+        return base64.b64decode(rows[0]) if rows else None
 
     # ── cleaning up and checking ────────────────────────────────────────────────────────────────
 
@@ -561,20 +561,27 @@ class ArangoDocuments(ArangoStore):
 
     def damaged(self, index: str, dimension: int) -> list[str]:
         found = []
-        for document_id, version, count, chunks in self._database.aql(DAMAGED, index=index):
-            if [ordinal for ordinal, _, _ in chunks] != list(range(count)):
+        key, cut = self._place_of(index)
+        for row, chunks in self._database.aql(DAMAGED, key=key, suffix=_cut_key("", cut)):
+            document_id, count = row["document_id"], _cuts(row).get(cut or FIRST)
+            if count is None or [ordinal for ordinal, _, _ in chunks] != list(range(count)):
                 found.append(document_id)
             found += [
                 chunk_id for ordinal, chunk_id, vector in chunks
-                if chunk_id != chunk_id_of(document_id, version, ordinal) or not _is_unit(vector, dimension)
+                if chunk_id != chunk_id_of(document_id, row["version"], ordinal, cut) or not _is_unit(vector, dimension)
             ]  # fmt: skip
+        kept = self._database.aql(KEPT_IN, key=key)
+        found += [document_id for document_id, content in kept if unpack(base64.b64decode(content)) is None]
         return found
 
     def chunk_ids(self, index: str, published: bool) -> set[str]:
-        return set(self._database.aql(CHUNK_IDS, index=index, states=[True] if published else [True, False]))
+        key, cut = self._place_of(index)
+        states = [True] if published else [True, False]
+        return set(self._database.aql(CHUNK_IDS, key=key, suffix=_cut_key("", cut), states=states))
 
     def chunk_ids_of(self, document_id: str, version: str) -> list[str]:
-        return self._database.aql(CHUNK_IDS_OF, key=_version_key(document_id, version))
+        found = self._database.aql(VERSION, key=_version_key(document_id, version))
+        return self._database.aql(CHUNK_IDS_OF, keys=_cut_keys(found[0])) if found else []
 
     # ── a second index ──────────────────────────────────────────────────────────────────────────
 
@@ -586,7 +593,9 @@ class ArangoDocuments(ArangoStore):
         key, wanted = _collection_key(collection), generation.live.index
 
         def move(transaction: Transaction) -> None:
-            known = {row["_key"]: row["state"] for row in transaction.aql(GENERATIONS, key=key)}
+            if transaction.aql(OWNER, index=wanted):
+                raise Conflict(f"that is the index of {collection!r} itself")
+            known = {row["_key"]: _generation(row).state for row in transaction.aql(GENERATIONS, key=key)}
             if known.get(wanted, "leaving") != "leaving":
                 return
             if others := [index for index, state in known.items() if state != "leaving"]:
@@ -594,7 +603,8 @@ class ArangoDocuments(ArangoStore):
             if wanted in known:
                 raise Unavailable("an index of this very embedder is being removed; try again in a minute")
             transaction.aql(NOTE_OWN, key=key, change={"embedder": own.embedder, "dimension": own.dimension})
-            transaction.aql(ADD_GENERATION, row=_generation_row(key, generation))
+            named = replace(generation, live=replace(generation.live, cut=wanted))
+            transaction.aql(ADD_GENERATION, row=_generation_row(key, named))
 
         self._alone(move, "collections", "generations")
 
@@ -610,51 +620,55 @@ class ArangoDocuments(ArangoStore):
         rows = self._database.aql(LACKING, key=_collection_key(collection), index=index, limit=limit)
         return [_document(row) for row in rows]
 
+    def unkept(self, collection: str, limit: int) -> list[Document]:
+        rows = self._database.aql(UNKEPT, key=_collection_key(collection), limit=limit)
+        return [_document(row) for row in rows]
+
     def filled(self, collection: str, index: str) -> tuple[int, int]:
-        ((done, total),) = self._database.aql(FILLED, key=_collection_key(collection), index=index)
+        known = self.collection(collection)
+        own = (known.cut if known else "") or FIRST
+        ((done, total),) = self._database.aql(FILLED, key=_collection_key(collection), index=index, own=own)
         return int(done or 0), int(total or 0)
 
-    def fill(self, index: str, document: Document, vectors: Mapping[str, Vector]) -> bool:
-        key = _key(document)
-        rows = [_beside_row(index, key, chunk_id, vector) for chunk_id, vector in vectors.items()]
-
-        def move(transaction: Transaction) -> bool:
-            is_wanted = bool(transaction.aql(IS_WANTED, index=index, version=key))
-            if is_wanted:
-                transaction.aql(FILL, rows=rows)
-            return is_wanted
-
-        return self._alone(move, "vectors_beside", reads=("generations", "versions"), durable=False)
-
-    def vectors_beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]:
-        keys = [_beside_key(index, chunk_id) for chunk_id in chunk_ids]
-        return {chunk_id: _read_vector(vector) for chunk_id, vector in self._database.aql(VECTORS_BESIDE, keys=keys)}
+    def fill(self, index: str, document: Document, cut: Cut) -> bool:
+        return self._move([document], lambda records: records.fill(index, document, cut), durable=False)
 
     def adopt(self, collection: str, index: str) -> None:
-        """See the port. A chunk without a vector there is of no version that was published, and has none from now on:
-        whoever would publish it, is told to stage it again."""
         key = _collection_key(collection)
 
         def move(transaction: Transaction) -> None:
-            found = transaction.aql(GENERATION, index=index, key=key)
+            found = [row for row in transaction.aql(GENERATION, index=index) if row["collection_key"] == key]
             if not found:
                 return
-            (live,), (own,) = found, transaction.aql(COLLECTION, key=key)
-            versions = transaction.aql(VERSIONS_IN, key=key)
-            for start in range(0, len(versions), ADOPTED_AT_ONCE):
-                some = versions[start : start + ADOPTED_AT_ONCE]
-                lacking = transaction.aql(WHICH_LACK, index=index, keys=some)
-                transaction.aql(NOTE_EXCHANGED, keys=some, lacking=lacking)
-                transaction.aql(EXCHANGE, index=index, keys=some)
-            _forget(transaction, index)
+            (row,), (own,) = found, transaction.aql(COLLECTION, key=key)
+            transaction.aql(FORGET_GENERATION, index=index)
             transaction.aql(ADD_GENERATION, row=_generation_row(key, _leaving(_collection(own))))
-            made_by = {"vectors_of": live["fingerprint"], "embedder": live["embedder"], "dimension": live["dimension"]}
-            transaction.aql(NOTE_OWN, key=key, change={"index": index, **made_by})
+            live = _generation(row).live
+            change: Row = {"index": index, "vectors_of": live.fingerprint, "embedder": live.embedder}
+            change |= {"dimension": live.dimension, "cut": live.cut, "chunking": live.chunking}
+            transaction.aql(NOTE_OWN, key=key, change=change)
 
-        self._alone(move, "collections", "generations", "versions", "chunks", "vectors_beside")
+        self._alone(move, "collections", "generations")
 
-    def forget_generation(self, index: str) -> None:
-        self._alone(lambda transaction: _forget(transaction, index), "generations", "vectors_beside")
+    def forget_generation(self, index: str) -> bool:
+        found = self._database.aql(GENERATION, index=index)
+        cut = found[0].get("cut") if found else None
+        if cut is not None:
+            where = {"key": found[0]["collection_key"], "cut": cut or FIRST, "is_first": not cut}
+            some = [_document(row) for row in self._database.aql(HAVING, limit=FORGOTTEN_AT_ONCE, **where)]
+            if some:
+                self._move(some, lambda records: records.lose(some, cut))
+                return True
+        self._alone(lambda transaction: transaction.aql(FORGET_GENERATION, index=index), "generations")
+        return False
+
+    def _place_of(self, index: str) -> tuple[str, str]:
+        """Of which collection an index is, by its key, and its cut."""
+        for row in self._database.aql(OWNER, index=index):
+            return row["_key"], row.get("cut", "")
+        for row in self._database.aql(GENERATION, index=index):
+            return row["collection_key"], row.get("cut", index)
+        return "", ""
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
@@ -697,26 +711,23 @@ class _Records:
         whole = [document for document in documents if isinstance(document, Document)]
         ids = [document if isinstance(document, str) else document.document_id for document in documents]
         (found,) = transaction.aql(
-            LOOK, ids=list(dict.fromkeys(ids)), keys=[_key(document) for document in whole],
+            LOOK, ids=list(dict.fromkeys(ids)),
             vertices=[f"versions/{_key(document)}" for document in whole],
             places=list({_place(document) for document in whole}),
             collections=list({_collection_key(document.collection) for document in whole}),
         )  # fmt: skip
         self._transaction = transaction
-        self._keys = [_key(document) for document in whole]
         self._read: dict[str, dict[str, Row]] = {
             name: {row["_key"]: row for row in found[name]} for name in ("fences", "versions", "deletions", "sequences")
         }
         self.fences, self.versions, self.deletions, self.sequences = (dict(rows) for rows in self._read.values())
-        self._chunks_there: dict[str, int] = {row["version_key"]: row["number"] for row in found["staged"]}
         self._shared_there: set[tuple[str, str]] = {(vertex, key) for vertex, key in found["shared"]}
         self._collections: dict[str, Row] = {row["_key"]: row for row in found["collections"]}
         self._written: list[Row] = found["generations"]  # a second index of each of these, where there is one
-        self._lacking: dict[str, set[str]] = {}  # by index: the versions with chunks that have no vector in it
-        self._beside: dict[str, Row] = {}
+        self._kept: dict[str, Row] = {}
         self._audiences: dict[str, Row] = {}
         self._edges: dict[tuple[str, str], dict[str, Row]] = {}  # by vertex and kind: all that it is to have
-        self._chunks: dict[str, dict[str, Row]] = {}  # by version: all that it is to have
+        self._chunks: dict[str, dict[str, Row]] = {}  # by cut of a version: all that it is to have
         self._removed: list[str] = []  # versions
 
     def write(self) -> None:
@@ -736,7 +747,7 @@ class _Records:
             edges=[row for rows in edges.values() for row in rows.values()],
             deletions=self._changed("deletions", self.deletions), audiences=list(self._audiences.values()),
             sequences=self._changed("sequences", self.sequences), fences=self._changed("fences", self.fences),
-            vectors_beside=list(self._beside.values()),
+            kept=list(self._kept.values()),
         )  # fmt: skip
 
     def _are_there(self, vertex: str, kind: str, rows: Mapping[str, Row]) -> bool:
@@ -755,13 +766,13 @@ class _Records:
     def current(self, document_id: str, principal: Principal) -> Row | None:
         tenant = _tenant_key(principal.tenant)
         for row in self.versions_of(document_id):
-            if row["is_current"] and row["tenant_key"] == tenant and _may_read(row, principal):
+            if row["is_current"] and row["tenant_key"] == tenant and principal.may_read(row["readers"]):
                 return row
         return None
 
     def require_reader(self, document_id: str, principal: Principal) -> None:
         """Who may not read the current version does not replace it either."""
-        if any(row["is_current"] and not _may_read(row, principal) for row in self.versions_of(document_id)):
+        if any(row["is_current"] and not principal.may_read(row["readers"]) for row in self.versions_of(document_id)):
             raise Conflict(
                 "a document of this name is there already, and others read it; choose a new name", code="name_taken"
             )
@@ -775,17 +786,23 @@ class _Records:
         key = _collection_key(collection)
         return [row for row in self._written if row["collection_key"] == key]
 
-    def require_vectors(self, document: Document) -> None:
-        """A version is published with all of its vectors in every index that is written to, or not at all."""
-        key = _key(document)
-        if self.versions[key].get("is_exchanged"):
+    def own_cut(self, collection: str) -> str:
+        """That of a collection's own index."""
+        return str(self._collections.get(_collection_key(collection), {}).get("cut", ""))
+
+    def require_cuts(self, document: Document) -> None:
+        """A version is published with all of its chunks in every index that is written to, or not at all."""
+        row = self.versions.get(_key(document))
+        if row is None or row["retiring_at"] is not None:
+            raise Conflict("a version is published only when all of its chunks are staged")
+        there = _cuts(row)
+        own = there.get(self.own_cut(document.collection) or FIRST)
+        if own is None:
             raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
-        for row in self.written_beside(document.collection):
-            index = row["_key"]
-            if index not in self._lacking:
-                self._lacking[index] = set(self._transaction.aql(WHICH_LACK, index=index, keys=self._keys))
-            if key in self._lacking[index]:
-                raise Unavailable("a second index of this collection has just been begun; try again", code=LACKS)
+        if own != document.chunks:
+            raise Conflict("a version is published only when all of its chunks are staged")
+        if any(beside["cut"] not in there for beside in self.written_beside(document.collection)):
+            raise Unavailable("a second index of this collection has just been begun; try again", code=LACKS)
 
     # ── changes ─────────────────────────────────────────────────────────────────────────────────
 
@@ -810,23 +827,44 @@ class _Records:
         row = self.versions.get(key) or _version(document, now)
         if row["retiring_at"] is not None and now - RETIRE_SECONDS < row["retiring_at"]:
             raise Unavailable("an earlier copy of this very version is being removed; try again in a moment")
-        fresh = {"epoch": staged.epoch, "staged_at": now, "retiring_at": None, "is_exchanged": False}
-        self.versions[key] = {**row, **fresh}
+        self.versions[key] = {**row, "epoch": staged.epoch, "staged_at": now, "retiring_at": None}
+        if staged.kept:
+            content = base64.b64encode(staged.kept).decode()
+            self._kept[key] = {"_key": key, "content": content}
         self.note_audience(document, document.readers)
-        self.stage_beside(staged)
-        chunks = zip(staged.chunks, staged.vectors, strict=True)
-        self._chunks[key] = {chunk.chunk_id: _chunk_row(chunk, vector) for chunk, vector in chunks}
-
-    def stage_beside(self, staged: Staged) -> None:
-        """Keep the vectors of a second index. Raises Unavailable where the first is not that of `fingerprint` now."""
-        collection = self._collections.get(_collection_key(staged.document.collection))
-        if staged.fingerprint and collection and _collection(collection).fingerprint != staged.fingerprint:
+        collection = self._collections.get(_collection_key(document.collection))
+        if staged.index and collection and collection["index"] != staged.index:
             raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
-        for row in self.written_beside(staged.document.collection):
-            if row["fingerprint"] in staged.beside:
-                for chunk, vector in zip(staged.chunks, staged.beside[row["fingerprint"]], strict=True):
-                    beside = _beside_row(row["_key"], _key(staged.document), chunk.chunk_id, vector)
-                    self._beside[beside["_key"]] = beside
+        self.write_cut(document, self.own_cut(document.collection), staged.own)
+        for beside in self.written_beside(document.collection):
+            if beside["_key"] in staged.beside:
+                self.write_cut(document, beside["cut"], staged.beside[beside["_key"]])
+
+    def write_cut(self, document: Document, cut: str, made: Cut) -> None:
+        """Make these the chunks of a cut of a version, and no others."""
+        key = _key(document)
+        row = self.versions[key]
+        self.versions[key] = {**row, "cuts": {**_cuts(row), cut or FIRST: len(made.chunks)}}
+        chunks = zip(made.chunks, made.vectors, strict=True)
+        self._chunks[_cut_key(key, cut)] = {chunk.chunk_id: _chunk_row(chunk, vector) for chunk, vector in chunks}
+
+    def fill(self, index: str, document: Document, made: Cut) -> bool:
+        row = self.versions.get(_key(document))
+        beside = next((one for one in self.written_beside(document.collection) if one["_key"] == index), None)
+        if row is None or row["retiring_at"] is not None or beside is None or beside["cut"] in _cuts(row):
+            return False
+        self.write_cut(document, beside["cut"], made)
+        return True
+
+    def lose(self, documents: Iterable[Document], cut: str) -> None:
+        """Remove a cut of some versions."""
+        for document in documents:
+            key = _key(document)
+            if row := self.versions.get(key):
+                cuts = {name: count for name, count in _cuts(row).items() if name != (cut or FIRST)}
+                chunks = cuts.get(self.own_cut(document.collection) or FIRST, row["chunks"])
+                self.versions[key] = {**row, "cuts": cuts, "chunks": chunks}
+                self._chunks[_cut_key(key, cut)] = {}
 
     def publish(self, document: Document, epoch: int) -> Document:
         key = _key(document)
@@ -834,10 +872,7 @@ class _Records:
         row = self.versions.get(key)
         if row is not None and row["is_current"] and row["spans"][-1]["epoch"] == epoch:
             return replace(document, opened=row["spans"][-1]["opened"], closed=None)  # the same publish come again
-        there = self._chunks_there.get(key, 0) if row and row["retiring_at"] is None else None
-        if row is None or there != document.chunks:
-            raise Conflict("a version is published only when all of its chunks are staged")
-        self.require_vectors(document)
+        self.require_cuts(document)
         self.annotate(document)
         sequence = self.sequence_of(document, steps=1)
         self.close_current(document.document_id, sequence)
@@ -912,18 +947,19 @@ class _Records:
         if sequence := self.sequences.get(row["place"]):
             self.sequences[row["place"]] = {**sequence, "horizon": max(sequence["horizon"], past)}
         self.versions[row["_key"]] = {**row, "retiring_at": time.time(), "spans": []}
-        return self._transaction.aql(CHUNK_IDS_OF, key=row["_key"])
+        return self._transaction.aql(CHUNK_IDS_OF, keys=_cut_keys(row))
 
     def purge(self, document: Document) -> bool:
         key = _key(document)
-        if self.versions.get(key, {}).get("retiring_at") is None:
+        row = self.versions.get(key)
+        if row is None or row["retiring_at"] is None:
             return False
         del self.versions[key]
         self._removed.append(key)
-        self._chunks[key] = {}
+        self._chunks |= {cut_key: {} for cut_key in _cut_keys(row)}
         for kind in ("link", "shared"):
             self._edges[f"versions/{key}", kind] = {}
-        self._note_purged(document.document_id, self._chunks_there.get(key, 0))
+        self._note_purged(document.document_id, sum(_cuts(row).values()))
         return True
 
     def _note_purged(self, document_id: str, chunks: int) -> None:
@@ -937,11 +973,6 @@ class _Records:
                 more = {"versions": row["versions"] + 1, "chunks": row["chunks"] + chunks}
                 more |= {"vectors": row["vectors"] + chunks, "purged_at": time.time() if done else None}
                 self.deletions[key] = {**row, **more}
-
-
-def _forget(transaction: Transaction, index: str) -> None:
-    transaction.aql(FORGET_VECTORS, index=index)
-    transaction.aql(FORGET_GENERATION, index=index)
 
 
 # ── records and values ──────────────────────────────────────────────────────────────────────────
@@ -963,10 +994,6 @@ def _finite(seconds: float) -> float:
     return min(max(seconds, -FOREVER), FOREVER)
 
 
-def _may_read(row: Row, principal: Principal) -> bool:
-    return not row["readers"] or principal.subject in row["readers"]
-
-
 def _verdict(row: Row, as_of: int) -> Verdict:
     if not row["ours"]:
         return "other tenant"
@@ -983,39 +1010,51 @@ def _collection(row: Row) -> Collection:
     made_by = row.get("vectors_of")
     return Collection(
         row["name"], made_by or row["fingerprint"], row["index"], row.get("sequence", 0), row.get("horizon", 0),
-        row.get("embedder", ""), row.get("dimension", 0), row["fingerprint"] if made_by else "",
+        row.get("embedder", ""), row.get("dimension", 0), row["fingerprint"] if made_by else "", row.get("cut", ""),
+        row.get("chunking", ""),
     )  # fmt: skip
 
 
 def _generation(row: Row) -> Generation:
-    live = LiveIndex(row["_key"], row["fingerprint"], row["embedder"], row["dimension"])
-    return Generation(live, row["state"], row["since"], json.loads(row["asked"]), json.loads(row["figures"]))
+    """One of before, which has no chunks of its own, is on its way out."""
+    live = LiveIndex(
+        row["_key"], row["fingerprint"], row["embedder"], row["dimension"], str(row.get("cut", row["_key"])),
+        str(row.get("chunking", "")),
+    )  # fmt: skip
+    state: GenerationState = row["state"] if "cut" in row else "leaving"
+    return Generation(live, state, row["since"], json.loads(row["asked"]), json.loads(row["figures"]))
 
 
 def _generation_row(collection_key: str, generation: Generation) -> Row:
     live = generation.live
     return {
         "_key": live.index, "collection_key": collection_key, "fingerprint": live.fingerprint,
-        "embedder": live.embedder, "dimension": live.dimension, "state": generation.state, "since": generation.since,
+        "embedder": live.embedder, "dimension": live.dimension, "cut": live.cut, "chunking": live.chunking,
+        "state": generation.state, "since": generation.since,
         "asked": json.dumps(dict(generation.asked)), "figures": json.dumps(dict(generation.figures)),
     }  # fmt: skip
 
 
 def _leaving(own: Collection) -> Generation:
     """What a collection's own index is once another one took its place."""
-    live = LiveIndex(own.index, own.fingerprint, own.embedder, own.dimension)
+    live = LiveIndex(own.index, own.fingerprint, own.embedder, own.dimension, own.cut, own.chunking)
     return Generation(live, "leaving", time.time(), {}, {})
 
 
-def _beside_key(index: str, chunk_id: str) -> str:
-    return f"{index}-{chunk_id}"
+def _cuts(row: Row) -> dict[str, int]:
+    """How many chunks a version has in each cut of which they are all there; one of before has one cut."""
+    if row.get("cuts") is not None:
+        return dict(row["cuts"])
+    return {} if row.get("is_exchanged") else {FIRST: row["chunks"]}
 
 
-def _beside_row(index: str, version_key: str, chunk_id: str, vector: Vector) -> Row:
-    return {
-        "_key": _beside_key(index, chunk_id), "index": index, "version_key": version_key, "chunk_id": chunk_id,
-        "vector": _write_vector(vector),
-    }  # fmt: skip
+def _cut_key(version_key: str, cut: str) -> str:
+    return f"{version_key}-{cut}" if cut else version_key
+
+
+def _cut_keys(row: Row) -> list[str]:
+    """Of all that a version may have."""
+    return [row["_key"], *(_cut_key(row["_key"], cut) for cut in _cuts(row) if cut != FIRST)]
 
 
 def _version(document: Document, now: float) -> Row:
@@ -1023,7 +1062,8 @@ def _version(document: Document, now: float) -> Row:
         "_key": _key(document), "document_id": document.document_id, "version": document.version,
         "tenant": document.tenant, "collection": document.collection, "source": document.source,
         "media_type": document.media_type, "size": document.size, "created_at": now, "staged_at": now,
-        "retiring_at": None, "spans": [], "is_current": False, "current_of": None, "place": _place(document),
+        "retiring_at": None, "spans": [], "cuts": {}, "is_current": False, "current_of": None,
+        "place": _place(document),
         "tenant_key": _tenant_key(document.tenant), "collection_key": _collection_key(document.collection),
         **_annotations(document), **_readers(document.readers),
     }  # fmt: skip
@@ -1065,7 +1105,8 @@ def _edge(vertex: str, document_id: str, place: str, kind: str, target: str) -> 
 def _chunk_row(chunk: Chunk, vector: Vector) -> Row:
     piece = chunk.piece
     return {
-        "_key": chunk.chunk_id, "version_key": _version_key(chunk.document_id, chunk.version),
+        "_key": chunk.chunk_id, "cut": chunk.cut,
+        "version_key": _cut_key(_version_key(chunk.document_id, chunk.version), chunk.cut),
         "document_id": chunk.document_id, "version": chunk.version, "ordinal": chunk.ordinal, "text": piece.text,
         "heading": list(piece.heading), "page": piece.page, "first_line": piece.first_line,
         "last_line": piece.last_line, "tokens": piece.tokens, "vector": _write_vector(vector),
@@ -1076,7 +1117,7 @@ def _chunk(row: Row) -> Chunk:
     piece = Piece(
         row["text"], tuple(row["heading"]), row["page"], row["first_line"], row["last_line"], row["tokens"]
     )  # fmt: skip
-    return Chunk(row["_key"], row["document_id"], row["version"], row["ordinal"], piece)
+    return Chunk(row["_key"], row["document_id"], row["version"], row["ordinal"], piece, row.get("cut", ""))
 
 
 def _write_vector(vector: Vector) -> str:

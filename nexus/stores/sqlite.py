@@ -3,11 +3,13 @@
 A version's content is written once (`versions`, `chunks`); when it was visible is a list of spans
 of sequence numbers (`spans`), so that A, then B, then A again leaves a true history. The partial
 unique index on open spans makes two current versions of one document impossible, not just unlikely.
-Vectors stand beside their chunks, so an index can be rebuilt and checked without a model. Those for a
-second index, while there is one (`generations`), are in `vectors_beside`; `collections.vectors_of` says
-whose those beside the chunks are, where it is no more the embedder that names the versions. A version's
+Vectors stand beside their chunks, so an index can be rebuilt and checked without a model. Each index of a
+collection, its own and those beside it (`generations`), has a cut of every version: chunks with the name of that
+cut, and a row of `cuts` that says they are all there. Which of them is the own one is said by `collections`, where
+`vectors_of` is whose its vectors are, when it is no more the embedder that names the versions. A version's
 edges (`edges`) lead to other documents: a "link" to the document it refers to, which need not be there,
-and a "shared" to `field=value`, where all documents of the same tenant and collection that say so meet.
+and a "shared" to `field=value`, where all documents of the same tenant and collection that say so meet. What its
+chunks were cut from is in `kept` (kept.py), for all but versions of before there was such a table.
 
 Several processes of one machine may share the file: WAL, one writer at a time. What was answered for
 is synced to the disk at commit; staging is not, for the publish after it syncs the whole log.
@@ -18,6 +20,7 @@ import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ from nexus.errors import ConfigError, Conflict, Fenced, Unavailable
 from nexus.failpoints import pass_through
 from nexus.filters import Filter
 from nexus.interactions import SqliteInteractions
-from nexus.ports import Collection, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
+from nexus.kept import unpack
+from nexus.ports import Collection, Cut, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
 FAN_OUT = 25  # documents that one step goes on to from one document, or from one value that documents share
@@ -120,31 +124,75 @@ MIGRATIONS = (
         chunk_id TEXT NOT NULL, index_name TEXT NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (chunk_id, index_name)
     ) STRICT;
     """,
+    """
+    CREATE TABLE kept (
+        document_id TEXT NOT NULL, version TEXT NOT NULL, content BLOB NOT NULL, PRIMARY KEY (document_id, version)
+    ) STRICT;
+    """,
+    """
+    ALTER TABLE sequences ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE sequences ADD COLUMN erased INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE versions ADD COLUMN revision INTEGER NOT NULL DEFAULT 0;
+    UPDATE sequences SET revision = 1;
+    UPDATE versions SET revision = 1;
+    CREATE INDEX versions_by_revision ON versions (tenant, collection, revision);
+    """,
+    """
+    CREATE TABLE cuts (
+        document_id TEXT NOT NULL, version TEXT NOT NULL, cut TEXT NOT NULL, chunks INTEGER NOT NULL,
+        PRIMARY KEY (document_id, version, cut)
+    ) STRICT;
+    INSERT INTO cuts SELECT document_id, version, '', chunks FROM versions;
+    DELETE FROM cuts WHERE NOT EXISTS (
+        SELECT 1 FROM spans s WHERE s.document_id = cuts.document_id AND s.version = cuts.version
+    ) AND EXISTS (
+        SELECT 1 FROM chunks c WHERE c.document_id = cuts.document_id AND c.version = cuts.version
+        AND LENGTH(c.vector) = 0
+    );
+    ALTER TABLE chunks ADD COLUMN cut TEXT NOT NULL DEFAULT '';
+    DROP INDEX chunks_by_place;
+    CREATE UNIQUE INDEX chunks_by_place ON chunks (document_id, version, cut, ordinal);
+    ALTER TABLE collections ADD COLUMN cut TEXT NOT NULL DEFAULT '';
+    ALTER TABLE collections ADD COLUMN chunking TEXT NOT NULL DEFAULT '';
+    ALTER TABLE generations ADD COLUMN cut TEXT NOT NULL DEFAULT '';
+    ALTER TABLE generations ADD COLUMN chunking TEXT NOT NULL DEFAULT '';
+    UPDATE generations SET state = 'leaving', cut = index_name;
+    DROP TABLE vectors_beside;
+    """,
 )
 
 LACKS = "generation_lacks"  # the code of an error: the version has to be staged again, with what it lacks
 RETIRE_SECONDS = 15.0  # for so long after `retire` its vectors may still be on their way out
+FORGOTTEN_AT_ONCE = 100  # versions, of which one transaction removes a cut
 
 DOCUMENT = (
     "v.document_id, v.version, v.tenant, v.collection, v.source, v.title, v.media_type, v.metadata, v.readers,"
     " v.size, v.chunks, s.opened, s.closed, v.created_at"
 )
-CURRENT = f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version) WHERE s.closed IS NULL"
+PUBLISHED = f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version)"
+CURRENT = f"{PUBLISHED} WHERE s.closed IS NULL"
 MAY_READ = "(v.readers = '[]' OR EXISTS (SELECT 1 FROM json_each(v.readers) WHERE value = :subject))"
 MADE_BY = "COALESCE(k.vectors_of, k.fingerprint)"
-OF_OWN = "k.embedder, k.dimension, CASE WHEN k.vectors_of IS NULL THEN '' ELSE k.fingerprint END"
+OF_OWN = "k.embedder, k.dimension, CASE WHEN k.vectors_of IS NULL THEN '' ELSE k.fingerprint END, k.cut, k.chunking"
 COLLECTION = f"SELECT k.name, {MADE_BY}, k.index_name, 0, 0, {OF_OWN} FROM collections k"
 COLLECTION_OF = (
-    f"SELECT k.name, {MADE_BY}, k.index_name, s.sequence, s.horizon, {OF_OWN}"
+    f"SELECT k.name, {MADE_BY}, k.index_name, s.sequence, s.horizon, {OF_OWN}, s.revision"
     " FROM collections k JOIN sequences s ON s.collection = k.name WHERE k.name = ? AND s.tenant = ?"
 )
-GENERATION = "index_name, fingerprint, embedder, dimension, state, since, asked, figures"
-WRITTEN = "SELECT index_name, fingerprint FROM generations WHERE collection = ? AND state != 'leaving'"
+GENERATION = "index_name, fingerprint, embedder, dimension, cut, chunking, state, since, asked, figures"
+WRITTEN = "SELECT index_name, cut FROM generations WHERE collection = ? AND state != 'leaving'"
+INDEXES = (  # each with its collection and its cut
+    "(SELECT index_name, name AS collection, cut FROM collections"
+    " UNION ALL SELECT index_name, collection, cut FROM generations"
+    " WHERE index_name NOT IN (SELECT index_name FROM collections))"
+)
+HAS = "EXISTS (SELECT 1 FROM cuts n WHERE n.document_id = v.document_id AND n.version = v.version AND n.cut = ?)"
 DELETION = (
     "document_id, sequence, tenant, collection, source, subject, deleted_at, purged_at, versions, chunks, vectors"
 )
 CHUNK = (
-    "c.chunk_id, c.document_id, c.version, c.ordinal, c.text, c.heading, c.page, c.first_line, c.last_line, c.tokens"
+    "c.chunk_id, c.document_id, c.version, c.ordinal, c.text, c.heading, c.page, c.first_line, c.last_line, c.tokens,"
+    " c.cut"
 )
 
 VISIBLE = (
@@ -287,6 +335,7 @@ class SqliteDocuments(Database):
     def annotate(self, document: Document) -> None:
         with self._transaction() as db:
             _annotate(db, document)
+            _note_change(db, document)
             _write_edges(db, document, "shared", self._shared(document))
 
     def _shared(self, document: Document) -> list[str]:
@@ -307,6 +356,16 @@ class SqliteDocuments(Database):
         with self._reading() as db:
             return _current(db, document_id, principal)
 
+    def history(self, document_id: str, principal: Principal) -> list[Document]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"{PUBLISHED} WHERE v.document_id = :document_id AND v.tenant = :tenant AND {MAY_READ}"
+                " ORDER BY s.opened DESC",
+                {**_who(principal), "document_id": document_id},
+            )
+            found = [_document(row) for row in rows]
+        return found if found and found[0].closed is None else []
+
     def readers_of(self, document_ids: Sequence[str]) -> set[frozenset[str]]:
         with self._reading() as db:
             rows = db.execute(
@@ -314,7 +373,7 @@ class SqliteDocuments(Database):
                 " JOIN spans s USING (document_id, version) WHERE s.closed IS NULL AND v.readers != '[]'",
                 (json.dumps(list(document_ids)),),
             )
-            return {frozenset(json.loads(readers)) for (readers,) in rows}
+            return {_readers_in(readers) for (readers,) in rows}
 
     def audiences(self, collection: str, principal: Principal) -> set[frozenset[str]]:
         with self._reading() as db:
@@ -323,7 +382,7 @@ class SqliteDocuments(Database):
                 f" AND {MAY_READ}",
                 {**_who(principal), "collection": collection},
             )
-            return {frozenset(json.loads(readers)) for (readers,) in rows}
+            return {_readers_in(readers) for (readers,) in rows}
 
     def documents(self, principal: Principal, collection: str | None, after: str | None, limit: int) -> list[Document]:
         with self._reading() as db:
@@ -382,13 +441,12 @@ class SqliteDocuments(Database):
                 " LEFT JOIN spans s USING (document_id, version) ORDER BY s.opened",
                 (json.dumps(list(chunk_ids)),),
             )
-            return {row[0]: (_chunk(row[:10]), _document(row[10:])) for row in rows}
+            return {row[0]: (_chunk(row[:11]), _document(row[11:])) for row in rows}
 
     def vectors(self, chunk_ids: Sequence[str]) -> dict[str, Vector]:
         with self._reading() as db:
             rows = db.execute(
-                "SELECT chunk_id, vector FROM json_each(?) AS wanted JOIN chunks ON chunk_id = wanted.value"
-                " WHERE LENGTH(vector) > 0",
+                "SELECT chunk_id, vector FROM json_each(?) AS wanted JOIN chunks ON chunk_id = wanted.value",
                 (json.dumps(list(chunk_ids)),),
             )
             return {chunk_id: np.frombuffer(vector, dtype=np.float32) for chunk_id, vector in rows}
@@ -410,28 +468,71 @@ class SqliteDocuments(Database):
             return {document_id: (nearest // 2, "shared" if nearest % 2 else "link") for document_id, nearest in rows}
 
     def vectors_of(
-        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int
+        self, collection: str, principal: Principal, document_ids: Sequence[str], as_of: int, limit: int, cut: str = ""
     ) -> dict[str, tuple[str, Vector]]:
-        parameters = {**_who(principal), "collection": collection, "as_of": as_of}
+        parameters = {**_who(principal), "collection": collection, "as_of": as_of, "cut": cut}
         parameters |= {"ids": json.dumps(list(document_ids)), "share": max(1, limit // max(1, len(document_ids)))}
         with self._reading() as db:
             rows = db.execute(
                 "SELECT c.chunk_id, c.document_id, c.vector FROM json_each(:ids) AS wanted"
                 " CROSS JOIN versions v ON v.document_id = wanted.value JOIN spans s USING (document_id, version)"
                 " JOIN chunks c USING (document_id, version)"
-                f" WHERE {VISIBLE} AND c.ordinal < :share ORDER BY wanted.key, c.ordinal LIMIT :limit",
+                f" WHERE {VISIBLE} AND c.cut = :cut AND c.ordinal < :share ORDER BY wanted.key, c.ordinal"
+                " LIMIT :limit",
                 {**parameters, "limit": limit},
             )
             return {
                 chunk_id: (document_id, np.frombuffer(vector, np.float32)) for chunk_id, document_id, vector in rows
             }
 
-    def neighbours(self, document_id: str, version: str, first: int, last: int) -> list[Chunk]:
+    def neighbours(self, document_id: str, version: str, first: int, last: int, cut: str = "") -> list[Chunk]:
         with self._reading() as db:
             rows = db.execute(
-                f"SELECT {CHUNK} FROM chunks c WHERE document_id = ? AND version = ?"
+                f"SELECT {CHUNK} FROM chunks c WHERE document_id = ? AND version = ? AND cut = ?"
                 " AND ordinal BETWEEN ? AND ? ORDER BY ordinal",
-                (document_id, version, first, last),
+                (document_id, version, cut, first, last),
+            )
+            return [_chunk(row) for row in rows]
+
+    def kept(self, document_id: str, version: str) -> bytes | None:
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT content FROM kept WHERE document_id = ? AND version = ?", (document_id, version)
+            ).fetchone()
+            return row[0] if row else None
+
+    # ── telling others what became of it ────────────────────────────────────────────────────────
+
+    def standings(self) -> dict[tuple[str, str], tuple[int, int]]:
+        with self._reading() as db:
+            rows = db.execute("SELECT collection, tenant, revision, erased FROM sequences")
+            return {(collection, tenant): (revision, erased) for collection, tenant, revision, erased in rows}
+
+    def changed(self, collection: str, tenant: str, after: int) -> list[Document]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"{PUBLISHED} WHERE v.tenant = ? AND v.collection = ? AND v.revision > ?"
+                " ORDER BY v.document_id, v.version, s.opened",
+                (tenant, collection, after),
+            )
+            return [_document(row) for row in rows]
+
+    def held(self, collection: str, tenant: str) -> int:
+        with self._reading() as db:
+            (chunks,) = db.execute(
+                "SELECT TOTAL(v.chunks) FROM versions v WHERE v.tenant = ? AND v.collection = ? AND EXISTS"
+                " (SELECT 1 FROM spans s WHERE s.document_id = v.document_id AND s.version = v.version)",
+                (tenant, collection),
+            ).fetchone()
+            return int(chunks)
+
+    def chunks_of(self, documents: Sequence[Document], cut: str = "") -> list[Chunk]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {CHUNK} FROM json_each(?) AS wanted CROSS JOIN chunks c"
+                " ON c.document_id = wanted.value ->> 0 AND c.version = wanted.value ->> 1 AND c.cut = ?"
+                " ORDER BY wanted.key, c.ordinal",
+                (json.dumps([(document.document_id, document.version) for document in documents]), cut),
             )
             return [_chunk(row) for row in rows]
 
@@ -468,7 +569,11 @@ class SqliteDocuments(Database):
                 " WHERE document_id = ? AND version = ?), 0)) WHERE tenant = ? AND collection = ?",
                 (*key, document.tenant, document.collection),
             )
-            db.execute("DELETE FROM spans WHERE document_id = ? AND version = ?", key)
+            if db.execute("DELETE FROM spans WHERE document_id = ? AND version = ?", key).rowcount:
+                db.execute(
+                    "UPDATE sequences SET erased = erased + 1 WHERE tenant = ? AND collection = ?",
+                    (document.tenant, document.collection),
+                )
             return _chunk_ids(db, *key)
 
     def purge(self, document: Document) -> bool:
@@ -479,12 +584,7 @@ class SqliteDocuments(Database):
                 "DELETE FROM versions WHERE document_id = ? AND version = ? AND retiring_at IS NOT NULL", key
             ).rowcount  # fmt: skip
             if gone:
-                db.execute(
-                    "DELETE FROM vectors_beside WHERE chunk_id IN"
-                    " (SELECT chunk_id FROM chunks WHERE document_id = ? AND version = ?)",
-                    key,
-                )
-                for table in ("chunks", "edges"):
+                for table in ("chunks", "cuts", "edges", "kept"):
                     db.execute(f"DELETE FROM {table} WHERE document_id = ? AND version = ?", key)
                 _note_purged(db, document.document_id, chunks)
         return bool(gone)
@@ -502,28 +602,37 @@ class SqliteDocuments(Database):
         found = []
         with self._reading() as db:
             rows = db.execute(
-                "SELECT v.document_id, v.version, v.chunks, c.ordinal, c.chunk_id, c.vector FROM versions v"
-                " JOIN collections k ON k.name = v.collection JOIN spans s USING (document_id, version)"
-                " LEFT JOIN chunks c USING (document_id, version) WHERE k.index_name = ? AND s.closed IS NULL"
-                " ORDER BY v.document_id, v.version, c.ordinal",
+                "SELECT v.document_id, v.version, k.cut, n.chunks, c.ordinal, c.chunk_id, c.vector FROM versions v"
+                f" JOIN {INDEXES} k USING (collection) JOIN spans s USING (document_id, version)"
+                " LEFT JOIN cuts n ON n.document_id = v.document_id AND n.version = v.version AND n.cut = k.cut"
+                " LEFT JOIN chunks c ON c.document_id = v.document_id AND c.version = v.version AND c.cut = k.cut"
+                " WHERE k.index_name = ? AND s.closed IS NULL ORDER BY v.document_id, v.version, c.ordinal",
                 (index,),
             )
-            for (document_id, version, count), group in groupby(rows, key=lambda row: row[:3]):
-                chunks = [row[3:] for row in group if row[3] is not None]
-                if [chunk[0] for chunk in chunks] != list(range(count)):
+            for (document_id, version, cut, count), group in groupby(rows, key=lambda row: row[:4]):
+                chunks = [row[4:] for row in group if row[4] is not None]
+                if count is None or [chunk[0] for chunk in chunks] != list(range(count)):
                     found.append(document_id)
                 found += [
                     chunk_id for ordinal, chunk_id, vector in chunks
-                    if chunk_id != chunk_id_of(document_id, version, ordinal) or not _is_unit(vector, dimension)
+                    if chunk_id != chunk_id_of(document_id, version, ordinal, cut) or not _is_unit(vector, dimension)
                 ]  # fmt: skip
+            kept = db.execute(
+                f"SELECT v.document_id, p.content FROM versions v JOIN {INDEXES} k USING (collection)"
+                " JOIN spans s USING (document_id, version) JOIN kept p USING (document_id, version)"
+                " WHERE k.index_name = ? AND s.closed IS NULL",
+                (index,),
+            )
+            found += [document_id for document_id, content in kept if unpack(content) is None]
         return found
 
     def chunk_ids(self, index: str, published: bool) -> set[str]:
         with self._reading() as db:
             rows = db.execute(
                 "SELECT DISTINCT c.chunk_id FROM chunks c JOIN versions v USING (document_id, version)"
-                " JOIN collections k ON k.name = v.collection LEFT JOIN spans s USING (document_id, version)"
-                " WHERE k.index_name = ? AND (NOT ? OR (s.closed IS NULL AND s.opened IS NOT NULL))",
+                f" JOIN {INDEXES} k ON k.collection = v.collection AND k.cut = c.cut"
+                " LEFT JOIN spans s USING (document_id, version) WHERE k.index_name = ?"
+                " AND (NOT ? OR (s.closed IS NULL AND s.opened IS NOT NULL))",
                 (index, published),
             )
             return {chunk_id for (chunk_id,) in rows}
@@ -544,6 +653,8 @@ class SqliteDocuments(Database):
     def add_generation(self, collection: str, own: LiveIndex, generation: Generation) -> None:
         live = generation.live
         with self._transaction() as db:
+            if db.execute("SELECT 1 FROM collections WHERE index_name = ?", (live.index,)).fetchone():
+                raise Conflict(f"that is the index of {collection!r} itself")
             known = dict(db.execute("SELECT index_name, state FROM generations WHERE collection = ?", (collection,)))
             if known.get(live.index, "leaving") != "leaving":
                 return
@@ -556,10 +667,11 @@ class SqliteDocuments(Database):
                 (own.embedder, own.dimension, collection),
             )
             db.execute(
-                f"INSERT INTO generations ({GENERATION}, collection) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO generations ({GENERATION}, collection) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    live.index, live.fingerprint, live.embedder, live.dimension, generation.state, generation.since,
-                    json.dumps(dict(generation.asked)), json.dumps(dict(generation.figures)), collection,
+                    live.index, live.fingerprint, live.embedder, live.dimension, live.index, live.chunking,
+                    generation.state, generation.since, json.dumps(dict(generation.asked)),
+                    json.dumps(dict(generation.figures)), collection,
                 ),
             )  # fmt: skip
 
@@ -575,76 +687,84 @@ class SqliteDocuments(Database):
     def lacking(self, collection: str, index: str, limit: int) -> list[Document]:
         with self._reading() as db:
             rows = db.execute(
-                f"SELECT {DOCUMENT} FROM versions v JOIN spans s USING (document_id, version)"
-                " WHERE v.collection = ? AND v.retiring_at IS NULL AND EXISTS (SELECT 1 FROM chunks c"
-                "   LEFT JOIN vectors_beside b ON b.chunk_id = c.chunk_id AND b.index_name = ?"
-                "   WHERE c.document_id = v.document_id AND c.version = v.version AND b.chunk_id IS NULL)"
+                f"{PUBLISHED} WHERE v.collection = ? AND v.retiring_at IS NULL AND NOT {HAS}"
                 " GROUP BY v.document_id, v.version LIMIT ?",
                 (collection, index, limit),
+            )
+            return [_document(row) for row in rows]
+
+    def unkept(self, collection: str, limit: int) -> list[Document]:
+        with self._reading() as db:
+            rows = db.execute(
+                f"{CURRENT} AND v.collection = ? AND NOT EXISTS (SELECT 1 FROM kept p"
+                " WHERE p.document_id = v.document_id AND p.version = v.version) ORDER BY v.document_id LIMIT ?",
+                (collection, limit),
             )
             return [_document(row) for row in rows]
 
     def filled(self, collection: str, index: str) -> tuple[int, int]:
         with self._reading() as db:
             (done, total) = db.execute(
-                "SELECT COUNT(b.chunk_id), COUNT(*) FROM versions v JOIN chunks c USING (document_id, version)"
-                " LEFT JOIN vectors_beside b ON b.chunk_id = c.chunk_id AND b.index_name = ? WHERE v.collection = ?"
+                f"SELECT COALESCE(SUM(CASE WHEN {HAS} THEN o.chunks ELSE 0 END), 0), COALESCE(SUM(o.chunks), 0)"
+                " FROM versions v JOIN collections k ON k.name = v.collection JOIN cuts o"
+                " ON o.document_id = v.document_id AND o.version = v.version AND o.cut = k.cut WHERE v.collection = ?"
                 " AND EXISTS (SELECT 1 FROM spans s WHERE s.document_id = v.document_id AND s.version = v.version)",
                 (index, collection),
             ).fetchone()
             return done, total
 
-    def fill(self, index: str, document: Document, vectors: Mapping[str, Vector]) -> bool:
+    def fill(self, index: str, document: Document, cut: Cut) -> bool:
         key = (document.document_id, document.version)
         with self._transaction(durable=False) as db:
-            is_wanted = db.execute(
-                "SELECT 1 FROM generations g, versions v WHERE g.index_name = ? AND g.state != 'leaving'"
-                " AND v.document_id = ? AND v.version = ? AND v.retiring_at IS NULL",
-                (index, *key),
+            wanted = db.execute(
+                "SELECT g.cut FROM generations g, versions v WHERE g.index_name = ? AND g.state != 'leaving'"
+                f" AND v.document_id = ? AND v.version = ? AND v.retiring_at IS NULL AND NOT {HAS}",
+                (index, *key, index),
             ).fetchone()
-            if is_wanted:
-                _write_beside(db, index, vectors)
-            return is_wanted is not None
-
-    def vectors_beside(self, index: str, chunk_ids: Sequence[str]) -> dict[str, Vector]:
-        with self._reading() as db:
-            rows = db.execute(
-                "SELECT chunk_id, vector FROM json_each(?) AS wanted JOIN vectors_beside ON chunk_id = wanted.value"
-                " WHERE index_name = ?",
-                (json.dumps(list(chunk_ids)), index),
-            )
-            return {chunk_id: np.frombuffer(vector, dtype=np.float32) for chunk_id, vector in rows}
+            if wanted:
+                _write_cut(db, document, wanted[0], cut)
+            return wanted is not None
 
     def adopt(self, collection: str, index: str) -> None:
-        """See the port. A chunk without a vector there is of no version that was published, and has none from now on:
-        whoever would publish it, is told to stage it again."""
         with self._transaction() as db:
             live = db.execute(
-                "SELECT fingerprint, embedder, dimension FROM generations WHERE index_name = ? AND collection = ?",
+                "SELECT fingerprint, embedder, dimension, cut, chunking FROM generations"
+                " WHERE index_name = ? AND collection = ?",
                 (index, collection),
             ).fetchone()
             if live is None:
                 return
-            db.execute(
-                "UPDATE chunks SET vector = COALESCE((SELECT b.vector FROM vectors_beside b"
-                " WHERE b.chunk_id = chunks.chunk_id AND b.index_name = ?), x'') WHERE EXISTS (SELECT 1 FROM versions v"
-                " WHERE v.document_id = chunks.document_id AND v.version = chunks.version AND v.collection = ?)",
-                (index, collection),
-            )
-            _forget(db, index)
+            db.execute("DELETE FROM generations WHERE index_name = ?", (index,))
             db.execute(
                 f"INSERT INTO generations ({GENERATION}, collection) SELECT k.index_name, {MADE_BY}, k.embedder,"
-                " k.dimension, 'leaving', ?, '{}', '{}', k.name FROM collections k WHERE k.name = ?",
+                " k.dimension, k.cut, k.chunking, 'leaving', ?, '{}', '{}', k.name FROM collections k WHERE k.name = ?",
                 (time.time(), collection),
             )
             db.execute(
-                "UPDATE collections SET index_name = ?, vectors_of = ?, embedder = ?, dimension = ? WHERE name = ?",
+                "UPDATE collections SET index_name = ?, vectors_of = ?, embedder = ?, dimension = ?, cut = ?,"
+                " chunking = ? WHERE name = ?",
                 (index, *live, collection),
             )
 
-    def forget_generation(self, index: str) -> None:
+    def forget_generation(self, index: str) -> bool:
         with self._transaction() as db:
-            _forget(db, index)
+            some = db.execute(
+                "SELECT n.document_id, n.version, n.cut FROM generations g JOIN cuts n ON n.cut = g.cut"
+                " JOIN versions v ON v.document_id = n.document_id AND v.version = n.version"
+                " AND v.collection = g.collection WHERE g.index_name = ? LIMIT ?",
+                (index, FORGOTTEN_AT_ONCE),
+            ).fetchall()
+            for table in ("chunks", "cuts"):
+                db.executemany(f"DELETE FROM {table} WHERE document_id = ? AND version = ? AND cut = ?", some)
+            db.executemany(
+                "UPDATE versions SET chunks = COALESCE((SELECT n.chunks FROM cuts n JOIN collections k USING (cut)"
+                " WHERE k.name = versions.collection AND n.document_id = versions.document_id"
+                " AND n.version = versions.version), chunks) WHERE document_id = ? AND version = ?",
+                [key[:2] for key in some],
+            )
+            if not some:
+                db.execute("DELETE FROM generations WHERE index_name = ?", (index,))
+            return bool(some)
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
@@ -693,7 +813,10 @@ def _collection(db: sqlite3.Connection, name: str, tenant: str | None = None) ->
         row = db.execute(f"{COLLECTION} WHERE k.name = ?", (name,)).fetchone()
     else:
         row = db.execute(COLLECTION_OF, (name, tenant)).fetchone()
-    return Collection(*row) if row else None
+    if row is None:
+        return None
+    found = Collection(*row[:10])
+    return found if tenant is None else replace(found, revision=row[10])
 
 
 def _require_epoch(db: sqlite3.Connection, document: Document, epoch: int) -> None:
@@ -723,53 +846,57 @@ def _stage_one(db: sqlite3.Connection, staged: Staged, now: float) -> None:
     if row and row[0] is not None and now - RETIRE_SECONDS < row[0]:
         raise Unavailable("an earlier copy of this very version is being removed; try again in a moment")
     db.execute(
-        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL) ON CONFLICT DO UPDATE"
+        "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, 0) ON CONFLICT DO UPDATE"
         " SET epoch = excluded.epoch, staged_at = excluded.staged_at, retiring_at = NULL",
         (*_version_row(document), staged.epoch, now, now),
     )
+    if staged.kept:
+        db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?, ?)", (*key, staged.kept))
     _note_audience(db, document, document.readers)
-    _stage_beside(db, staged)
-    db.execute("DELETE FROM chunks WHERE document_id = ? AND version = ? AND ordinal >= ?", (*key, len(staged.chunks)))
+    for cut, made in _wanted_cuts(db, staged):
+        _write_cut(db, document, cut, made)
+
+
+def _wanted_cuts(db: sqlite3.Connection, staged: Staged) -> list[tuple[str, Cut]]:
+    """Those of the indexes that are written to. Raises Unavailable where the own one is not that of `index` now."""
+    collection = _collection(db, staged.document.collection)
+    if staged.index and collection is not None and collection.index != staged.index:
+        raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
+    beside = db.execute(WRITTEN, (staged.document.collection,)).fetchall()
+    own = (collection.cut if collection else "", staged.own)
+    return [own, *((cut, staged.beside[index]) for index, cut in beside if index in staged.beside)]
+
+
+def _write_cut(db: sqlite3.Connection, document: Document, cut: str, made: Cut) -> None:
+    """Make these the chunks of a cut of a version, and no others."""
+    key, count = (document.document_id, document.version), len(made.chunks)
+    db.execute("INSERT OR REPLACE INTO cuts VALUES (?, ?, ?, ?)", (*key, cut, count))
+    db.execute(
+        "DELETE FROM chunks WHERE document_id = ? AND version = ? AND cut = ? AND ordinal >= ?", (*key, cut, count)
+    )
     db.executemany(
-        "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (_chunk_row(chunk, vector) for chunk, vector in zip(staged.chunks, staged.vectors, strict=True)),
+        "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (_chunk_row(chunk, vector) for chunk, vector in zip(made.chunks, made.vectors, strict=True)),
     )
 
 
-def _stage_beside(db: sqlite3.Connection, staged: Staged) -> None:
-    """Keep the vectors of a second index. Raises Unavailable where the first one is not that of `fingerprint` now."""
-    if staged.fingerprint:
-        collection = _collection(db, staged.document.collection)
-        if collection is not None and collection.fingerprint != staged.fingerprint:
-            raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
-    for index, fingerprint in db.execute(WRITTEN, (staged.document.collection,)).fetchall():
-        if fingerprint in staged.beside:
-            ids = (chunk.chunk_id for chunk in staged.chunks)
-            _write_beside(db, index, dict(zip(ids, staged.beside[fingerprint], strict=True)))
-
-
-def _write_beside(db: sqlite3.Connection, index: str, vectors: Mapping[str, Vector]) -> None:
-    db.executemany(
-        "INSERT OR REPLACE INTO vectors_beside VALUES (?, ?, ?)",
-        ((chunk_id, index, np.ascontiguousarray(vector, np.float32).tobytes()) for chunk_id, vector in vectors.items()),
-    )
-
-
-def _require_beside(db: sqlite3.Connection, document: Document) -> None:
-    """A version is published with all of its vectors in every index that is written to, or not at all."""
-    for index, _ in db.execute(WRITTEN, (document.collection,)).fetchall():
-        lacks = db.execute(
-            "SELECT 1 FROM chunks c LEFT JOIN vectors_beside b ON b.chunk_id = c.chunk_id AND b.index_name = ?"
-            " WHERE c.document_id = ? AND c.version = ? AND b.chunk_id IS NULL LIMIT 1",
-            (index, document.document_id, document.version),
-        ).fetchone()
-        if lacks:
-            raise Unavailable("a second index of this collection has just been begun; try again", code=LACKS)
-
-
-def _forget(db: sqlite3.Connection, index: str) -> None:
-    db.execute("DELETE FROM vectors_beside WHERE index_name = ?", (index,))
-    db.execute("DELETE FROM generations WHERE index_name = ?", (index,))
+def _require_cuts(db: sqlite3.Connection, document: Document) -> None:
+    """A version is published with all of its chunks in every index that is written to, or not at all."""
+    key = (document.document_id, document.version)
+    is_going = db.execute(
+        "SELECT retiring_at IS NOT NULL FROM versions WHERE document_id = ? AND version = ?", key
+    ).fetchone()
+    if is_going != (0,):
+        raise Conflict("a version is published only when all of its chunks are staged")
+    there = dict(db.execute("SELECT cut, chunks FROM cuts WHERE document_id = ? AND version = ?", key))
+    collection = _collection(db, document.collection)
+    own = there.get(collection.cut if collection else "")
+    if own is None:
+        raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
+    if own != document.chunks:
+        raise Conflict("a version is published only when all of its chunks are staged")
+    if any(cut not in there for _, cut in db.execute(WRITTEN, (document.collection,)).fetchall()):
+        raise Unavailable("a second index of this collection has just been begun; try again", code=LACKS)
 
 
 def _delete_one(db: sqlite3.Connection, document: Document, principal: Principal) -> Document:
@@ -784,6 +911,7 @@ def _delete_one(db: sqlite3.Connection, document: Document, principal: Principal
             principal.subject, time.time(), _readers(document.readers),
         ),
     )  # fmt: skip
+    _note_change(db, document)
     return _with_span(document, document.opened, sequence)
 
 
@@ -805,7 +933,8 @@ def _note_purged(db: sqlite3.Connection, document_id: str, chunks: int) -> None:
 
 def _chunk_ids(db: sqlite3.Connection, document_id: str, version: str) -> list[str]:
     rows = db.execute(
-        "SELECT chunk_id FROM chunks WHERE document_id = ? AND version = ? ORDER BY ordinal", (document_id, version)
+        "SELECT chunk_id FROM chunks WHERE document_id = ? AND version = ? ORDER BY cut, ordinal",
+        (document_id, version),
     )
     return [chunk_id for (chunk_id,) in rows]
 
@@ -814,16 +943,7 @@ def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Docu
     _require_epoch(db, document, epoch)
     if already := _published_by(db, document, epoch):
         return _with_span(document, already, None)
-    (staged, empty) = db.execute(
-        "SELECT COUNT(*), TOTAL(LENGTH(vector) = 0) FROM chunks JOIN versions USING (document_id, version)"
-        " WHERE document_id = ? AND version = ? AND retiring_at IS NULL",
-        (document.document_id, document.version),
-    ).fetchone()
-    if staged != document.chunks:
-        raise Conflict("a version is published only when all of its chunks are staged")
-    if empty:
-        raise Unavailable("the index of this collection has just been exchanged; try again", code=LACKS)
-    _require_beside(db, document)
+    _require_cuts(db, document)
     _annotate(db, document)
     sequence = _next_sequence(db, document)
     _close_current(db, document.document_id, sequence)
@@ -831,6 +951,7 @@ def _publish_one(db: sqlite3.Connection, document: Document, epoch: int) -> Docu
         "INSERT INTO spans (document_id, version, opened, epoch) VALUES (?, ?, ?, ?)",
         (document.document_id, document.version, sequence, epoch),
     )
+    _note_change(db, document)
     return _with_span(document, sequence, None)
 
 
@@ -868,7 +989,7 @@ def _narrow(db: sqlite3.Connection, document: Document) -> None:
         {"id": document.document_id, "version": document.version},
     ).fetchall()
     for (readers,) in known:
-        before = frozenset(json.loads(readers))
+        before = _readers_in(readers)
         left = (before & document.readers or frozenset({NOBODY})) if before else document.readers
         if left != before:
             change = {"id": document.document_id, "version": document.version, "old": readers, "new": _readers(left)}
@@ -906,11 +1027,24 @@ def _write_edges(db: sqlite3.Connection, document: Document, kind: str, targets:
 def _next_sequence(db: sqlite3.Connection, document: Document) -> int:
     """Of its tenant in its collection: how much others do there shows to nobody."""
     (sequence,) = db.execute(
-        "INSERT INTO sequences VALUES (?, ?, 1, 0) ON CONFLICT DO UPDATE SET sequence = sequence + 1"
-        " RETURNING sequence",
+        "INSERT INTO sequences (tenant, collection, sequence) VALUES (?, ?, 1)"
+        " ON CONFLICT DO UPDATE SET sequence = sequence + 1 RETURNING sequence",
         (document.tenant, document.collection),
     ).fetchone()
     return int(sequence)
+
+
+def _note_change(db: sqlite3.Connection, document: Document) -> None:
+    """Its versions are to be found or judged otherwise from now on: whoever follows this tenant reads them anew."""
+    db.execute(
+        "UPDATE sequences SET revision = revision + 1 WHERE tenant = ? AND collection = ?",
+        (document.tenant, document.collection),
+    )
+    db.execute(
+        "UPDATE versions SET revision = (SELECT s.revision FROM sequences s WHERE s.tenant = versions.tenant"
+        " AND s.collection = versions.collection) WHERE document_id = ?",
+        (document.document_id,),
+    )
 
 
 def _close_current(db: sqlite3.Connection, document_id: str, sequence: int) -> None:
@@ -959,18 +1093,23 @@ def _readers(readers: frozenset[str]) -> str:
     return json.dumps(sorted(readers))
 
 
+@lru_cache(1024)
+def _readers_in(told: str) -> frozenset[str]:
+    """Many documents are for the same few."""
+    return frozenset(json.loads(told))
+
+
 def _document(row: Sequence[Any]) -> Document:
     return Document(
         document_id=row[0], version=row[1], tenant=row[2], collection=row[3], source=row[4], title=row[5],
-        media_type=row[6], metadata=json.loads(row[7]), readers=frozenset(json.loads(row[8])), size=row[9],
-        chunks=row[10], opened=row[11], closed=row[12], created_at=row[13],
+        media_type=row[6], metadata={} if row[7] == "{}" else json.loads(row[7]), readers=_readers_in(row[8]),
+        size=row[9], chunks=row[10], opened=row[11], closed=row[12], created_at=row[13],
     )  # fmt: skip
 
 
 def _generation(row: Sequence[Any]) -> Generation:
-    index, fingerprint, embedder, dimension, state, since, asked, figures = row
-    live = LiveIndex(index, fingerprint, embedder, dimension)
-    return Generation(live, state, since, json.loads(asked), json.loads(figures))
+    *live, state, since, asked, figures = row
+    return Generation(LiveIndex(*live), state, since, json.loads(asked), json.loads(figures))
 
 
 def _is_unit(vector: bytes, dimension: int) -> bool:
@@ -987,10 +1126,11 @@ def _chunk_row(chunk: Chunk, vector: Vector) -> tuple[object, ...]:
     return (
         chunk.chunk_id, chunk.document_id, chunk.version, chunk.ordinal, piece.text, json.dumps(piece.heading),
         piece.page, piece.first_line, piece.last_line, piece.tokens, np.ascontiguousarray(vector, np.float32).tobytes(),
+        chunk.cut,
     )  # fmt: skip
 
 
 def _chunk(row: Sequence[Any]) -> Chunk:
-    chunk_id, document_id, version, ordinal, text, heading, page, first_line, last_line, tokens = row
+    chunk_id, document_id, version, ordinal, text, heading, page, first_line, last_line, tokens, cut = row
     piece = Piece(text, tuple(json.loads(heading)), page, first_line, last_line, tokens)
-    return Chunk(chunk_id, document_id, version, ordinal, piece)
+    return Chunk(chunk_id, document_id, version, ordinal, piece, cut)
