@@ -23,6 +23,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from ray.actor import ActorHandle
 from ray.exceptions import PendingCallsLimitExceeded, RayActorError
 
+from actors.hops import begin
 from cluster.catalog import LONGEST_STEP_MS, Catalog, Clock, Compacted, Event, encode
 from cluster.client import Absent, Client, Doubtful, Elsewhere, Query
 from cluster.raft import (
@@ -74,6 +75,7 @@ class Coordinator:
     """
 
     def __init__(self, id: NodeId, folder: str, identity: str, pace: Pace = PACE) -> None:
+        begin("voter")
         self._id, self._pace = id, pace
         self._catalog = Catalog()
         self._peers = Peers()
@@ -477,7 +479,8 @@ class RayVoters:
 
 def find_voters() -> dict[NodeId, "ActorHandle[Any]"]:
     """By number. Takes a round trip to Ray's head."""
-    names = [name for name in ray.util.list_named_actors() if name.startswith(NAME)]
+    named = ray.util.list_named_actors(all_namespaces=True)  # whoever asks may be of another
+    names = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE and actor["name"].startswith(NAME)]
     found = {int(name.removeprefix(NAME)): find_voter(int(name.removeprefix(NAME))) for name in names}
     return {id: handle for id, handle in found.items() if handle is not None}
 

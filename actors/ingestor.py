@@ -15,9 +15,11 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from actors.coordination import Coordination
+from actors.hops import begin, hop
 from actors.pressure import yielding
 from nexus.audit import Chain
 from nexus.background import begin_in_background, has_failed
+from nexus.chunking import ChunkSettings
 from nexus.config import Config
 from nexus.conveyor import Conveyor, Pace
 from nexus.enforcement import Enforcer, Evaluation, Order, open_tiers
@@ -58,12 +60,13 @@ class Pooled:
     fingerprint: str
     dimension: int
     ask: Callable[[Sequence[str], InputType], Vectors]
-    max_tokens: int = 0
+    max_tokens: int
 
     def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         return self.ask(texts, input_type)
 
 
+@hop
 class Ingestor:
     """One process that works through the files of accepted jobs, and keeps the stores clean."""
 
@@ -71,6 +74,7 @@ class Ingestor:
         self, config: Config, vectors_address: str, pool: EmbedderPool, summarise: Summarise | None = None
     ) -> None:  # fmt: skip
         """`summarise` has to be there where memory is to be summarised."""
+        begin("ingestor", config.telemetry)
         self._config, self._vectors_address, self._pool = config, vectors_address, pool
         self._summarise = summarise
         self._memory: InteractionStore | None = None  # once the conveyor is there
@@ -123,22 +127,25 @@ class Ingestor:
             await self._run(hades.vectors.flush, live.index)
 
     async def begin_reindex(
-        self, collection: str, embedder: str | None, by: Principal, questions: Sequence[tuple[str, Sequence[str]]]
-    ) -> Progress:
-        """Begin a second index with one of the configured embedders, by its name or address; by default the first.
+        self, collection: str, embedder: str | None, by: Principal, questions: Sequence[tuple[str, Sequence[str]]],
+        chunking: ChunkSettings | None = None,
+    ) -> Progress:  # fmt: skip
+        """Begin a second index with one of the configured embedders, by its name or address, cut so where that is said.
 
-        It is built and compared here, in the background, also after a restart. Raises as `Reindexer.begin`.
+        By default it is the first of them; where only a chunking is given, the one of the live index. It is built and
+        compared here, in the background, also after a restart. Raises as `Reindexer.begin`.
         """
         served = self._config.models.of_task("embed")
-        found = [one for one in served if embedder in (None, one.called, one.address)]
+        found = [one.address for one in served if embedder in (None, one.called, one.address)]
         if not found:
             known = ", ".join(repr(one.called) for one in served)
             raise InvalidRequest(
                 f"no embedder {embedder!r} is configured; there are {known}: list it in models.served, with task embed",
                 pointer="/embedder",
             )
+        address = None if embedder is None and chunking is not None else found[0]
         reindexer = await self._reindexing()
-        await self._run(reindexer.begin, collection, found[0].address, by, questions)
+        await self._run(reindexer.begin, collection, address, by, questions, chunking)
         return await self._run(reindexer.progress, collection)
 
     async def reindex_progress(self, collection: str) -> Progress:
@@ -212,7 +219,8 @@ class Ingestor:
         )
         embed = partial(self._embed, asyncio.get_running_loop())
         steps: Steps = open_steps(config, hades, embed)
-        self._reindexer = self._open_reindexer(steps, Pooled(fingerprint, dimension, embed))
+        most = int(str(about["max_tokens"]))
+        self._reindexer = self._open_reindexer(steps, Pooled(fingerprint, dimension, embed, most))
         embedders = config.ingest.embedders or 1 + (config.models.embedder_threads or os.cpu_count() or 1)
         pace = Pace(config.parsing.workers, embedders, stuck_seconds=config.ingest.stuck_seconds)
         conveyor = Conveyor(Jobs(home), steps, pace, yielding=yielding(config.scaling))
@@ -232,12 +240,9 @@ class Ingestor:
         def embedder_of(live: LiveIndex) -> Embedder:
             return configured if live.fingerprint == configured.fingerprint else steps.others.of(live)
 
-        retrieval = self._config.retrieval
-        settings = RetrievalSettings(
-            retrieval.candidates, retrieval.embedding_weight, retrieval.text_weight, retrieval.fusion
-        )
+        settings = RetrievalSettings.of(self._config.retrieval)
         pauses = yielding(self._config.scaling).pauses
-        return Reindexer(steps.hades, steps.others, steps.embed_for, embedder_of, settings, pauses)
+        return Reindexer(steps.hades, steps.others, steps.cut_for, steps.embed_for, embedder_of, settings, pauses)
 
     def _keep(self, work: Awaitable[None]) -> None:
         """Run something for as long as this process; if it ends, so does the process, and Serve makes another."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from actors.coordination import Coordination
+from actors.hops import begin, hop
 from nexus.config import Config
 from nexus.embedders import of_config
 from nexus.errors import Conflict
@@ -16,9 +17,12 @@ from nexus.hades import Hades, live_in
 from nexus.ports import Coordinator, Embedder, InputType, LiveIndex
 from nexus.registry import open_model, open_part
 from nexus.reranking import Reranking, in_threads
+from nexus.resident import Standing, open_resident
 from nexus.retrieval import RetrievalSettings
 from nexus.retrieval import Retriever as Searching
+from nexus.tracing import span, within
 from nexus.types import Evidence, Principal, SearchRequest, SearchResult, Vector, Vectors
+from nexus.vocabulary import of_embedding
 
 log = logging.getLogger("nexus.retriever")
 Result = TypeVar("Result")
@@ -29,6 +33,7 @@ class RerankerElsewhere(Protocol):
     async def rerank(self, query: str, texts: Sequence[str]) -> Vector: ...
 
 
+@hop
 class Retriever:
     """One hop from the gateway: embed the query here, ask the stores, fuse, ask HADES, rerank.
 
@@ -40,8 +45,10 @@ class Retriever:
         self, config: Config, vectors_address: str, reranker: RerankerElsewhere | None = None,
         coordinator: Coordinator | None = None,
     ) -> None:  # fmt: skip
+        begin("retriever", config.telemetry)
         offered = config.models.of_task("embed")[0].offered()
         self._embedder: Embedder = open_model("embed", config.models.embedder, **offered, threads=1)
+        self._address = config.models.embedder
         home = Path(config.home)
         hades = Hades(
             open_part("stores", config.stores.documents, home=home),
@@ -52,12 +59,13 @@ class Retriever:
             config.models.embedder,
         )
         retrieval = config.retrieval
-        settings = RetrievalSettings(
-            retrieval.candidates, retrieval.embedding_weight, retrieval.text_weight, retrieval.fusion
-        )
+        settings = RetrievalSettings.of(retrieval)
         self._reranker = reranker
         self._others = of_config(config, threads=1)
-        self._retriever = Searching(hades, self._embedder, settings, self._reranking(config), self._others)
+        self._resident = open_resident(hades, retrieval.resident_bytes, home)
+        self._retriever = Searching(
+            hades, self._embedder, settings, self._reranking(config), self._others, self._resident
+        )
         self._threads = ThreadPoolExecutor(THREADS, "search")
         self._is_prepared = False
 
@@ -94,7 +102,12 @@ class Retriever:
 
     async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         """A few short texts, at once: the pool may be busy with documents."""
-        return await self._run(self._embedder.embed, texts, input_type)
+        with span("embed", of_embedding(self._address, self._embedder.fingerprint, len(texts))):
+            return await self._run(self._embedder.embed, texts, input_type)
+
+    async def standings(self, tenant: str) -> list[Standing]:
+        """How what this tenant has in each collection is searched, as far as it was searched or foreseen."""
+        return [one for one in self._resident.standings() if one.tenant == tenant] if self._resident else []
 
     async def describe(self) -> dict[str, object]:
         """What embeds here."""
@@ -116,8 +129,10 @@ class Retriever:
         return True
 
     def _prepare_all(self) -> None:
-        """Load what embeds the questions for every collection, so that nobody's first one waits for it."""
+        """Load what every collection is searched with, so that nobody's first question waits for it."""
         hades = self._retriever.hades
+        if self._resident is not None:
+            self._resident.foresee()
         for one in hades.documents.collections():
             try:
                 live = live_in(hades.find_collection(one.name))
@@ -128,4 +143,4 @@ class Retriever:
 
     async def _run(self, work: Callable[..., Result], *arguments: Any) -> Result:
         self._loop = asyncio.get_running_loop()
-        return await self._loop.run_in_executor(self._threads, partial(work, *arguments))
+        return await self._loop.run_in_executor(self._threads, within(partial(work, *arguments)))

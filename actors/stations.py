@@ -18,6 +18,7 @@ import fsspec
 import pyarrow
 
 from actors.coordination import Coordination
+from actors.hops import begin
 from actors.pressure import yielding
 from nexus import telemetry
 from nexus.config import Config
@@ -63,7 +64,7 @@ class Run:
     def open_steps(self) -> Ingestor:
         steps = open_steps(self.config, self.open_hades(), _no_embedder)
         configured = self.config.models.embedder
-        return replace(steps, embedder=lambda texts: steps.others.open(configured).embed(texts))
+        return replace(steps, embedder=lambda texts: steps.others.open(configured, self.fingerprint).embed(texts))
 
     def open_documents(self) -> DocumentStore:
         address, shared = self.config.stores.documents, self.config.graph.shared_metadata
@@ -80,6 +81,7 @@ class Read:
     """Tasks to documents read and cut. The bytes are fetched here, and are nowhere else."""
 
     def __init__(self, run: Run) -> None:
+        begin("reader")
         give_way()
         self._run, self._steps, self._jobs = run, run.open_steps(), Jobs(run.config.home)
 
@@ -110,6 +112,7 @@ class Embed:
     """Documents read and cut, to documents with their vectors."""
 
     def __init__(self, run: Run) -> None:
+        begin("embedder")
         give_way()
         self._model: Embedder = of_config(run.config, threads=1).of(run.own)
         self._own = run.own
@@ -128,7 +131,7 @@ class Embed:
             return []
         prepared = [document for _, document in batch]
         texts = [text for document in prepared for text in document.texts]
-        made = _try(lambda: attach(prepared, self._model.embed(texts), self._own.dimension, self._own.fingerprint))
+        made = _try(lambda: attach(prepared, self._model.embed(texts), self._own.dimension, self._own.index))
         if isinstance(made, list):
             return [(*row, staged) for row, staged in zip(batch, made, strict=True)]
         if len(batch) == 1:
@@ -140,6 +143,7 @@ class Commit:
     """Documents with their vectors, to outcomes: staged and published, a batch in one transaction."""
 
     def __init__(self, run: Run) -> None:
+        begin("committer")
         give_way()
         self._steps = run.open_steps()
 

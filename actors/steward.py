@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError, PendingCallsLimitExceeded, RayActorError
 
 from actors import coordinator
+from actors.hops import begin
+from cluster.channel import LATER, Callers, Gate
 from cluster.directory import Directory
 from cluster.inventory import LOCAL, NODE_LABEL
+from cluster.membership import FrontDoor
 from cluster.sharing import Sharing
 from cluster.steward import Settings, Steward, open_steward
 from nexus.background import begin_in_background, has_failed
 from nexus.config import Config
-from nexus.errors import AlreadyRunning, NexusError, OperatorError, TryAgain, Unavailable
-from nexus.keyring import FOLDER
+from nexus.errors import AlreadyRunning, OperatorError, TryAgain, Unavailable
+from nexus.keyring import FOLDER, Keyring
 
 log = logging.getLogger("nexus.steward")
 
@@ -40,6 +44,7 @@ OF_WHOLE_BLOCKS = frozenset({"finish", "take", "open", "settle"})  # which take 
 WHOLE_BLOCK_SECONDS = 900.0
 ASKED = OF_WHOLE_BLOCKS | {
     "begin", "append", "lend", "piece", "close", "drop", "describe", "rotate", "scrub", "stay",
+    "expel", "rotate_cluster_key", "hand_over", "holds",
 }  # fmt: skip
 
 
@@ -51,20 +56,25 @@ class StewardProcess:
 
     def __init__(self, node: str, home: str, is_first: bool, key: str | None, settings: Settings) -> None:
         """`home` "" is that of the Nexus on this machine."""
-        self._node, self._steward = node, None
+        begin("steward")
+        self._node, self._steward, self._keyring = node, None, None
+        self._gate = Gate(self, self._do)
         path = Path(home or os.environ["NEXUS_HOME"])
         self._life = asyncio.get_running_loop().create_task(self._live(path, is_first, key, settings))
         self._life.add_done_callback(self._end)
 
     _steward: Steward | None
+    _keyring: Keyring | None
 
     async def _live(self, home: Path, is_first: bool, key: str | None, settings: Settings) -> None:
         """Ray may start the next process while the last one still ends, and before there are voters."""
-        reach = RayStewards()
+        wire = RayWire()
+        reach = Callers(self, wire)
         while self._steward is None:
             try:
                 directory = Directory(await coordinator.connect())
-                self._steward = await open_steward(home, self._node, key, is_first, directory, reach, settings)
+                self._keyring = await asyncio.to_thread(Keyring, home, self._node, key, is_first)
+                self._steward = await open_steward(self._keyring, directory, reach, wire, settings)
             except (AlreadyRunning, TryAgain) as error:
                 log.warning("the steward of %s waits: %s", self._node, error.message)
                 await asyncio.sleep(AGAIN_SECONDS)
@@ -79,44 +89,58 @@ class StewardProcess:
             log.critical("the steward of %s ends", self._node, exc_info=life.exception())
             os._exit(1)
 
-    async def ask(self, method: str, *arguments: object) -> Any:
-        """What the steward's method of this name answers, or the NexusError that it raises."""
+    async def ask(self, message: bytes) -> bytes:
+        """To a message of a channel, whoever sends it."""
+        return LATER if self._steward is None else await self._gate.answer(message)
+
+    async def _do(self, caller: str, method: str, arguments: tuple[object, ...]) -> Any:
+        """What the steward's method of this name answers a member."""
         if method not in ASKED:
-            return Unavailable(f"a steward is not asked to {method!r}: another version of Nexus runs there")
-        if self._steward is None:
-            return Unavailable(f"the steward of {self._node} takes no part yet; its log says why")
-        try:
-            return await getattr(self._steward, method)(*arguments)
-        except NexusError as error:
-            return error
+            raise Unavailable(f"a steward is not asked to {method!r}: another version of Nexus runs there")
+        return await getattr(self._steward, method)(*arguments)
+
+    async def identity(self) -> Keyring:
+        if self._keyring is None:
+            raise Unavailable(f"the steward of {self._node} takes no part yet; its log says why")
+        return self._keyring
+
+    async def learn(self) -> None:
+        if self._steward is not None:
+            await self._steward.learn()
 
 
-class RayStewards:
-    """The named actors, for whoever asks one; `config` is for those who may start them."""
+class RayWire:
+    """The named actors, for whoever sends one a message."""
 
-    def __init__(self, config: Config | None = None) -> None:
-        self._config = config
+    def __init__(self) -> None:
         self._handles: dict[str, ActorHandle[Any]] = {}
 
-    async def call(self, node: str, method: str, *arguments: object) -> Any:
+    async def send(self, node: str, message: bytes, patience: str) -> bytes:
         handle = self._handles.get(node) or await asyncio.to_thread(find_steward, node)
         if handle is None:
             raise ConnectionError(f"there is no steward of {node}")
         self._handles[node] = handle
         try:
-            async with asyncio.timeout(_patience(method)):
-                answer = await handle.ask.remote(method, *arguments)
+            async with asyncio.timeout(_patience(patience)):
+                answer: bytes = await handle.ask.remote(message)
         except (RayActorError, ObjectLostError, PendingCallsLimitExceeded, TimeoutError) as error:
             self._handles.pop(node, None)
             raise ConnectionError(f"the steward of {node} does not answer") from error
-        if isinstance(answer, NexusError):
-            raise answer
         return answer
 
+
+class RayStewards(Callers):
+    """The stewards, for a machine's front door, which may start them."""
+
+    def __init__(self, config: Config, directory: Directory, node: str) -> None:
+        """`node` is this process's machine."""
+        wire = RayWire()
+        super().__init__(FrontDoor(partial(_open_front_door, config, node), directory, wire), wire)
+        self._config = config
+
     async def wake(self) -> None:
-        assert self._config is not None
         handles = await asyncio.to_thread(start, self._config)
-        asking = [begin_in_background(_works(handle)) for handle in handles.values()]
+        asking = [begin_in_background(self._works(node)) for node in handles]
         try:
             async with asyncio.timeout(START_SECONDS):
                 await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
@@ -126,20 +150,28 @@ class RayStewards:
             for one in asking:
                 one.cancel()
 
+    async def _works(self, node: str) -> None:
+        """Return once this steward takes part."""
+        while True:
+            with suppress(ConnectionError, TryAgain):
+                return await self.call(node, "stay")
+            await asyncio.sleep(AGAIN_SECONDS)
+
+
+def _open_front_door(config: Config, node: str) -> Keyring:
+    """This machine's keys, for a process beside its steward."""
+    is_first = node == (config.ray.head or LOCAL)
+    return Keyring(Path(config.home), node, _cluster_key(config), is_first, keeps=False)
+
+
+def _cluster_key(config: Config) -> str | None:
+    return None if config.sharing.key is None else config.sharing.key.get_secret_value()
+
 
 def _patience(method: str) -> float | None:
     if method == "scrub":
         return None
     return WHOLE_BLOCK_SECONDS if method in OF_WHOLE_BLOCKS else LONGEST_SECONDS
-
-
-async def _works(handle: "ActorHandle[Any]") -> None:
-    """Return once this steward takes part."""
-    while True:
-        with suppress(RayActorError):
-            if not isinstance(await handle.ask.remote("stay"), NexusError):
-                return
-        await asyncio.sleep(AGAIN_SECONDS)
 
 
 def settings_of(config: Config) -> Settings:
@@ -168,7 +200,8 @@ class Connected:
     async def _open(self) -> Sharing:
         directory = Directory(await coordinator.connect())
         here = ray.get_runtime_context().get_node_labels().get(NODE_LABEL, LOCAL)
-        return Sharing(directory, RayStewards(self._config), settings_of(self._config), here)
+        stewards = RayStewards(self._config, directory, here)
+        return Sharing(directory, stewards, settings_of(self._config), here)
 
 
 def has_blocks(config: Config) -> bool:
@@ -183,10 +216,9 @@ def start(config: Config, homes: Mapping[str, str] | None = None) -> dict[str, "
     """
     nodes: Sequence[str] = config.sharing.nodes or tuple(config.nodes) or (LOCAL,)
     head = config.ray.head or LOCAL
-    key = None if config.sharing.key is None else config.sharing.key.get_secret_value()
     return {
         node: _maker(node, bool(config.nodes)).remote(
-            node, (homes or {}).get(node, ""), node == head, key, settings_of(config)
+            node, (homes or {}).get(node, ""), node == head, _cluster_key(config), settings_of(config)
         )
         for node in nodes
     }  # fmt: skip

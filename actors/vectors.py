@@ -3,13 +3,16 @@
 import asyncio
 from pathlib import Path
 
+from actors.hops import begin, hop
 from nexus.stores import milvus_lite
 
 
+@hop
 class Vectors:
     """Holds the folder's lock and serves it. When the process dies, Serve makes another."""
 
     def __init__(self, home: str, port: int) -> None:
+        begin("vectors")
         self.port, self._stop = milvus_lite.serve(Path(home), port)
         self._client = milvus_lite.open(f"milvus-lite://127.0.0.1:{self.port}")
 

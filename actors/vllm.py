@@ -15,11 +15,14 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionReq
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from actors.gpu_lease import GpuLease, hold
+from actors.hops import LOGGING, begin, hop
 from actors.session_router import SessionRouter
 from cluster.spots import Spot
-from nexus.config import Served
+from nexus.config import Served, Telemetry
 from nexus.errors import CallerError, InvalidRequest, NexusError, NotFound, Overloaded, Unavailable
 from nexus.models.vllm import engine_arguments, environment, read_checkpoint
+from nexus.tracing import streamed
+from nexus.vocabulary import KIND, MODEL
 
 Way = Literal["chat", "completions"]
 
@@ -30,13 +33,17 @@ EMBEDDING_REQUEST: TypeAdapter[Any] = TypeAdapter(EmbeddingRequest)
 REQUESTS: Mapping[Way, type] = {"chat": ChatCompletionRequest, "completions": CompletionRequest}
 
 
+@hop
 class Replica(LLMServer):
     """One engine. Requests come as plain dictionaries, so that whoever sends them needs no vLLM."""
 
     _gpus: GpuLease | None = None
 
-    async def __init__(self, llm_config: LLMConfig, gpu_bytes: int = 0) -> None:
+    async def __init__(
+        self, llm_config: LLMConfig, gpu_bytes: int = 0, telemetry: Telemetry | None = None
+    ) -> None:  # fmt: skip
         """It takes `gpu_bytes` of each GPU of its placement group, where that has some."""
+        begin("engine", telemetry)
         self._gpus = await asyncio.to_thread(hold, gpu_bytes)
         await super().__init__(llm_config)
 
@@ -58,7 +65,8 @@ class Replica(LLMServer):
             return
         try:
             events = await getattr(super(), way)(request)
-            async with aclosing(_merged(events, MERGED_SECONDS)) as batches:
+            told = {KIND: "CHAIN", MODEL: self._llm_config.model_id}
+            async with aclosing(streamed("generate", _merged(events, MERGED_SECONDS), told)) as batches:
                 async for batch in batches:
                     if any(_is_fault(event) for event in batch):
                         await self.check_health()
@@ -161,7 +169,9 @@ def _refusal(error: ValidationError) -> NexusError:
     return InvalidRequest(f"{pointer or 'the request'}: {fault['msg']}"[:500], pointer=pointer or None)
 
 
-def deploy(name: str, model: Served, spot: Spot, autoscaling: Mapping[str, Any]) -> serve.Application:
+def deploy(
+    name: str, model: Served, spot: Spot, autoscaling: Mapping[str, Any], telemetry: Telemetry
+) -> serve.Application:
     """The replicas of one model on one machine, each with its engine's processors, or a refusal to start.
 
     `autoscaling` is Serve's `autoscaling_config`.
@@ -188,9 +198,11 @@ def deploy(name: str, model: Served, spot: Spot, autoscaling: Mapping[str, Any])
             "max_constructor_retry_count": STARTUP_REPEATS,
             "request_router_config": RequestRouterConfig(request_router_class=SessionRouter),
             "ray_actor_options": {"num_cpus": 0},
+            "logging_config": LOGGING,
             **there,
         },
     )
     return build_llm_deployment(
-        config, deployment_cls=Replica, override_serve_options={"name": name}, bind_kwargs={"gpu_bytes": spot.bytes}
-    )
+        config, deployment_cls=Replica, override_serve_options={"name": name},
+        bind_kwargs={"gpu_bytes": spot.bytes, "telemetry": telemetry},
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from cluster.catalog import (
 from cluster.directory import Directory
 from cluster.sharing import Sharing
 from cluster.steward import Settings, Steward, open_steward
+from nexus.keyring import Keyring
 
 
 class AloneVoters:
@@ -69,6 +70,10 @@ class AloneStewards:
             raise ConnectionError(f"there is no steward of {node}")
         return await getattr(self.there[node], method)(*arguments)
 
+    async def send(self, node: str, message: bytes, patience: str) -> bytes:
+        """Nothing is asked on a channel here."""
+        raise ConnectionError(f"there is no steward of {node} beside this one")
+
     async def wake(self) -> None:
         """They are there, or they are not."""
 
@@ -86,7 +91,8 @@ class AloneSharing:
         async with self._opening:
             if self._sharing is None:
                 directory, stewards = Directory(AloneVoters()), AloneStewards()
-                steward = await open_steward(self._home, "local", None, True, directory, stewards, self._settings)
+                keyring = await asyncio.to_thread(Keyring, self._home, "local")
+                steward = await open_steward(keyring, directory, stewards, stewards, self._settings)
                 await steward.stay()
                 stewards.there["local"], self._close = steward, steward.stop
                 self._sharing = Sharing(directory, stewards, self._settings)

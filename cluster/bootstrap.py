@@ -31,8 +31,9 @@ from typing import Any, Literal
 
 import psutil
 
+from cluster import certificates
 from cluster.inventory import NODE_LABEL, Inventory, configured, look, real, usable_gpus
-from nexus.config import Config, Node
+from nexus.config import COUNTS, Config, Node
 from nexus.errors import AlreadyRunning, ConfigError, Unavailable
 from nexus.private_files import require_private
 from nexus.types import digest
@@ -313,14 +314,16 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
         "NEXUS_HOME": str(home),
         # What a job calls `python` is the Python that Nexus runs on.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "PROMETHEUS_MULTIPROC_DIR": str(home / "run" / "metrics"),
+        COUNTS: str(home / "run" / "metrics"),
         **access_of(config),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": "",  # its spans would come between ours (nexus/tracing.py)
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(4 * config.http.max_body_bytes),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",  # by default 0.1: a tenth of a core with nothing to do
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL": "12",  # of 5 s: where a busy gateway counts as dead, all is 500
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
@@ -340,6 +343,8 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
 def access_of(config: Config) -> dict[str, str]:
     """What every process that speaks to this Ray must have in its environment, from before it imports `ray`."""
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": ray_token(Path(config.home)), "RAY_USAGE_STATS_ENABLED": "0"}
+    if config.ray.tls:
+        access |= certificates.environment(Path(config.home))
     if config.nodes:
         # A machine that is cut off is given up after some ten seconds; who is without Ray's state server waits for it.
         return access | {
@@ -384,6 +389,8 @@ def start_head(config: Config, config_file: Path | None = None) -> tuple[Instanc
     port = config.ray.port or (port if machine is None else PORT)
     if machine is not None:
         require_port(port, "ray.port (NEXUS_RAY__PORT)", host)
+        if config.ray.tls:
+            certificates.see_to_own(home, config.ray.head or "", machine.address)
     if is_free(config.ray.dashboard_port):
         dashboard = config.ray.dashboard_port or dashboard
     instance = _new_instance(
@@ -422,6 +429,9 @@ def join_head(config: Config, name: str) -> Instance:
     instance = _new_instance(home, ray_address=head_address(config), node=name)
     if not _answers(instance.ray_address):
         raise Unavailable(f"the head at {instance.ray_address} does not answer: is Nexus up there, and its port open?")
+    if config.ray.tls:
+        certificates.require_certificate(home)
+        certificates.require_greeting(home, instance.ray_address)
     machine, gpus = config.nodes[name], free_gpus(config, name)
     command = [f"--address={instance.ray_address}", f"--node-ip-address={address_of(machine)}"]
     environment = environment_of(config, instance.id) | _of_gpus(gpus)
@@ -509,8 +519,6 @@ def _start_node(
     """Run `ray start`, and record it from before it begins. Raises Unavailable, with nothing left running."""
     home = Path(config.home)
     shutil.rmtree(instance.ray_folder, ignore_errors=True)  # its logs were kept until now
-    shutil.rmtree(home / "run" / "metrics", ignore_errors=True)
-    (home / "run" / "metrics").mkdir(parents=True)
     (home / "logs").mkdir(exist_ok=True)
     _record(home, instance, record)
     listen, grpc, runtime, metrics = free_ports(4)

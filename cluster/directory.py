@@ -22,6 +22,7 @@ from nexus.errors import Conflict
 
 BLOCKS, STEWARDS, ALIVE = "share/blocks/", "share/stewards/", "share/alive/"
 NODES, KEYS, VERSIONS = "share/nodes/", "share/keys/", "share/versions"
+OFFERED, ACTIVE = "share/cluster/offered", "share/cluster/active"
 LEASE_SECONDS = 10.0
 ATTEMPTS = 20  # of a compare-and-set that is lost to others
 
@@ -50,6 +51,7 @@ class Record:
     writer: str
     created_at: float
     copies: tuple[str, ...]
+    signer: str = ""  # the fingerprint of the writer's key, where it was noted
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,12 @@ class Directory:
 
     async def move(self, entry: Entry, copies: Sequence[str]) -> bool:
         """Say who has this version now; False where the record has changed since it was read."""
-        written = _written(replace(entry.record, copies=tuple(copies)))
+        return await self.replace(entry, replace(entry.record, copies=tuple(copies)))
+
+    async def replace(self, entry: Entry, record: Record) -> bool:
+        """Put this record in the place of that one; False where it has changed since it was read."""
         key = _key(entry.tenant, entry.data_id)
-        return await self.voters.compare_and_set(key, entry.revision, written) is not None
+        return await self.voters.compare_and_set(key, entry.revision, _written(record)) is not None
 
     async def remove(self, tenant: str, data_id: str) -> Entry | None:
         """Nobody finds it from now on: what it was."""
@@ -151,8 +156,8 @@ class Directory:
         return await self.voters.delete(f"{STEWARDS}{node}")
 
     async def view(self) -> View:
-        members, living, drained = await asyncio.gather(*map(self._names, (STEWARDS, ALIVE, DRAINED)))
-        return View(members, living, drained)
+        members, alive, drained = await asyncio.gather(*map(self._names, (STEWARDS, ALIVE, DRAINED)))
+        return View(members, alive & members, drained)
 
     async def _names(self, prefix: str) -> frozenset[str]:
         return frozenset(key.removeprefix(prefix) for key, _, _ in await self.voters.range(prefix))

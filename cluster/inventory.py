@@ -29,12 +29,17 @@ log = logging.getLogger("nexus.inventory")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. `taken` is what processes that are not of Nexus hold of its `memory` (both in bytes)."""
+    """One GPU. `taken` is what processes that are not of Nexus hold of its `memory` (both in bytes).
+
+    `used` is what all hold, in bytes, and `busy` the share of the last moment that it computed, where it says that.
+    """
 
     index: int
     model: str
     memory: int
     taken: int = 0
+    used: int = field(default=0, compare=False)
+    busy: float | None = field(default=None, compare=False)
 
     @property
     def free(self) -> int:
@@ -172,9 +177,17 @@ def _gpu(nvml: ModuleType, index: int, is_ours: Callable[[int], bool]) -> Gpu | 
             return None
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
         taken = _taken(memory.used, _holders(nvml, handle), is_ours)
-        return Gpu(index, nvml.nvmlDeviceGetName(handle), memory.total - memory.reserved, taken)
+        size = memory.total - memory.reserved
+        return Gpu(index, nvml.nvmlDeviceGetName(handle), size, taken, memory.used, _busy(nvml, handle))
     except nvml.NVMLError as error:
         log.warning("GPU %d cannot be read (%s) and is left out; see what `nvidia-smi` says of it", index, error)
+        return None
+
+
+def _busy(nvml: ModuleType, handle: object) -> float | None:
+    try:
+        return float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu) / 100
+    except nvml.NVMLError_NotSupported:  # by some virtual ones
         return None
 
 

@@ -260,6 +260,10 @@ class Sharing:
         """A new key for all that this tenant shares from now on; the old one goes when nothing needs it: the new id."""
         return str(await self._ask_one("rotate", tenant))
 
+    async def rotate_cluster_key(self) -> str:
+        """Another secret for what machines tell each other of keys; the old one goes when all have it: the new id."""
+        return str(await self._ask_one("rotate_cluster_key"))
+
     async def scrub(self) -> int:
         """Have every steward verify all that it keeps, now: how many copies were damaged."""
         view = await self._awake()
@@ -274,8 +278,21 @@ class Sharing:
         if not await self._directory.forget(node):
             raise NotFound(f"no steward is called {node!r}; there are {', '.join(sorted(view.members)) or 'none'}")
 
-    async def _ask_one(self, method: str, *arguments: object) -> object:
-        for node in sorted((await self._awake()).usable):
+    async def expel(self, node: str) -> int:
+        """Take a machine's signing key out of use, for good: how many blocks others seal anew after that.
+
+        Every steward that answers refuses it when this returns. Raises NotFound, Conflict for the machine
+        of this process, Unavailable where no other answers.
+        """
+        if node == self._here or (await self._awake()).usable == {node}:
+            raise Conflict(f"{node} cannot expel itself: others have to, and Nexus has to be led from another one")
+        left = int(str(await self._ask_one("expel", node, but=node)))
+        there = (await self._directory.view()).living
+        await asyncio.gather(*(self._stewards.call(one, "stay") for one in there), return_exceptions=True)
+        return left
+
+    async def _ask_one(self, method: str, *arguments: object, but: str = "") -> object:
+        for node in sorted((await self._awake()).usable - {but}):
             try:
                 return await self._stewards.call(node, method, *arguments)
             except ConnectionError:

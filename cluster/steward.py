@@ -11,7 +11,8 @@ against both before it gives out the first byte. Where the local copy is missing
 pulled from a peer, verified and put in its place, and then read. A steward that is to keep none borrows one.
 
 **The wire.** Between machines a block travels sealed: whoever shares or reads asks the steward of its own machine,
-which seals and opens. Only where there is none do bytes go to another as they are, under Ray's token and unencrypted.
+which seals and opens. Whoever asks a steward for anything does so as a member, on a channel that is sealed, too
+(cluster/channel.py).
 
 **Tending.** Every steward looks at the records whenever the machines that are there change. Of each block the first
 machine of its copies that lives is responsible: it has others pull copies in place of those that are gone (silent for
@@ -21,9 +22,15 @@ record still names it.
 
 **Scrubbing.** Every copy is verified once in `scrub_seconds`, and repaired as in reading.
 
+**Expelling.** Once the voters have it that a machine's key is out of use, what that signs is refused, and nobody lets
+the machine in. What it wrote before is still good, up to a version, and is sealed anew: who is responsible for a block
+opens it, seals it as its own under a later version, and puts that in the place of the record, by compare-and-set. When
+no record that a member has a copy of names it as its writer any more, nothing under its key counts.
+
 **Keys.** Machines and tenants' keys are introduced through the voters, sealed (nexus/keyring.py). A new key of a tenant
 is active at once; every steward re-wraps what it keeps; when no machine that is there has anything under the old key
-any more, that is retired, and every steward destroys it. One that was away does the same when it returns.
+any more, that is retired, and every steward destroys it. One that was away does the same when it returns. The cluster
+key is changed without a pause, too (cluster/membership.py), and is when a machine is expelled, before tenants get keys.
 
 What is asked of a steward is asked through a `Reach`: by numbered pieces, of which a few are under way at once, so that
 a slow disk holds back whoever sends, and no block is ever whole in memory.
@@ -38,15 +45,17 @@ import uuid
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
-from cluster.directory import KEYS, LEASE_SECONDS, NODES, Directory, Entry, Record, View
+from cluster.channel import Wire
+from cluster.directory import ACTIVE, KEYS, LEASE_SECONDS, OFFERED, Directory, Entry, Record, View
+from cluster.membership import active_since, amend, fetch_cluster_key, introduce, is_believed, learn, put_under
 from nexus import telemetry
 from nexus.background import begin_in_background
-from nexus.blocks import BlockStore, Draft, Reading
+from nexus.blocks import BlockStore, Draft, Reading, Stored
 from nexus.envelope import BlockId
 from nexus.errors import (
     BlockRefused,
@@ -59,10 +68,9 @@ from nexus.errors import (
     Overloaded,
     TryAgain,
     Unavailable,
-    UpstreamInvalid,
     WriterUnknown,
 )
-from nexus.keyring import FOLDER, Keyring
+from nexus.keyring import BLOCKS, Keyring, Writer, key_id_of
 
 log = logging.getLogger("nexus.steward")
 
@@ -122,7 +130,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What one steward says of itself; counts since it began."""
+    """What one steward says of itself; counts since it began. It holds one cluster key, and more while that changes."""
 
     node: str
     epoch: int
@@ -131,6 +139,7 @@ class Standing:
     refused: Mapping[str, int]
     repaired: int
     scrubbed_at: float | None
+    cluster_keys: Sequence[str]
 
 
 @dataclass(slots=True)
@@ -182,10 +191,11 @@ class Steward:
     """One machine's blocks. Everything public may be called through a Reach, from any machine."""
 
     def __init__(
-        self, keyring: Keyring, store: BlockStore, directory: Directory, reach: Reach, settings: Settings,
+        self, keyring: Keyring, store: BlockStore, directory: Directory, reach: Reach, wire: Wire, settings: Settings,
         now: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         """`open_steward` makes one of what is on a disk."""
+        self._wire = wire
         self.node, self.keyring, self.store = keyring.node, keyring, store
         self._directory, self._reach, self._settings, self._now = directory, reach, settings, now
         self._streams: dict[str, _Stream] = {}
@@ -205,6 +215,7 @@ class Steward:
         self, tenant: str, data_id: str, data_type: str, media_type: str, metadata: Mapping[str, object]
     ) -> str:
         """A handle for `append` and `finish`. Raises InvalidRequest, Unavailable where too few machines are there."""
+        self.keyring.require_member()
         self._require_room_for_stream()
         self._require_enough(await self._directory.view())
         await self._have_key(tenant)
@@ -236,7 +247,7 @@ class Steward:
         seconds = self._time() - started
         record = Record(
             block.version, stored.digest, stored.length, stream.about["data_type"], stream.about["media_type"],
-            self.node, stored.header.created_at, tuple(copies),
+            self.node, stored.header.created_at, tuple(copies), self.keyring.fingerprint,
         )  # fmt: skip
         try:
             replaced = await self._directory.commit(block.tenant, block.data_id, record)
@@ -422,7 +433,7 @@ class Steward:
         stored = await asyncio.to_thread(lambda: [one.size for one in self.store.blocks()])
         return Standing(
             self.node, self.store.epoch, len(stored), sum(stored), dict(self._refused), self._repaired,
-            self._scrubbed_at,
+            self._scrubbed_at, self.keyring.cluster_keys(),
         )  # fmt: skip
 
     # Streams
@@ -475,15 +486,22 @@ class Steward:
 
     async def learn(self) -> None:
         """Meet the machines and install the keys that were introduced since it was last asked."""
-        await _learn(self.keyring, self._directory, self._learned)
+        in_use, _ = await active_since(self._directory, self.keyring)
+        if in_use not in ("", self.keyring.cluster_key_id):
+            await asyncio.to_thread(self.keyring.use_cluster_key, in_use)
+            self._learned.clear()
+        await learn(self.keyring, self._directory, self._learned)
 
     async def _have_key(self, tenant: str) -> None:
         """The first time that a tenant shares something, make its key: of several stewards that do, one wins."""
         if self.keyring.ring(tenant) is None:
             await self.learn()
         if self.keyring.ring(tenant) is None:
+            found = await self._directory.voters.get(f"{KEYS}{tenant}")
+            if found is not None and is_believed(*found, await active_since(self._directory, self.keyring)):
+                return await self.learn()  # another one made it just now
             drafted = await asyncio.to_thread(self.keyring.draft_key, tenant)
-            await self._directory.voters.compare_and_set(f"{KEYS}{tenant}", 0, drafted)
+            await self._directory.voters.compare_and_set(f"{KEYS}{tenant}", found[1] if found else 0, drafted)
             await self.learn()
 
     async def rotate(self, tenant: str) -> str:
@@ -536,22 +554,188 @@ class Steward:
             await self._directory.voters.compare_and_set(f"{KEYS}{tenant}", found[1], drafted)
         await self.learn()
 
+    # Expelling
+
+    async def expel(self, node: str) -> int:
+        """Take the keys that a machine signs with out of use: how many of its blocks others have to seal anew.
+
+        Raises NotFound, and Conflict for this machine itself. Does no harm a second time.
+        """
+        await self.learn()
+        if any(one.is_good for one in self.keyring.writers() if one.node == node) or node == self.node:
+            last = await self._directory.reserve()
+            await amend(self._directory, node, lambda: self.keyring.removal(node, last), self.keyring)
+            for tenant in self.keyring.tenants() if self.keyring.is_given else ():
+                with suppress(Conflict, NotFound):  # another rotates it, or it never got as far as the voters
+                    await self.rotate(tenant)
+        elif not any(one.node == node for one in self.keyring.writers()):
+            raise NotFound(f"no machine {node!r} was ever here")
+        await self._directory.forget(node)
+        with suppress(Conflict):  # another steward is at it
+            await self._require_new_keys()
+        self._settled = None
+        return len(self._written_by_expelled(await self._directory.blocks(), await self._directory.view(), node))
+
+    def _written_by_expelled(self, entries: Iterable[Entry], view: View, node: str = "") -> list[Entry]:
+        """What is to be sealed anew and can be, of one such machine or of all."""
+        keys = {(one.node, key) for one in self._expelled() if node in ("", one.node) for key in ("", one.fingerprint)}
+        return [
+            one for one in entries
+            if (one.record.writer, one.record.signer) in keys and view.members & set(one.record.copies)
+        ]  # fmt: skip
+
+    def _expelled(self) -> list[Writer]:
+        return [one for one in self.keyring.writers() if one.last is not None]
+
+    async def _require_new_keys(self) -> bool:
+        """Change the cluster key, if that was not done since a machine was expelled; whether that is over.
+
+        With it each tenant gets a new key (`_draft_ring`). A cluster key in the settings is an operator's to change.
+        """
+        if self.keyring.is_given:
+            return True
+        last = max((one.last or 0 for one in self._expelled()), default=0)
+        offered, active = [await self._directory.voters.get(key) for key in (OFFERED, ACTIVE)]
+        if offered is None or offered[1] < last:
+            await self._offer_cluster_key(offered)
+            return False
+        return active is not None and active[1] > last and len(self.keyring.cluster_keys()) == 1
+
+    async def _tend_expelled(self, view: View) -> None:
+        """Remove the machines whose blocks were all sealed anew, once what they know of keys is worth nothing."""
+        expelled = self._expelled()
+        if not expelled or self.node != min(view.usable, default=self.node) or not await self._require_new_keys():
+            return
+        left = {one.record.writer for one in self._written_by_expelled(await self._directory.blocks(), view)}
+        for node in {one.node for one in expelled} - left:
+            await amend(self._directory, node, partial(self.keyring.end_of_expulsion, node), self.keyring)
+
+    async def _seal_anew(self, entry: Entry, view: View) -> bool:
+        """As this machine's own, in a later version; whether that is on record."""
+        block = BlockId(entry.tenant, entry.data_id, await self._directory.reserve())
+        self._taken[block] = self._time()
+        reading = await self._read(entry)
+        try:
+            stored = await asyncio.to_thread(self._copy, reading, block, entry.record.data_type)
+        finally:
+            await asyncio.to_thread(reading.close)
+        copies = await self._spread(block, stored.digest, view, self._settings.needed(view.usable))
+        record = replace(
+            entry.record, version=block.version, digest=stored.digest, writer=self.node, copies=tuple(copies),
+            signer=self.keyring.fingerprint,
+        )  # fmt: skip
+        is_recorded = await self._directory.replace(entry, record)
+        needless = (_block(entry), entry.record.copies) if is_recorded else (block, (*copies, self.node))
+        begin_in_background(self._drop_at(needless[1], needless[0]))
+        if self.node not in copies:
+            begin_in_background(self.drop(block))
+        return is_recorded
+
+    def _copy(self, reading: Reading, block: BlockId, data_type: str) -> Stored:
+        with self.store.write(block, data_type, reading.stored.header.metadata) as draft:
+            for piece in reading:
+                draft.feed(piece)
+            return draft.commit()
+
+    # The cluster key
+
+    async def rotate_cluster_key(self) -> str:
+        """Make another and offer it to all machines, which use it once each that is there has it: its id.
+
+        Raises Conflict where another one is on its way to them, or the settings give it.
+        """
+        found = await self._directory.voters.get(OFFERED)
+        active = await self._directory.voters.get(ACTIVE)
+        in_use = "" if active is None else key_id_of(active[0])
+        if found is not None and in_use != key_id_of(found[0]) in self.keyring.cluster_keys():
+            raise Conflict("the cluster key is being changed already; `nexus share status` shows when that is done")
+        return await self._offer_cluster_key(found)
+
+    async def _offer_cluster_key(self, found: tuple[bytes, int] | None) -> str:
+        """In the place of what was offered before."""
+        key_id, _ = await asyncio.to_thread(self.keyring.draft_cluster_key)
+        offer = self.keyring.seal_cluster_key(key_id)
+        if await self._directory.voters.compare_and_set(OFFERED, found[1] if found else 0, offer) is None:
+            raise Conflict("somebody else changes the cluster key just now")
+        return key_id
+
+    async def hand_over(self, key_id: str) -> str:
+        """A cluster key, to a member that has it not: who asks has proved to be one. Raises NotFound."""
+        return self.keyring.cluster_secret(key_id)
+
+    async def holds(self, key_id: str) -> bool:
+        """Whether this machine has that cluster key, now that it is asked for it. Raises Unavailable."""
+        await self._fetch_cluster_key(key_id)
+        return True
+
+    async def _fetch_cluster_key(self, key_id: str) -> None:
+        if key_id not in self.keyring.cluster_keys():
+            await fetch_cluster_key(self.keyring, self._directory, self._wire, key_id)
+            self._learned.clear()
+
+    async def _tend_cluster_key(self, view: View) -> None:
+        """Have what is offered, say that all have it, and use it; destroy those before it when nothing needs them."""
+        offered, active = [await self._directory.voters.get(key) for key in (OFFERED, ACTIVE)]
+        if offered is None:
+            return
+        key_id = key_id_of(offered[0])
+        try:
+            await self._fetch_cluster_key(key_id)
+        except Unavailable as error:  # whoever offered it may be gone for good: another one can be offered
+            log.warning("the cluster key that is offered is not to be had: %s", error.message)
+            return
+        if active is None or key_id_of(active[0]) != key_id:
+            if self.node == min(view.usable, default=self.node):
+                await self._activate(key_id, active, view)
+            return
+        if (key_id,) == self.keyring.cluster_keys():
+            return
+        await self.learn()
+        if await put_under(self.keyring, self._directory, self._draft_ring):
+            await asyncio.to_thread(self.keyring.forget_cluster_keys)
+
+    async def _activate(self, key_id: str, active: tuple[bytes, int] | None, view: View) -> None:
+        """Say that it is in use from now on, if every other steward that is there has it."""
+        others = view.living - {self.node}
+        try:
+            await asyncio.gather(*(self._reach.call(node, "holds", key_id) for node in others))
+        except (ConnectionError, NexusError) as error:
+            log.warning("the cluster key waits to be changed: %s", error)
+            return
+        record = self.keyring.seal_cluster_key(key_id)
+        await self._directory.voters.compare_and_set(ACTIVE, active[1] if active else 0, record)
+
+    def _draft_ring(self, tenant: str) -> bytes | None:
+        """A tenant's keys under the new cluster key; with another, active one where an expelled machine knows them."""
+        if self.keyring.ring(tenant) is None:
+            return None
+        return self.keyring.draft_key(tenant) if self._expelled() else self.keyring.export(tenant)
+
     # Tending
 
     async def tend(self) -> bool:
         """One look at what there is and is wanted; whether all of it that is this steward's concern is in order."""
-        view = await self._directory.view()
+        self.keyring.require_member()
+        view = self._of_members(await self._directory.view())
         gone = self._note_absences(view)
         await self._close_idle()
+        await self._tend_cluster_key(view)
         await self._tend_keys(view)
-        if self._settled == (view, gone):
+        await self._tend_expelled(view)
+        if self._settled == (view, gone, self._expelled()):
             return True
         entries, is_done = await self._directory.blocks(), True
         for first in range(0, len(entries), TENDED_AT_ONCE):
             some = entries[first : first + TENDED_AT_ONCE]
             is_done &= all(await asyncio.gather(*(self._tend_block(entry, view, gone) for entry in some)))
-        self._settled = (view, gone) if is_done else None
+        self._settled = (view, gone, self._expelled()) if is_done else None
         return is_done
+
+    def _of_members(self, view: View) -> View:
+        """Without those that were expelled, whatever they tell the voters."""
+        writers = self.keyring.writers()
+        bad = {one.node for one in writers} - {one.node for one in writers if one.is_good}
+        return View(view.members - bad, view.living - bad, view.drained)
 
     def _note_absences(self, view: View) -> frozenset[str]:
         """The members that are gone: silent for long enough, as seen from here."""
@@ -570,6 +754,12 @@ class Steward:
                 return False
         if next((node for node in copies if node in view.living), None) != self.node:
             return True
+        if self._written_by_expelled([entry], view):
+            try:
+                return await self._seal_anew(entry, view)
+            except (TryAgain, BlockRefused) as error:
+                log.warning("%s cannot be sealed anew yet: %s", _shown(block), error)
+                return False
         leaving = gone | view.drained | (frozenset(copies) - view.members)
         staying = [node for node in copies if node not in leaving]
         needed = self._settings.needed(view.members - gone - view.drained)
@@ -645,9 +835,10 @@ class Steward:
             tasks.create_task(_repeat(self._scrub_in_time, self._settings.scrub_seconds / 10))
 
     async def stay(self) -> None:
-        """Say that it is there, and learn."""
-        await self._directory.stay(self.node)
+        """Learn, and say that it is there. Raises ConfigError once this machine was expelled."""
         await self.learn()
+        self.keyring.require_member()
+        await self._directory.stay(self.node)
 
     async def _scrub_in_time(self) -> None:
         if self._scrubbed_at is None or self._now() - self._scrubbed_at >= self._settings.scrub_seconds:
@@ -662,43 +853,24 @@ class Steward:
 
 
 async def open_steward(
-    home: Path, node: str, key: str | None, is_first: bool, directory: Directory, reach: Reach, settings: Settings,
+    keyring: Keyring, directory: Directory, reach: Reach, wire: Wire, settings: Settings,
     now: Callable[[], float] = time.time,
 ) -> Steward:  # fmt: skip
-    """The steward of this machine, over the blocks in its home. It is a member from then on.
+    """The steward of the machine with these keys, over the blocks beside them. It is a member from then on.
 
-    Where `is_first`, a cluster key is made if there is none. Raises ConfigError, AlreadyRunning, Unavailable.
+    Raises ConfigError, AlreadyRunning, Unavailable.
     """
-    keyring = await asyncio.to_thread(Keyring, home, node, key, is_first)
+    active = await directory.voters.get(ACTIVE)
+    if active is not None and not keyring.is_given:
+        await fetch_cluster_key(keyring, directory, wire, key_id_of(active[0]))
+        await asyncio.to_thread(keyring.use_cluster_key, key_id_of(active[0]))
+    await introduce(keyring, directory)
+    await learn(keyring, directory, {})
+    node = keyring.node
     after = max(await directory.join(node), int(now()))  # a disk and voters that are both restored know no later one
-    await _introduce(keyring, directory)
-    await _learn(keyring, directory, {})
-    store = await asyncio.to_thread(BlockStore, home / FOLDER / "blocks", keyring, after, now)
+    store = await asyncio.to_thread(BlockStore, keyring.folder / BLOCKS, keyring, after, now)
     await directory.note_epoch(node, store.epoch)
-    return Steward(keyring, store, directory, reach, settings, now)
-
-
-async def _introduce(keyring: Keyring, directory: Directory) -> None:
-    """Put its key with the voters, beside those that this machine had before. Raises ConfigError if it was removed."""
-    key = f"{NODES}{keyring.node}"
-    while True:
-        found = await directory.voters.get(key)
-        value, revision = (None, 0) if found is None else found
-        record = await asyncio.to_thread(keyring.introduction, value)
-        if await directory.voters.compare_and_set(key, revision, record) is not None:
-            return
-
-
-async def _learn(keyring: Keyring, directory: Directory, learned: dict[str, int]) -> None:
-    for prefix, take in ((NODES, keyring.meet), (KEYS, keyring.install)):
-        for key, value, revision in await directory.voters.range(prefix):
-            if learned.get(key) == revision:
-                continue
-            try:
-                await asyncio.to_thread(take, value)
-            except (UpstreamInvalid, Conflict) as error:
-                log.error("what the voters have under %s is not taken: %s", key, error.message)
-            learned[key] = revision
+    return Steward(keyring, store, directory, reach, wire, settings, now)
 
 
 async def _repeat(work: Callable[[], Any], seconds: float) -> None:
