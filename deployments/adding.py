@@ -9,13 +9,12 @@ from typing import Any
 from deployments.client import Client
 from deployments.listing import label
 from nexus.errors import InvalidRequest
-from nexus.ingest import check_source
-from nexus.types import content_digest
+from nexus.types import check_source, content_digest
 
 REQUEST_BYTES = 8 * 2**20
-REQUEST_FILES = 200
+REQUEST_FILES = (16, 200)  # in the first request, so that work begins, and at most; each has twice those of the last
 FILES_PER_JOB = 20_000
-POLL_SECONDS = (0.05, 1.0)  # the first pause between looks at a job, and the longest
+POLL_SECONDS = (0.05, 1.0)  # the shortest pause between looks at a job, and the longest
 SKIPPED = ("unsupported_media_type",)
 OUTCOMES = {"done": "added", "unchanged": "unchanged", "failed": "failed", "cancelled": "cancelled"}
 
@@ -62,12 +61,22 @@ def _run(
         contents = {number: _read(files[number][0]) for number in batch}
         nexus.send(job["job_id"], contents)
         show(before + nexus.job(job["job_id"])["total"] - len(job["expected"]))
-    pause, longest = POLL_SECONDS
+    pause, seen = POLL_SECONDS[0], -1.0
     while (state := nexus.job(job["job_id"]))["state"] == "running":
         show(before + round(state["progress"] * len(files)))
+        pause = _pause(state["seconds_left"] if state["progress"] > seen else None, pause)
+        seen = state["progress"]
         time.sleep(pause)
-        pause = min(2 * pause, longest)
     return job["job_id"], [_outcome(file) for file in nexus.files(job["job_id"])]
+
+
+def _pause(left: float | None, last: float) -> float:
+    """Seconds until the next look at a job which will take `left` more at its pace: near its end it is looked at often.
+
+    Where that is not known, or nothing has ended since the last look, it is longer than the pause before.
+    """
+    shortest, longest = POLL_SECONDS
+    return min(max(left / 2 if left is not None else 1.5 * last, shortest), longest)
 
 
 def _read(file: Path) -> bytes:
@@ -80,11 +89,11 @@ def _read(file: Path) -> bytes:
 
 def _batches(sizes: Sequence[int], expected: Iterable[int]) -> Iterator[list[int]]:
     batch: list[int] = []
-    size = 0
+    size, (most, at_last) = 0, REQUEST_FILES
     for number in expected:
-        if batch and (size + sizes[number] > REQUEST_BYTES or len(batch) == REQUEST_FILES):
+        if batch and (size + sizes[number] > REQUEST_BYTES or len(batch) == most):
             yield batch
-            batch, size = [], 0
+            batch, size, most = [], 0, min(2 * most, at_last)
         batch.append(number)
         size += sizes[number]
     if batch:

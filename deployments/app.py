@@ -17,8 +17,9 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatusOverview
 from starlette.types import ASGIApp
 
-from actors import coordinator, steward
+from actors import coordinator, meter, steward
 from actors.coordinator import Operator, Placement
+from actors.hops import LOGGING, begin
 from actors.ingestor import Ingestor
 from actors.pressure import Pressure
 from actors.retriever import Retriever
@@ -39,6 +40,7 @@ from nexus.jobs import Jobs
 from nexus.memory import Memory
 from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
+from nexus.precision import resolved
 from nexus.pressure import FirstTokens
 from nexus.registry import find_module, open_interactions, open_part
 from nexus.screening import ScreenedGenerator, open_screen
@@ -61,6 +63,7 @@ class Gateway:
     def __init__(
         self, config: Config, parts: dict[str, DeploymentHandle], bound: models.Handles | None
     ) -> None:  # fmt: skip
+        begin("gateway", config.telemetry)
         self._config = config
         self._bound = bound
         self._parts = {name: Remote(handle) for name, handle in parts.items()}
@@ -115,6 +118,7 @@ class Gateway:
                 triton=open_triton(config.triton),
                 operator=Operator(home / coordinator.FOLDER, pace(config)),
                 observer=RayObserver(config),
+                standings=retriever.standings,
                 sharing=steward.open_sharing(config),
                 fetch_picture=ImageHosts(config.models.image_hosts).fetch,
             ),
@@ -246,16 +250,23 @@ async def put_in_force(plan: Plan) -> None:
     await (await coordinator.connect()).put(KEY, encode(plan))
 
 
-def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
-    """Put the application on a running head; `deployments.running` calls this in a process of its own."""
-    config = load_config(Path(config_file) if config_file else None)
-    ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
+def start_actors(config: Config) -> None:
+    """Those that are there before an application, and stay after it: voters and, where needed, stewards and meters."""
     asyncio.run(start_voters(config))
     if config.nodes or steward.has_blocks(config):
         steward.start(config)
+    meter.start(config)
+
+
+def main(ray_address: str, vectors_port: str, config_file: str = "") -> None:
+    """Put the application on a running head; `deployments.running` calls this in a process of its own."""
+    config = resolved(load_config(Path(config_file) if config_file else None))
+    ray.init(address=ray_address, namespace="nexus", log_to_driver=False, logging_level="ERROR")
+    start_actors(config)
     serve.start(
         proxy_location="HeadOnly" if config.nodes else "EveryNode",
         http_options={"host": config.http.host, "port": config.http.port, "keep_alive_timeout_s": 90},
+        logging_config=LOGGING,
     )
     sys.exit(deploy_cluster(config, int(vectors_port)) if config.nodes else deploy_here(config, int(vectors_port)))
 
@@ -264,10 +275,14 @@ def deploy_here(config: Config, vectors_port: int) -> str | None:
     """All on one machine; where there are GPUs, each model has the share of them that a plan gives it."""
     plan = None
     if config.uses_gpus:
-        decided = asyncio.run(decide(config)).plan
-        asyncio.run(put_in_force(decided))
-        plan = Plan(tuple(replace(place, node="") for place in decided.places))
-    return deploy({APPLICATION: build(config, vectors_port, models.deploy(config, plan))})
+        plan = asyncio.run(decide(config)).plan
+        asyncio.run(put_in_force(plan))
+    return deploy({APPLICATION: build(config, vectors_port, models.deploy(config, without_machines(plan)))})
+
+
+def without_machines(plan: Plan | None) -> Plan | None:
+    """The plan of the only machine, whose deployments are named after no machine."""
+    return None if plan is None else Plan(tuple(replace(place, node="") for place in plan.places))
 
 
 def deploy_cluster(config: Config, vectors_port: int) -> str | None:

@@ -1,7 +1,6 @@
 """`nexus backup` and `nexus restore`: a home in one file, and a home made of such a file again."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,9 +8,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from cluster import backup as snapshots
 from cluster import bootstrap
@@ -29,7 +25,6 @@ from nexus.private_files import sync_folder
 from nexus.registry import open_interactions, open_part
 
 SETTINGS = "nexus.yaml"
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +36,15 @@ class Restored:
     aside: Path | None
 
 
-def backup(
-    file: Annotated[Path, typer.Argument(help="The archive to write, outside of the home.")], as_json: Json = False
-) -> None:
-    """Write all stores, as they are at one moment, into one file, running or not. It holds keys: guard it as them."""
-    config = load_config()
+def back_up(config: Config, file: Path) -> Contents:
+    """Write all stores, as they are at one moment, into one file; what is in it. Raises NexusError."""
     home = Path(config.home)
     if not home.is_dir():
         raise InvalidRequest(f"there is nothing in {home}: no Nexus was started there")
     bootstrap.prepare_home(home)
     # Under the lock nothing is started or stopped meanwhile: the coordinator's disk has one reader.
     with _opened_elsewhere(config) as elsewhere, bootstrap.lock_home(home), recorded(config, "nexus backup", str(file)):
-        contents = archive.pack(home, file, lambda: _snapshot(config), elsewhere)
-    shown = {"file": str(file), "files": len(contents.members), "bytes": contents.size, "made_at": contents.made_at}
-    told = f"{file}: {len(contents.members)} files, {contents.size / 2**20:.1f} MiB"
-    typer.echo(json.dumps(shown) if as_json else told)
-
-
-def restore(
-    file: Annotated[Path, typer.Argument(help="What `nexus backup` wrote.")],
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Where there is a Nexus already, move it aside; nothing of it is lost.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Make a home of an archive, check it as `nexus fsck` does, and only then put it in place. Nexus must be down."""
-    home = Path(load_config().home)
-    made = bring_back(file, home, replace, lambda sentence: typer.echo(sentence, err=True))
-    aside = None if made.aside is None else str(made.aside)
-    if as_json:
-        shown = {"home": str(home), "files": len(made.contents.members), "made_at": made.contents.made_at}
-        typer.echo(json.dumps({**shown, "chunks": made.chunks, "aside": aside}))
-        return
-    typer.echo(f"Restored to {home}: {made.chunks} chunks to be found; checked as `nexus fsck` does, and clean.")
-    if aside:
-        typer.echo(f"What was there before is kept in {aside}")
-    typer.echo("`nexus up` starts it. Of a cluster it has one voter: `nexus coordinator add` adds the others.")
+        return archive.pack(home, file, lambda: _snapshot(config), elsewhere)
 
 
 def bring_back(file: Path, home: Path, replace: bool, tell: Callable[[str], None]) -> Restored:
@@ -207,9 +175,10 @@ def _require_no_others(hades: Hades) -> None:
     """Raises Conflict where a vector server holds what this archive does not: to be repaired is to lose that."""
     others = 0
     for collection in hades.documents.collections():
-        known = hades.documents.chunk_ids(collection.index, published=False)
         own, beside = hades.written(collection.name)
-        others += sum(len(hades.vectors.chunk_ids(live.index) - known) for live in (own, *beside))
+        for live in (own, *beside):
+            known = hades.documents.chunk_ids(live.index, published=False)
+            others += len(hades.vectors.chunk_ids(live.index) - known)
     if others:
         raise Conflict(
             f"the vector store has {others} rows that this archive does not know, of a later Nexus or of another one:"

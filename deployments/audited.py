@@ -178,11 +178,14 @@ def action_of(scope: Scope) -> str:
     return f"{scope['method']} {path}"
 
 
-def announce(request: Request, permissions: Sequence[str], recorder: Recorder) -> None:
-    """Before a privileged request is done, have on the disk that it is. Blocks. Raises Unavailable."""
+def is_announced(request: Request, permissions: Sequence[str]) -> bool:
+    """Whether a request that needs these permissions is recorded before it is done, too."""
     is_privileged = not PRIVILEGED.isdisjoint(permissions) or request.method == "DELETE"
-    if request.method in READING or not (is_privileged or request.url.path.startswith(CREDENTIALS)):
-        return
+    return request.method not in READING and (is_privileged or request.url.path.startswith(CREDENTIALS))
+
+
+def announce(request: Request, recorder: Recorder) -> None:
+    """Before a privileged request is done, have on the disk that it is. Blocks. Raises Unavailable."""
     note(request, is_privileged=True)
     recorder.write(_event(request.scope, "privileged", verdict="begun"))
 

@@ -38,10 +38,10 @@ from nexus.access import PERMISSIONS
 from nexus.config import NODE_LABEL, Config, load_config
 from nexus.errors import InvalidRequest, Unavailable
 from nexus.hades import document_id_of
-from nexus.ingest import Source, check_source
+from nexus.ingest import Source
 from nexus.jobs import Announced, Jobs, Outcome, seen_by
 from nexus.ports import Coordinator
-from nexus.types import Principal, Receipt, content_digest
+from nexus.types import Principal, Receipt, check_source, content_digest
 
 FILES_PER_BLOCK = 8
 BEAT_SECONDS = 2.0

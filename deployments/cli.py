@@ -1,4 +1,7 @@
-"""The command `nexus`. Exit codes: 0 ok, 1 failed, 2 usage."""
+"""The command `nexus`. Exit codes: 0 ok, 1 failed, 2 usage.
+
+What few commands need, and takes time to import, they import themselves.
+"""
 
 import json
 import os
@@ -9,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 import yaml
@@ -17,31 +20,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster import bootstrap
-from deployments import (
-    adding,
-    archiving,
-    auditing,
-    nodes,
-    overview,
-    planning,
-    policies,
-    reindexing,
-    running,
-    sharing,
-    upkeep,
-    voters,
-)
+from deployments import auditing, nodes, policies, running, sharing, voters
 from deployments import client as http
+from deployments.athena import starting as athena
 from deployments.auditing import recorded, recorded_if_possible
-from deployments.doctor import examine
 from deployments.driver import become_driver
 from deployments.listing import is_below, label
 from deployments.running import JOIN_SECONDS
-from nexus import __version__
+from nexus import __version__, logs
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, KeyRing
 from nexus.config import Config, default_home, load_config
 from nexus.errors import InvalidRequest, NexusError, NotFound, Unavailable
 from nexus.registry import check_part
+
+if TYPE_CHECKING:
+    from deployments import planning
 
 START_SECONDS, ENGINE_START_SECONDS = 120.0, 1800.0
 HEXADECIMAL = frozenset("0123456789abcdef")
@@ -95,6 +88,7 @@ def up(
         float, typer.Option(min=0, help="Seconds that the other machines have to join a new cluster.")
     ] = JOIN_SECONDS,
     stay: Annotated[bool, typer.Option("--stay", help="Stay, and start again what ends; for systemd.")] = False,
+    with_athena: Annotated[bool, typer.Option("--athena", help="Also serve Athena, the pages in a browser.")] = False,
 ) -> None:
     """Start Nexus on this machine, with what is missing of it, and wait until it is ready."""
     settings = load_config(config)
@@ -105,15 +99,17 @@ def up(
     bootstrap.prepare_home(home)
     patience = _patience(settings) if wait is None else wait
     with running.stopped_by_signals(lambda: bootstrap.stop(home)) if stay else nullcontext():
-        _start(settings, config, patience, join)
+        _start(settings, config, patience, join, with_athena, stay)
         if stay:
             running.tell_systemd("READY=1")
-            running.keep_up(settings, config, patience, join, _tell)
+            running.keep_up(settings, config, patience, join, _tell, athena.Kept(settings, _tell).look)
     if stay:
         typer.echo("Nexus is stopped.")
 
 
-def _start(settings: Config, config: Path | None, patience: float, join: float) -> None:
+def _start(
+    settings: Config, config: Path | None, patience: float, join: float, with_athena: bool, is_logged: bool
+) -> None:
     started, home = time.monotonic(), Path(settings.home)
     if settings.access.development_keys:
         _tell(
@@ -128,14 +124,26 @@ def _start(settings: Config, config: Path | None, patience: float, join: float) 
     if outcome == "ran already":
         applied = ", and is as the settings say" if settings.nodes else ""
         typer.echo(f"Nexus already runs at {instance.url}{applied}")
+        if with_athena:
+            athena.ensure(settings, typer.echo)
         return
     typer.echo(f"Nexus is ready at {instance.url}  ({time.monotonic() - started:.0f} s)")
     typer.echo(f"  Ray dashboard  {instance.dashboard}  (token: {home / 'ray-token'})")
     typer.echo(f"  state and logs {home}")
     if new_key:
-        typer.echo(f"  admin key      {new_key}")
-        typer.echo(f"                 shown this once; the command line finds it in {home / 'admin-key'}")
+        _show_key(new_key, home / "admin-key", is_logged)
+    if with_athena or athena.find(home) is not None:
+        athena.ensure(settings, typer.echo)
     typer.echo("  stop it with   nexus down")
+
+
+def _show_key(key: str, file: Path, is_logged: bool) -> None:
+    """The first key, for whoever reads this; in a log, which others may read, only where it is."""
+    if is_logged:
+        typer.echo(f"  admin key      in {file}")
+        return
+    typer.echo(f"  admin key      {key}")
+    typer.echo(f"                 shown this once; the command line finds it in {file}")
 
 
 def _tell(sentence: str) -> None:
@@ -175,6 +183,7 @@ def down() -> None:
     bootstrap.prepare_home(home)
     with bootstrap.lock_home(home), recorded_if_possible(settings, "nexus down"):
         typer.echo("Nexus is stopped." if bootstrap.stop(home) else "Nexus was not running.")
+        athena.forget(home)
 
 
 @app.command()
@@ -183,7 +192,9 @@ def status(as_json: Json = False) -> None:
     home = Path(load_config().home)
     instance = bootstrap.find_instance(home)
     processes = bootstrap.processes_of(instance) if instance else []
-    shown: dict[str, Any] = {"home": str(home), "running": bool(processes)}
+    athena_state, athena_url = athena.state(home)
+    shown: dict[str, Any] = {"home": str(home), "logs": str(home / logs.FILE), "running": bool(processes)}
+    shown["athena"] = {"state": athena_state, "url": athena_url}
     if instance and processes:
         with http.Client() as nexus:
             parts, state, shared = nexus.parts(), _state(nexus), sharing.overview(nexus)
@@ -206,10 +217,15 @@ def status(as_json: Json = False) -> None:
             typer.echo(voters.lines(shown["coordinator"]))
         if shown["sharing"]:
             typer.echo(sharing.lines(shown["sharing"]))
+        from deployments import overview
+
         for line in overview.lines(shown):
             typer.echo(line)
+        if athena_url is not None:
+            typer.echo(f"  {'athena':<12} {athena_state} at {athena_url}; `nexus athena` makes a link to it")
         typer.echo(
-            f"  {shown['processes']} processes, {shown['memory_bytes'] / 2**30:.2f} GiB, up {shown['up_seconds']} s"
+            f"  {shown['processes']} processes, {shown['memory_bytes'] / 2**30:.2f} GiB, up {shown['up_seconds']} s;"
+            f" what they say is in {shown['logs']}"
         )
     raise typer.Exit(0 if is_ready else 1)
 
@@ -233,6 +249,8 @@ def plan(
 
     Exit code 1 if something has no place.
     """
+    from deployments import planning
+
     settings = load_config(config)
     told = _told(settings, must_say=diff)
     draft = planning.draw(settings, told)
@@ -252,8 +270,10 @@ def plan(
     raise typer.Exit(1 if refusals else 0)
 
 
-def _told(settings: Config, must_say: bool) -> planning.Told:
+def _told(settings: Config, must_say: bool) -> "planning.Told":
     """What the Nexus that runs here says of its machines and plan. Raises Unavailable where it must, and does not."""
+    from deployments import planning
+
     if not (os.environ.get("NEXUS_URL") or bootstrap.is_running(Path(settings.home))):
         if must_say:
             raise Unavailable("no Nexus runs here, so no plan is in force; `nexus plan` shows what `nexus up` would do")
@@ -273,6 +293,8 @@ def _told(settings: Config, must_say: bool) -> planning.Told:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check this machine and these settings, and say what to do about what is wrong."""
+    from deployments.doctor import examine
+
     findings = examine()
     if as_json:
         typer.echo(json.dumps([finding.__dict__ for finding in findings]))
@@ -371,6 +393,8 @@ def add(
 
     Without --readers and --everybody, who may know of a document stays as it is; a new one is for all of the tenant.
     """
+    from deployments import adding
+
     named = _readers(readers, everybody)
     for path in paths:
         if not path.exists():
@@ -472,6 +496,8 @@ def fsck(
     as_json: Json = False,
 ) -> None:
     """Compare the two stores and the list of jobs, running or not. Exit code 1 if something is wrong."""
+    from deployments import upkeep
+
     found = upkeep.fsck(repair)
     if as_json:
         typer.echo(json.dumps(found))
@@ -489,6 +515,8 @@ def vacuum(
     as_json: Json = False,
 ) -> None:
     """Remove replaced and deleted versions, and attempts given up. `as_of` does not see them any more."""
+    from deployments import upkeep
+
     removed = upkeep.vacuum(keep)
     if as_json:
         typer.echo(json.dumps(removed))
@@ -497,14 +525,55 @@ def vacuum(
         typer.echo(f"removed {removed['versions']} versions with {removed['chunks']} chunks ({why})")
 
 
-app.command("backup")(archiving.backup)
-app.command("restore")(archiving.restore)
+app.command("athena")(athena.athena)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The archive to write, outside of the home.")], as_json: Json = False
+) -> None:
+    """Write all stores, as they are at one moment, into one file, running or not. It holds keys: guard it as them."""
+    from deployments import archiving
+
+    contents = archiving.back_up(load_config(), file)
+    shown = {"file": str(file), "files": len(contents.members), "bytes": contents.size, "made_at": contents.made_at}
+    told = f"{file}: {len(contents.members)} files, {contents.size / 2**20:.1f} MiB"
+    typer.echo(json.dumps(shown) if as_json else told)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `nexus backup` wrote.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Where there is a Nexus already, move it aside; nothing of it is lost.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a home of an archive, check it as `nexus fsck` does, and only then put it in place. Nexus must be down."""
+    from deployments import archiving
+
+    home = Path(load_config().home)
+    made = archiving.bring_back(file, home, replace, _tell)
+    aside = None if made.aside is None else str(made.aside)
+    if as_json:
+        shown = {"home": str(home), "files": len(made.contents.members), "made_at": made.contents.made_at}
+        typer.echo(json.dumps({**shown, "chunks": made.chunks, "aside": aside}))
+        return
+    typer.echo(f"Restored to {home}: {made.chunks} chunks to be found; checked as `nexus fsck` does, and clean.")
+    if aside:
+        typer.echo(f"What was there before is kept in {aside}")
+    typer.echo("`nexus up` starts it. Of a cluster it has one voter: `nexus coordinator add` adds the others.")
 
 
 @app.command()
 def reindex(
     embedder: Annotated[
         str | None, typer.Option(help="Name or address of a configured embedder; by default models.embedder.")
+    ] = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Cut documents anew, to so many tokens.", min=16)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="With --chunk-tokens: never more.", min=16)] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="With --chunk-tokens: sentences that a chunk shares with the one before.", min=0)
     ] = None,
     collection: InCollection = "default",
     questions: Annotated[
@@ -518,12 +587,15 @@ def reindex(
     drop: Annotated[bool, typer.Option("--drop", help="Remove the index that is not searched.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed a collection anew with another model while it works, and switch to that if it finds no less.
+    """Embed a collection anew with another model, or cut it anew, while it works; switch to that if it finds no less.
 
     Nothing waits meanwhile, and one command goes back. Exit code 1 if it was refused.
     """
+    from deployments import reindexing
+
     if status + switch + rollback + drop > 1:
         raise InvalidRequest("--status, --switch, --rollback and --drop are one at a time")
+    chunking = reindexing.chunking_of(chunk_tokens, max_tokens, overlap)
     with http.Client() as nexus:
         if status:
             now = reindexing.look(nexus, collection)
@@ -532,7 +604,8 @@ def reindex(
         elif switch or rollback:
             now = reindexing.make_live(nexus, collection, "former" if rollback else "new", anyway)
         else:
-            body: dict[str, Any] = {"collection": collection, **({"embedder": embedder} if embedder else {})}
+            named = {"embedder": embedder} if embedder else {}
+            body: dict[str, Any] = {"collection": collection, **named, **chunking}
             if questions is not None:
                 body["questions"] = reindexing.read_questions(questions)
             with progress_bar(1, "embedding") as show:

@@ -27,11 +27,7 @@ class Client:
 
     def __init__(self, config: Config | None = None, tell: Callable[[str], None] | None = None) -> None:
         """To the Nexus of these settings; by default of those of this home. `tell` hears why there is a wait."""
-        config = load_config() if config is None else config
-        home = Path(config.home)
-        instance = bootstrap.find_instance(home)
-        self.url = os.environ.get("NEXUS_URL") or (instance.url if instance else config.url)
-        key = os.environ.get("NEXUS_API_KEY") or read_admin_key(home)
+        self.url, key = whereabouts(load_config() if config is None else config)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._tell, self._told = tell, set[str]()
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=SEARCH_SECONDS, trust_env=False)
@@ -188,6 +184,14 @@ def _error(response: httpx.Response) -> NexusError:
     seconds = response.headers.get("retry-after", "")
     error.retry_after = float(seconds) if seconds.isdecimal() else None
     return error
+
+
+def whereabouts(config: Config) -> tuple[str, str | None]:
+    """Where the Nexus of these settings answers, and the key that is found for it: the environment's go first."""
+    home = Path(config.home)
+    instance = bootstrap.find_instance(home)
+    url = os.environ.get("NEXUS_URL") or (instance.url if instance else config.url)
+    return url, os.environ.get("NEXUS_API_KEY") or read_admin_key(home)
 
 
 def read_admin_key(home: Path) -> str | None:

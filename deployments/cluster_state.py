@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from cluster.client import Absent
 from cluster.gpu_leases import Claim
 from cluster.inventory import LOCAL, Gpu, Inventory, Node, configured, differences
+from cluster.meter import Vitals
 from cluster.plan import Place, Plan
 from cluster.raft import Status
 from deployments.planning import gibibytes, models_of
-from nexus import telemetry
 from nexus.errors import Forbidden, NexusError, Unavailable
 from nexus.ports import DocumentStore
+from nexus.resident import Standing
 from nexus.types import Principal
 
 if TYPE_CHECKING:
@@ -91,6 +92,10 @@ class Observing(Protocol):
     async def deployed(self) -> Sequence[Deployed]: ...
     async def agreed(self) -> Agreed: ...
 
+    async def told(self) -> Mapping[str, Vitals | None]:
+        """What each machine that is or was there tells whoever measures; None of one that is away."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SeenGpu:
@@ -112,12 +117,13 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """A collection, and what the caller may read of it."""
+    """A collection, and what the caller may read of it; and how its tenant's part is searched, where that is known."""
 
     name: str
     documents: int
     chunks: int
     sequence: int
+    index: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +163,15 @@ class Unobserved:
     async def agreed(self) -> Agreed:
         raise Unavailable("this Nexus has no coordinator")
 
+    async def told(self) -> Mapping[str, Vitals | None]:
+        raise Unavailable("this Nexus sees no machines")
+
 
 async def observe(here: Lent, principal: Principal) -> State:
-    """Ask all at once, each for PATIENCE_SECONDS at most; what is known of GPUs goes to the metrics, too."""
+    """Ask all at once, each for PATIENCE_SECONDS at most."""
     asked = _Asked({})
     observer = here.observer or Unobserved()
-    (joined, seen, deployed, agreed, voters, collections), loads = await asyncio.gather(
+    (joined, seen, deployed, agreed, voters, collections, standings), loads = await asyncio.gather(
         asyncio.gather(
             asked.for_("nodes", observer.joined()),
             asked.for_("gpus", observer.inventory()),
@@ -170,15 +179,16 @@ async def observe(here: Lent, principal: Principal) -> State:
             asked.for_("placement", observer.agreed()),
             asked.for_("coordinator", _describe(here)),
             asked.for_("collections", _count(here, principal)),
+            asked.for_("indexes", _standings(here, principal)),
         ),
         asyncio.gather(*(asked.for_(f"queue of {name}", load()) for name, load in here.engines.items())),
     )
     described = configured(here.config).nodes if here.config.nodes else ()
     machines = None if joined is None else join(described, joined, seen, agreed)
-    for machine in machines or ():
-        _measure(machine)
     working = {name: sum(load) for name, load in zip(here.engines, loads, strict=True) if isinstance(load, list)}
     queues = _queues(here, deployed or (), working)
+    by_name = {one.collection: one for one in standings or ()}
+    collections = collections and [replace(one, index=by_name.get(one.name)) for one in collections]
     found = [] if machines is None else compare(described, machines, deployed, agreed)
     found += _other_embedders(here.config.models.embedder, agreed, collections or ())
     return State(machines, agreed, deployed, queues, voters, collections, found, asked.unknown)
@@ -221,6 +231,13 @@ async def _count(here: Lent, principal: Principal) -> Sequence[Counted]:
     if "documents:read" not in principal.permissions:
         raise Forbidden("this key may not read documents")
     return await asyncio.get_running_loop().run_in_executor(_COUNTING, _counted, here.documents, principal)
+
+
+async def _standings(here: Lent, principal: Principal) -> Sequence[Standing]:
+    """Of the caller's tenant. How much of an index others may read besides is shown to administrators only."""
+    found = [] if here.standings is None else await here.standings(principal.tenant)
+    is_told = "admin" in principal.permissions
+    return found if is_told else [replace(one, rows=None, bytes=None) for one in found]
 
 
 def _counted(documents: DocumentStore, principal: Principal) -> list[Counted]:
@@ -323,10 +340,3 @@ def _of_gpu(node: str, seen: SeenGpu) -> Iterator[str]:
     claimed = sum(claim.bytes for claim in seen.claims)
     if claimed > planned:
         yield f"{name}: replicas hold {gibibytes(claimed)}, and {gibibytes(planned)} are planned"
-
-
-def _measure(machine: Machine) -> None:
-    for seen in machine.gpus or ():
-        planned = sum(place.gpu_bytes for place in seen.planned)
-        for kind, value in (("total", seen.gpu.memory), ("planned", planned), ("taken", seen.gpu.taken)):
-            telemetry.gpu_memory.labels(machine.node.name, str(seen.gpu.index), kind).set(value)

@@ -1,5 +1,6 @@
 """Checks of a machine and its settings, each with what to do about it."""
 
+import datetime
 import platform
 import shutil
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster import bootstrap
+from cluster import bootstrap, certificates
 from deployments import exposure
 from nexus.audit import files_of
 from nexus.audit_reading import verify
@@ -22,6 +23,7 @@ from nexus.registry import check_part, find_module
 
 FREE_DISK_BYTES = 2 * 2**30
 FREE_MEMORY_BYTES = 3 * 2**30
+CERTIFICATE_DAYS = 30
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ def examine() -> list[Finding]:
     checks: dict[str, Callable[[Config], str]] = {
         "home": _home, "ports": _ports, "disk": _disk, "memory": _memory, "models": _models, "tiers": _tiers,
         "versions": exposure.versions, "files": exposure.files, "access": exposure.mode, "ray": exposure.ray,
+        "certificates": _certificates,
         "listening": exposure.listening, "audit": _audit, "sharing": _sharing,
     }  # fmt: skip
     for what, check in checks.items():
@@ -101,6 +104,25 @@ def _audit(config: Config) -> str:
     if report.faults:
         raise _Wrong(f"the record is not whole; `nexus audit verify` names its {len(report.faults)} faults")
     return f"{report.lines} lines, whole"
+
+
+def _certificates(config: Config) -> str:
+    home = Path(config.home)
+    if not config.ray.tls:
+        return "none are wanted: ray.tls is not set"
+    if not (home / certificates.FOLDER).exists():
+        return "there are none yet"
+    end, file = certificates.end_of(home)
+    days = (end - datetime.datetime.now(datetime.UTC)).days
+    if days < CERTIFICATE_DAYS:
+        how = (
+            "put all out of use: `nexus down`, remove tls/ from the head's home, `nexus up`, and carry new ones"
+            if file == certificates.AUTHORITY
+            else "make another: on the head remove it and start Nexus again, for another machine"
+            " `nexus node certificate NAME FILE`"
+        )
+        raise _Wrong(f"{certificates.FOLDER}/{file} {'has ended' if days < 0 else f'ends in {days} days'}; {how}")
+    return f"good for {days} days"
 
 
 def _sharing(config: Config) -> str:

@@ -16,7 +16,7 @@ from nexus.private_files import require_private
 from nexus.versions import FLOORS, check_versions
 
 SECRETS = ("*-token", "*-key", "access.db*", "memory.db*", "*secret*", "*.pem", "*.key")  # in the home
-WIDE_BY_RAY = ("haproxy", "ray::ServeRepl")  # which bind every interface whatever they are told; the README says so
+WIDE_BY_RAY = ("haproxy", "ray::ServeRepl")  # these bind every interface whatever they are told: docs/operate.md
 ASK_SECONDS = 5.0
 
 

@@ -1,14 +1,16 @@
 """The front door: a FastAPI application over whatever it is lent."""
 
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from cluster.client import Absent
@@ -16,6 +18,7 @@ from cluster.raft import NodeId, Snapshot, Status
 from cluster.sharing import Sharing
 from deployments import middleware
 from deployments.cluster_state import Observing
+from deployments.history import History
 from deployments.limiting import PacedRetriever, searches
 from deployments.reindexing import Reindexing
 from deployments.routes import (
@@ -43,6 +46,7 @@ from deployments.shapes import describe_errors
 from nexus import __version__
 from nexus.access import KeyRing
 from nexus.audit import Recorder
+from nexus.background import begin_in_background
 from nexus.balancer import Balancer, Weights
 from nexus.cache import CompletingGenerator, ResponseCache, cached
 from nexus.config import Config
@@ -59,6 +63,7 @@ from nexus.models.triton import TritonPool
 from nexus.pipelines.rag import Tools
 from nexus.policy import Rule
 from nexus.ports import DocumentStore
+from nexus.resident import Standing
 from nexus.screening import (
     Embedding,
     Reranking,
@@ -144,6 +149,7 @@ class Lent:
     operator: Operating | None = None  # of the coordinator
     reindexing: Reindexing | None = None
     observer: Observing | None = None  # of the machines, and of what runs on them
+    standings: Callable[[str], Awaitable[Sequence[Standing]]] | None = None  # of a tenant's indexes, in the retriever
     sharing: Callable[[], Awaitable[Sharing]] | None = None  # of blocks; its stewards may have to be found first
     fetch_picture: Fetch = ImageHosts().fetch  # of a URL in a chat; by default of none
     screen: Screen = field(default_factory=Screen)  # put around what retrieves and generates by `screened`
@@ -196,38 +202,59 @@ def build(lent: Lent, says_request_id: bool = True) -> ASGIApp:
 def application(lent: Lent) -> FastAPI:
     """The routes, and what becomes of errors within them."""
     app = FastAPI(
-        title="Nexus", version=__version__, redirect_slashes=False, openapi_url=None
-    )  # without its pages, which load scripts from elsewhere
-    app.state.lent = lent
+        title="Nexus", version=__version__,
+        redirect_slashes=False,
+        openapi_url=None,  # nor its pages, which load scripts from elsewhere
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # its spans would tell paths and queries
+        lifespan=_watching,
+    )  # fmt: skip
+    app.state.lent, app.state.history = lent, History()
     app.add_exception_handler(NexusError, _answer_nexus_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(Exception, _answer_fault)
-    everything = (
+    app.router.routes.extend(_routes())
+    return app
+
+
+@cache
+def _routes() -> Sequence[BaseRoute]:
+    """All routes. What FastAPI works out of each, it works out once, and not anew for every application."""
+    everything = APIRouter()
+    for routes in (  # those that are asked most come first: they are looked through in turn
         health,
+        answers,
+        openai,
         documents,
         jobs,
         upkeep,
         reindex,
-        answers,
         sessions,
         sharing,
         mcp,
         memory,
         pipelines,
         policies,
-        openai,
         kserve,
         reranking,
         report,
         coordinator,
         status,
         auth,
-    )
-    for routes in everything:
-        app.include_router(routes.router, responses=describe_errors(routes.router.prefix))
-    app.include_router(sharing.operating, responses=describe_errors(sharing.operating.prefix))
-    return app
+    ):
+        everything.include_router(routes.router, responses=describe_errors(routes.router.prefix))
+    everything.include_router(sharing.operating, responses=describe_errors(sharing.operating.prefix))
+    return everything.routes
+
+
+@asynccontextmanager
+async def _watching(app: FastAPI) -> AsyncIterator[None]:
+    """For as long as the application serves, what is counted is looked at now and then, for reports."""
+    watching = begin_in_background(app.state.history.keep())
+    try:
+        yield
+    finally:
+        watching.cancel()
 
 
 def _respond(

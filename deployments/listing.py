@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import fsspec
-from fsspec.core import url_to_fs
+from typing import TYPE_CHECKING, Any
 
 from nexus.errors import InvalidRequest, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ def list_all(sources: Sequence[str], home: Path) -> tuple[list[str], list[Listed
 
 
 def _list(source: str) -> tuple[str, list[Listed]]:
+    from fsspec.core import url_to_fs  # not for those who only ask what to call a file
+
     try:
         filesystem, path = url_to_fs(source)
         if not filesystem.exists(path):
@@ -54,11 +56,11 @@ def _list(source: str) -> tuple[str, list[Listed]]:
     return _name(filesystem, path).rstrip("/") + "/", [_listed(filesystem, *entry) for entry in visible.items()]
 
 
-def _listed(filesystem: fsspec.AbstractFileSystem, path: str, about: dict[str, Any]) -> Listed:
+def _listed(filesystem: "AbstractFileSystem", path: str, about: dict[str, Any]) -> Listed:
     return Listed(filesystem.unstrip_protocol(path), _name(filesystem, path), int(about.get("size") or 0))
 
 
-def _name(filesystem: fsspec.AbstractFileSystem, path: str) -> str:
+def _name(filesystem: "AbstractFileSystem", path: str) -> str:
     """A local file is called by its path, as `nexus add` calls it; any other by its address."""
     url = label(str(filesystem.unstrip_protocol(path)))
     return url.removeprefix("file://") if url.startswith("file://") else url

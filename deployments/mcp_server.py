@@ -156,6 +156,8 @@ class _Door:
         async with self._connect(context) as client:
             try:
                 answer = await client.request(method, path, **arguments)
+            except ValueError:  # of the library that writes JSON
+                raise ToolError("a number in it is infinite, or none at all: JSON has finite numbers only") from None
             except httpx.TimeoutException:
                 raise ToolError("Nexus did not answer in time; try again") from None
             except httpx.HTTPError:
@@ -304,7 +306,12 @@ def _add_sessions(server: MCPServer, door: _Door) -> None:
 
 
 def _session(id: str) -> str:
-    """An id as one step of a path; what is none is refused over there with the reason."""
+    """An id as one step of a path; what is none is refused over there with the reason.
+
+    Raises ToolError for those that never get there: a path without its dots leads elsewhere.
+    """
+    if id in ("", ".", ".."):
+        raise ToolError("a session id begins with a letter or a digit")
     return quote(id, safe="")
 
 

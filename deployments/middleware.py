@@ -6,11 +6,14 @@
 import json
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable
 from math import ceil
 from typing import Any
 
+from fastapi.routing import iter_route_contexts
+from opentelemetry.trace import Span, SpanKind
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -18,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.audited import Audited
 from deployments.limiting import Admitted, Rated, Timely, admission, level_headers
-from nexus import telemetry
+from nexus import telemetry, tracing
 from nexus.audit import Recorder
 from nexus.config import Config, Http
 from nexus.content import SEVERITY, Finding
@@ -45,10 +48,13 @@ from nexus.limits import Limiter
 from nexus.screening import noted
 from nexus.types import media_type_of
 from nexus.verifier import Verifier, credential_in
+from nexus.vocabulary import KIND, METHOD, REQUEST, ROUTE, STATUS_CODE
 
 log = logging.getLogger("nexus.gateway")
+requests = logging.getLogger("nexus.requests")
 
 PUBLIC = frozenset({"/livez", "/readyz", "/healthz"})
+TRACED = ("traceparent", "tracestate")  # headers of W3C trace context
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 RETRY_AFTER_SECONDS = 2
 BLOCKS = "/share/"  # begin the paths of blocks
@@ -78,7 +84,7 @@ def wrap(
     says_request_id: bool,
 ) -> ASGIApp:  # fmt: skip
     """The application inside its layers; a request passes them from the last line to the first."""
-    http = config.http
+    http, classes = config.http, route_classes(app)
     app = Verdicts(app)
     app = BodyLimit(app, http.max_body_bytes, config.sharing.max_block_bytes)
     app = Admitted(app, admission(config))
@@ -94,6 +100,7 @@ def wrap(
     app = Hosts(app, http)
     app = Audited(app, recorder, config.audit, send_nexus_error)
     app = Safe(app)
+    app = Counted(app, classes)
     return RequestId(app, says_request_id)
 
 
@@ -165,9 +172,10 @@ async def send_nexus_error(scope: Scope, send: Send, error: NexusError) -> None:
 
 
 class RequestId:
-    """Gives each request an id, the caller's if it is a sane one, and says it in the answer.
+    """Gives each request an id, the caller's if it is a sane one, and says it in the answer and in all that is logged.
 
-    Ray Serve names requests itself, and says the name: there this only takes note of it.
+    Ray Serve names requests itself, and says the name: there this only takes note of it. The request is a span, of the
+    caller's trace where there is one; `trace_id` in the state is its id, or where nobody traces the request's.
     """
 
     def __init__(self, app: ASGIApp, says_it: bool) -> None:
@@ -177,18 +185,88 @@ class RequestId:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, trace_id=request_id)
+        status = 0
 
         async def send_with_id(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 if self.says_it:
                     headers["x-request-id"] = request_id
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        if scope["path"] in PUBLIC:
+            await self.app(scope, receive, send_with_id)
+            return
+        tracing.take_up({tracing.REQUEST_ID: request_id} | {name: headers[name] for name in TRACED if name in headers})
+        with tracing.span(scope["method"], {KIND: "CHAIN", REQUEST: request_id}, SpanKind.SERVER) as span:
+            scope["state"]["trace_id"] = tracing.trace_id() or request_id
+            started = time.perf_counter()
+            try:
+                await self.app(scope, receive, send_with_id)
+            finally:
+                _tell(scope, status, time.perf_counter() - started, span)
+
+
+def _tell(scope: Scope, status: int, seconds: float, span: Span) -> None:
+    """Log a request and name its span by its route, for a path may hold anything. Status 0: it was given up."""
+    method, route = scope["method"], getattr(scope.get("route"), "path", None)
+    told = {"method": method, "route": route, "status": status, "milliseconds": round(1000 * seconds, 1)}
+    requests.info("request", extra=told)
+    if span.is_recording():
+        span.set_attributes({METHOD: method, STATUS_CODE: status})
+        if route is not None:
+            span.update_name(f"{method} {route}")
+            span.set_attribute(ROUTE, route)
+
+
+def route_classes(app: ASGIApp) -> frozenset[str]:
+    """What the paths of an application begin with."""
+    paths = (str(getattr(route, "path", "")) for route in iter_route_contexts(getattr(app, "routes", ())))
+    return frozenset(path.split("/")[1] for path in paths if "/" in path)
+
+
+class Counted:
+    """Counts each request by what its path begins with and by its status, before its sender has all of the answer.
+
+    `other` is a path that leads nowhere, `left` a request that was given up before its answer began.
+    """
+
+    def __init__(self, app: ASGIApp, classes: frozenset[str]) -> None:
+        self.app, self.classes = app, classes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begins = scope["path"].split("/")[1] if "/" in scope["path"] else ""
+        route = begins if begins in self.classes else "other"
+        started, status, is_counted = time.perf_counter(), "left", False
+
+        def count() -> None:
+            nonlocal is_counted
+            if not is_counted:
+                telemetry.http_requests.labels(route, status).inc()
+                telemetry.http_response.labels(route).observe(time.perf_counter() - started)
+            is_counted = True
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                count()
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_counted)
+        finally:
+            count()
 
 
 class Answering:

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from actors.coordination import Coordination
 from actors.embedder import Embedder
 from actors.generator import Generator
+from actors.hops import LOGGING
 from actors.reranker import Reranker
 from cluster.plan import Plan
 from cluster.shares import Pool
@@ -64,6 +65,7 @@ def deployment(
         graceful_shutdown_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.2,
         ray_actor_options=options,
+        logging_config=LOGGING,
         **({"max_constructor_retry_count": GPU_REPEATS} if spot.gpus else {}),
         **size,
     )(actor)
@@ -118,17 +120,19 @@ def _deploy(
         from actors import vllm as engines  # loads the engine's library, which only who asked for it has
 
         fixed = autoscaling(spot.least, spot.least, model.replicas.target)
-        made = engines.deploy(spot.name(name), model, spot, size.get("autoscaling_config", fixed))
+        made = engines.deploy(spot.name(name), model, spot, size.get("autoscaling_config", fixed), config.telemetry)
     else:
         replicas = model.replicas
         actor = {"generate": Generator, "embed": Embedder, "rerank": Reranker}[task]
         deployed = deployment(spot.name(name), actor, replicas.at_once, replicas.waiting, spot, size)
         made = (
-            deployed.bind(model)
+            deployed.bind(model, config.telemetry)
             if task == "generate"
-            else deployed.bind(model.address, threads, model.offered(), gpu_bytes=spot.bytes)
+            else deployed.bind(
+                model.address, threads, model.offered(), gpu_bytes=spot.bytes, telemetry=config.telemetry
+            )
         )
-    return lasting(made, model.model_dump(), spot.node, spot.gpus, spot.share, spot.bytes, threads)
+    return lasting(made, model.model_dump(), spot.node, spot.gpus, spot.share, spot.bytes, threads, config.telemetry)
 
 
 class Roster:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster import bootstrap
+from cluster import bootstrap, certificates
 from cluster.bootstrap import RAYLET
 from cluster.inventory import configured, differences
 from cluster.plan import DRAINED, KEY, decode, encode, make_way
@@ -20,6 +20,7 @@ from deployments.auditing import recorded, recorded_if_possible
 from deployments.driver import become_driver
 from nexus.config import Config, load_config
 from nexus.errors import AlreadyRunning, ConfigError, InvalidRequest, NexusError, NotFound, Unavailable
+from nexus.keyring import write_private
 
 if TYPE_CHECKING:
     from deployments.machines import Joined
@@ -45,6 +46,9 @@ def start(
     token_file: Annotated[
         Path | None, typer.Option(help="The cluster's token: a copy of `ray-token` in the home of the head.")
     ] = None,
+    certificate_file: Annotated[
+        Path | None, typer.Option(help="With ray.tls: what `nexus node certificate` made for this machine.")
+    ] = None,
     stay: Annotated[bool, typer.Option("--stay", help="Stay, and join again whenever Ray ended; for systemd.")] = False,
 ) -> None:
     """Join this machine to the cluster whose head `nexus up` started."""
@@ -53,6 +57,8 @@ def start(
     name = which(settings, name)
     bootstrap.prepare_home(home)
     keep_token(home, token_file)
+    if certificate_file is not None:
+        certificates.keep(home, _read(certificate_file).encode())
     with recorded(settings, "nexus node start", name):
         if not stay:
             _join(settings, name)
@@ -78,11 +84,15 @@ def keep_token(home: Path, token_file: Path | None, environment: Mapping[str, st
     """See to it that the cluster's token is in the home, where it was given here. Raises ConfigError without one."""
     given = environment.get("RAY_AUTH_TOKEN", "")
     if token_file is not None:
-        try:
-            given = token_file.read_text()
-        except OSError as error:
-            raise ConfigError(f"{token_file} cannot be read: {error.strerror}") from None
+        given = _read(token_file)
     bootstrap.keep_token(home, given.strip())
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {getattr(error, 'strerror', 'it is no text')}") from None
 
 
 def _join(settings: Config, name: str, again: bool = False) -> None:
@@ -192,6 +202,23 @@ def rows_of(settings: Config, there: "Mapping[str, Joined]", drained: set[str]) 
             }
         )
     return rows
+
+
+@app.command()
+def certificate(
+    name: Name,
+    file: Annotated[Path, typer.Argument(help="Where to write it; it is as secret as `ray-token`.")],
+    config: Settings = None,
+) -> None:
+    """Make a machine the certificate that it needs where ray.tls is set; on the head's machine."""
+    settings = load_config(config)
+    _require_described(settings, name)
+    home = Path(settings.home)
+    with recorded(settings, "nexus node certificate", name):
+        if not file.parent.is_dir() or file.is_dir():
+            raise InvalidRequest(f"{file} cannot be written: name a file in a folder that is there")
+        write_private(file, certificates.issue(home, name, settings.nodes[name].address))
+    typer.echo(f"{file} is for {name} alone: carry it there, and nexus node start --certificate-file {file.name}")
 
 
 @app.command()

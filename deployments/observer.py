@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -14,9 +14,11 @@ from ray.serve.exceptions import RayServeException
 
 from actors import coordinator
 from actors.coordination import COLLECTIONS, read_live
+from actors.meter import Meters
 from cluster.client import Client
 from cluster.gpu_leases import held
 from cluster.inventory import LOCAL, Inventory
+from cluster.meter import Vitals
 from cluster.plan import DRAINED, KEY, decode
 from deployments import machines
 from deployments.cluster_state import Agreed, Deployed, Joined
@@ -42,6 +44,13 @@ class RayObserver:
             self.inventory.begin()
         self.deployed = Look(deployed, FRESH_SECONDS)
         self._voters: Client | None = None
+        self._meters = Meters(config)
+
+    async def told(self) -> Mapping[str, Vitals | None]:
+        """As the port says; a machine that Ray has given up is not waited for."""
+        joined = await self.joined()
+        told = await self._meters.ask(one.name for one in joined if one.is_alive)
+        return {**dict.fromkeys(one.name for one in joined), **told}
 
     async def agreed(self) -> Agreed:
         """As any voter has it, with or without a quorum."""

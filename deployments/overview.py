@@ -18,11 +18,20 @@ def lines(state: Mapping[str, Any]) -> Iterator[str]:
     if state["collections"]:
         counts = (f"{one['documents']} in {one['name']}" for one in state["collections"])
         yield f"  {'documents':<12} {', '.join(counts)}"
+        yield from (_index(one) for one in state["collections"] if one.get("index"))
     for sentence in state["differences"]:
         yield f"  {'amiss':<12} {sentence}"
     for part, why in state["unknown"].items():
         if part != "coordinator":  # which has lines of its own
             yield f"  {'not known':<12} {part}: {why}"
+
+
+def _index(collection: Mapping[str, Any]) -> str:
+    index = collection["index"]
+    size = f" ({index['rows']} rows, {index['bytes'] / 2**20:.1f} MiB)" if index.get("bytes") else ""
+    where = "memory" if index["served_by"] == "resident" else "the vector store"
+    why = f": {index['why']}" if "why" in index else ""
+    return f"  {'index':<12} {collection['name']} is searched in {where}{size}{why}"
 
 
 def _machine(node: Mapping[str, Any], drained: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Another embedder for a collection, as the front door and the command line ask for it."""
+"""Another embedder or chunker for a collection, as the front door and the command line ask for it."""
 
 import json
 import time
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deployments.client import Client
+from nexus.chunking import ChunkSettings
 from nexus.errors import InvalidRequest, Unavailable
 from nexus.ports import LiveIndex
 from nexus.reindex import Progress
@@ -19,8 +20,9 @@ Questions = Sequence[tuple[str, Sequence[str]]]
 
 class Building(Protocol):
     async def begin_reindex(
-        self, collection: str, embedder: str | None, by: Principal, questions: Questions
-    ) -> Progress: ...
+        self, collection: str, embedder: str | None, by: Principal, questions: Questions,
+        chunking: ChunkSettings | None = None,
+    ) -> Progress: ...  # fmt: skip
     async def reindex_progress(self, collection: str) -> Progress: ...
     async def switch_index(self, collection: str, anyway: bool) -> Progress: ...
     async def roll_index_back(self, collection: str) -> Progress: ...
@@ -74,6 +76,15 @@ def read_questions(file: Path) -> list[dict[str, Any]]:
     return questions
 
 
+def chunking_of(target: int | None, most: int | None, overlap: int | None) -> dict[str, Any]:
+    """What these options add to a request. Raises InvalidRequest for some that mean nothing without the first."""
+    if target is None and (most, overlap) != (None, None):
+        raise InvalidRequest("--max-tokens and --overlap go with --chunk-tokens: that one has documents cut anew")
+    named = {"target_tokens": target, "max_tokens": most, "overlap_sentences": overlap}
+    given = {name: value for name, value in named.items() if value is not None}
+    return {"chunking": given} if given else {}
+
+
 def build(nexus: Client, body: dict[str, Any], show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Begin, or join, a reindex, and return once it is ready or refused. What ends this does not end the work."""
     _, now = nexus.call("POST", "/rag/reindex", json=body)
@@ -106,17 +117,29 @@ def drop(nexus: Client, collection: str) -> dict[str, Any]:
 
 def lines(now: dict[str, Any]) -> list[str]:
     """Where a collection stands, for people."""
-    live = now["live"]
-    told = [f"{now['collection']}: searched with {live['embedder']} ({live['dimension']} dimensions)"]
+    told = [f"{now['collection']}: searched with {_called(now['live'])}"]
     other, state = now["beside"], now["state"]
     if state == "building":
-        told.append(f"  {other['embedder']} is being built: {now['done']} of {now['total']} chunks")
+        told.append(f"  {_called(other)} is being built: {now['done']} of {now['total']} chunks are brought in")
     elif state == "staying":
         told.append("  the index before it is being removed")
     elif state is not None and now["is_switched"]:
-        told.append(f"  {now['former']['embedder']} is kept: `nexus reindex --rollback` or `--drop`")
+        told.append(f"  {_called(now['former'])} is kept: `nexus reindex --rollback` or `--drop`")
     elif state is not None:
-        told.append(f"  {other['embedder']} is {state}: `nexus reindex --switch` or `--drop`")
+        told.append(f"  {_called(other)} is {state}: `nexus reindex --switch` or `--drop`")
     if now["figures"].get("sentence"):
         told.append(f"  {now['figures']['sentence']}")
+    if uncut := now["uncut"]["documents"]:
+        told.append(
+            f"  {uncut} documents stay as they were cut: they were added before what is cut from was kept; add them"
+            " again, and they are cut like the others"
+        )
+        told += [f"    {source}" for source in now["uncut"]["sources"]]
     return told
+
+
+def _called(index: dict[str, Any]) -> str:
+    """An index, for people: its embedder, and how it is cut where that is said."""
+    chunking = index["chunking"]
+    cut = f", cut to {chunking['target_tokens']} tokens" if chunking else ""
+    return f"{index['embedder'] or 'the configured embedder'} ({index['dimension']} dimensions{cut})"

@@ -17,6 +17,7 @@ from nexus.background import begin_in_background
 from nexus.chat_format import read_chunk, to_body
 from nexus.errors import NexusError, Overloaded, Unavailable, UpstreamInvalid
 from nexus.ports import InputType
+from nexus.tracing import carried
 from nexus.types import Delta, Prompt, Vectors, digest
 
 DONE = "data: [DONE]"
@@ -39,8 +40,16 @@ def translated() -> Iterator[None]:
         raise Unavailable("a part of Nexus is restarting; try again in a moment") from error
 
 
+def _for_whom() -> dict[str, Mapping[str, str]]:
+    """What a deployment's method is told besides its arguments, where there is a request."""
+    return {"of": told} if (told := carried()) else {}
+
+
 class Remote:
-    """A deployment whose methods are awaited; an error that one of them gives back is raised too."""
+    """A deployment whose methods are awaited, and told for which request (actors/hops.py).
+
+    An error that one of them gives back is raised too.
+    """
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
@@ -48,7 +57,7 @@ class Remote:
     def __getattr__(self, method: str) -> Callable[..., Awaitable[Any]]:
         async def call(*arguments: Any) -> Any:
             with translated():
-                answer = getattr(self._handle, method).remote(*arguments)
+                answer = getattr(self._handle, method).remote(*arguments, **_for_whom())
                 try:
                     given = await answer
                 except asyncio.CancelledError:
@@ -212,7 +221,7 @@ class RemoteStream:
     async def __call__(self, *arguments: Any, session: str = "") -> AsyncGenerator[Any]:
         handle = self._handle.options(session_id=session) if session else self._handle
         with translated():
-            items = handle.remote(*arguments)
+            items = handle.remote(*arguments, **_for_whom())
             try:
                 async for item in items:
                     yield item

@@ -75,6 +75,7 @@ def _heal(config: Config, instance: Instance, tell: Tell) -> Instance | None:
 
 def apply(config: Config, instance: Instance, config_file: Path | None, wait_seconds: float, tell: Tell) -> None:
     """Have a running cluster be as the settings say, by a plan of its machines as they are now. Raises NexusError."""
+    _settle(config, tell)
     deadline = time.monotonic() + wait_seconds
     home = Path(config.home)
     deploy(config, instance, bootstrap.environment_of_head(home), config_file, deadline, tell)
@@ -87,6 +88,7 @@ def bring_up(
 ) -> Instance:
     """Head, machines, Serve, application, ready. On failure everything started is stopped again."""
     tell(f"Starting Nexus {__version__} in {config.home} …")
+    _settle(config, tell)
     try:
         instance, environment = bootstrap.start_head(config, config_file)
         if config.nodes:
@@ -98,6 +100,13 @@ def bring_up(
         bootstrap.stop(Path(config.home))
         raise
     return instance
+
+
+def _settle(config: Config, tell: Tell) -> None:
+    """Before there is anything that it could keep waiting."""
+    from nexus import precision  # with the tokenizers: not at every start of the command line
+
+    precision.settle(config, tell)
 
 
 def _await_machines(
@@ -166,13 +175,20 @@ def await_ready(url: str, deadline: float) -> None:
 # ── in the foreground ───────────────────────────────────────────────────────────────────────────
 
 
-def keep_up(config: Config, config_file: Path | None, wait_seconds: float, join_seconds: float, tell: Tell) -> None:
-    """Start again what ends of Ray, for ever; return when `nexus down` has ended it."""
+def keep_up(
+    config: Config, config_file: Path | None, wait_seconds: float, join_seconds: float, tell: Tell,
+    tend: Callable[[], object] = lambda: None,
+) -> None:  # fmt: skip
+    """Start again what ends of Ray, for ever; return when `nexus down` has ended it.
+
+    `tend` is called each second in which nothing of it has ended, for what runs beside it.
+    """
     home = Path(config.home)
     pause = 0.0  # before the next attempt, while they fail: a failed one leaves no record
     while (instance := bootstrap.find_instance(home)) or pause:
         if instance and is_whole(instance):
             pause = 0.0
+            tend()
             time.sleep(LOOK_SECONDS)
             continue
         time.sleep(pause)

@@ -30,24 +30,27 @@ from cluster.client import Absent, summary
 from cluster.raft import Status
 from cluster.sharing import Overview
 from cluster.steward import Shared
-from deployments.cluster_state import Deployed, Machine, SeenGpu, State
+from deployments.cluster_state import Counted, Deployed, Machine, SeenGpu, State
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, Key
+from nexus.chunking import ChunkSettings
 from nexus.enforcement import Evaluation, Order
+from nexus.errors import InvalidRequest
 from nexus.filters import parse_filter
 from nexus.hades import Fault, Removed
 from nexus.jobs import File, Job
 from nexus.memory import MAX_USER_CHARACTERS, Draft, Recall
 from nexus.pipelines.execute import StepResult
 from nexus.policy import Rule, show_outcome, show_rule
-from nexus.ports import Deletion
+from nexus.ports import Deletion, LiveIndex
 from nexus.reindex import MOST_QUESTIONS, Progress
-from nexus.types import Answer, Document, Forgotten, Hit, Interaction, Receipt, SearchRequest, SearchResult
+from nexus.types import Answer, Document, Forgotten, Hit, Interaction, Principal, Receipt, SearchRequest, SearchResult
 
 MAX_METADATA_BYTES = 16 * 1024
 MAX_INITIAL_BYTES = 64 * 1024
 MAX_FILTER_BYTES = 2**20
 MAX_READERS = 100
 MAX_ACTIONS_SHOWN = 10_000
+MOST_NAMED = 20  # documents, of which the others are counted
 MAX_NUMBER = 2**53  # what JSON carries exactly, and a database holds
 STUCK_SECONDS = 60.0  # in one stage, after which a file is named as stuck
 MAX_LIFETIME_SECONDS = 100 * 365 * 86_400
@@ -303,11 +306,34 @@ class KeptQuestion(Shape):
     documents: Annotated[list[Annotated[str, Field(max_length=1024)]], Field(min_length=1, max_length=100)]
 
 
+class Chunked(Shape):
+    """How documents are cut anew, in tokens of the embedder; `max_tokens` is an eleventh more where it is not given.
+
+    A piece begins with the last `overlap_sentences` of the one before it, where they take no more than a quarter.
+    """
+
+    target_tokens: Annotated[int, Field(ge=16, le=100_000)]
+    max_tokens: Annotated[int, Field(ge=16, le=100_000)] | None = None
+    overlap_sentences: Annotated[int, Field(ge=0, le=20)] = 1
+
+    def settings(self) -> ChunkSettings:
+        """Raises InvalidRequest where the most is less than the target."""
+        most = self.target_tokens + -(-self.target_tokens // 11) if self.max_tokens is None else self.max_tokens
+        if most < self.target_tokens:
+            raise InvalidRequest(
+                f"chunks cannot have at most {most} tokens where {self.target_tokens} are wanted",
+                pointer="/chunking/max_tokens",
+            )
+        return ChunkSettings(self.target_tokens, most, self.overlap_sentences)
+
+
 class Reindex(Shape):
-    """`embedder` is the name or address of a configured one; without it, models.embedder."""
+    """`embedder` is the name or address of a configured one; without it, models.embedder, or with a `chunking` the one
+    that is searched with. Without a `chunking`, documents stay as they are cut."""
 
     collection: CollectionName = "default"
     embedder: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    chunking: Chunked | None = None
     questions: Annotated[list[KeptQuestion], Field(max_length=MOST_QUESTIONS)] = []
 
 
@@ -539,21 +565,38 @@ def show_deletion(deletion: Deletion) -> dict[str, Any]:
     }
 
 
-def show_progress(progress: Progress) -> dict[str, Any]:
-    """Where a collection's indexes stand; `former` is there while one can go back to it."""
+def show_progress(progress: Progress, principal: Principal) -> dict[str, Any]:
+    """Where a collection's indexes stand; `former` is there while one can go back to it.
+
+    `uncut` are documents that are in the new index as they were cut before, for what they were cut from was not kept:
+    how many, of all tenants, and the sources of those that the principal may read.
+    """
     beside = progress.beside
     is_switched = beside is not None and beside.live == progress.live
+    named = [
+        one.source for one in progress.unkept if one.tenant == principal.tenant and principal.may_read(one.readers)
+    ]
     return {
         "collection": progress.collection,
-        "live": asdict(progress.live),
+        "live": _show_index(progress.live),
         "state": None if beside is None else beside.state,
-        "beside": None if beside is None else asdict(beside.live),
+        "beside": None if beside is None else _show_index(beside.live),
         "is_switched": is_switched,
-        "former": asdict(progress.own) if is_switched else None,
+        "former": _show_index(progress.own) if is_switched else None,
+        "uncut": {"documents": len(progress.unkept), "sources": sorted(named)[:MOST_NAMED]},
         "done": progress.done,
         "total": progress.total,
         "figures": {} if beside is None else dict(beside.figures),
     }
+
+
+def _show_index(live: LiveIndex) -> dict[str, Any]:
+    """`chunking` is how its documents are cut, null: as configured, each when it came."""
+    chunking = asdict(ChunkSettings.read(live.chunking)) if live.chunking else None
+    return {
+        "index": live.index, "fingerprint": live.fingerprint, "embedder": live.embedder, "dimension": live.dimension,
+        "chunking": chunking,
+    }  # fmt: skip
 
 
 def show_document(document: Document) -> dict[str, Any]:
@@ -688,11 +731,19 @@ def show_state(state: State, models: Mapping[str, str]) -> dict[str, Any]:
         if state.deployed is None
         else [_show_deployed(one, state, models) for one in state.deployed],
         "coordinator": None if state.voters is None else show_voters(state.voters),
-        "collections": None if state.collections is None else [asdict(one) for one in state.collections],
+        "collections": None if state.collections is None else [_show_counted(one) for one in state.collections],
         "differences": list(state.differences),
         "drained": None if agreed is None else list(agreed.drained),
         "unknown": dict(state.unknown),
     }
+
+
+def _show_counted(one: Counted) -> dict[str, Any]:
+    index, shown = one.index, {**asdict(one), "index": None}
+    if index is not None:
+        told = {"served_by": index.served_by, "why": index.why or None, "rows": index.rows, "bytes": index.bytes}
+        shown["index"] = {name: value for name, value in told.items() if value is not None}
+    return shown
 
 
 def _show_machine(machine: Machine) -> dict[str, Any]:

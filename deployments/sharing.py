@@ -108,9 +108,18 @@ def status(as_json: Json = False) -> None:
 
 
 @app.command()
-def rotate(tenant: Annotated[str | None, typer.Option(help="Whose; by default this key's own.")] = None) -> None:
-    """A new key for a tenant's blocks; the old one is destroyed when nothing needs it."""
+def rotate(
+    tenant: Annotated[str | None, typer.Option(help="Whose; by default this key's own.")] = None,
+    cluster_key: Annotated[bool, typer.Option("--cluster-key", help="The machines' `share-key` instead.")] = False,
+) -> None:
+    """A new key for a tenant's blocks, or for all machines; the old one is destroyed when nothing needs it."""
+    if cluster_key and tenant is not None:
+        raise InvalidRequest("either a tenant's key is rotated or the cluster key: give --tenant or --cluster-key")
     with Client() as nexus:
+        if cluster_key:
+            _, shown = nexus.call("POST", "/sharing/cluster-key")
+            typer.echo(f"the cluster key is {shown['key_id']} as soon as every machine that is there has it")
+            return
         _, shown = nexus.call("POST", "/sharing/keys", json={"tenant": tenant})
     typer.echo(f"the blocks of {shown['tenant']} are sealed under key {shown['key_id']} from now on")
 
@@ -129,6 +138,14 @@ def forget(machine: Annotated[str, typer.Argument(help="One that will not come b
     with Client() as nexus:
         nexus.call("DELETE", f"/sharing/stewards/{quote(machine, safe='')}")
     typer.echo(f"{machine} keeps no blocks any more")
+
+
+@app.command()
+def expel(machine: Annotated[str, typer.Argument(help="One that was stolen, or that others have been in.")]) -> None:
+    """Take a machine's signing key out of use, for good: what it signs and asks from now on is refused."""
+    with Client() as nexus:
+        _, shown = nexus.call("DELETE", f"/sharing/machines/{quote(machine, safe='')}")
+    typer.echo(f"{machine} is expelled; {shown['left']} blocks that it wrote are sealed anew by the others")
 
 
 def _path(data_id: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster import backup, bootstrap
+from cluster import bootstrap
 from deployments.auditing import recorded
 from deployments.client import Client
 from nexus.config import load_config
@@ -59,6 +59,8 @@ def transfer(number: Number) -> None:
 @app.command()
 def snapshot(file: Annotated[Path, typer.Argument(help="Where to write it.")]) -> None:
     """Keep all that the voters agree on in a file."""
+    from cluster import backup
+
     with Client() as nexus:
         content = nexus.download("POST", "/coordinator/snapshot")
     backup.read(content)  # what is not whole takes no older one's place
@@ -78,6 +80,7 @@ def snapshot(file: Annotated[Path, typer.Argument(help="Where to write it.")]) -
 def restore(file: Annotated[Path, typer.Argument(help="What `nexus coordinator snapshot` wrote.")]) -> None:
     """Begin anew from a snapshot, with one voter: for when most of the disks are lost. Nexus must be down."""
     from actors import coordinator  # with all of Ray: not at every start of the command line
+    from cluster import backup
 
     try:
         held = backup.read(file.read_bytes())

@@ -38,7 +38,7 @@ async def query(request: Request, body: Query, principal: Principal = permit("do
         demand(principal, "sessions:read")
         context = await asyncio.to_thread(here.sessions.context, principal, body.session_id)
     ask = rag.Ask(body.to_request(), principal, context, session=body.session_id or "", whole=not body.stream)
-    trace_id = request.state.request_id
+    trace_id = request.state.trace_id
     stream = remembering_answer(request, principal, rag.run(ask, audited.noting(request, here.rag)))
     if body.stream:
         return await events(request, _deltas(stream, trace_id))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Depends, Request
 
-from deployments.audited import announce
+from deployments.audited import announce, is_announced
 from nexus.access import PERMISSIONS
 from nexus.errors import Forbidden, InvalidRequest, NotFound
 from nexus.hades import document_id_of
@@ -70,14 +70,15 @@ def permit(*permissions: str) -> Principal:
     if unknown := set(permissions) - PERMISSIONS:
         raise ValueError(f"there is no permission {sorted(unknown)[0]!r}")
 
-    def principal(request: Request) -> Principal:
+    async def principal(request: Request) -> Principal:
         found = cast(Principal, request.state.principal)
         demand(found, *permissions)
-        announce(request, permissions, lent(request).audit)
+        if is_announced(request, permissions):
+            await asyncio.to_thread(announce, request, lent(request).audit)
         return found
 
     principal.permissions = permissions  # type: ignore[attr-defined]
-    return cast(Principal, Depends(cast(Callable[..., Principal], principal)))
+    return cast(Principal, Depends(principal))
 
 
 def demand(principal: Principal, *permissions: str) -> None:
@@ -90,7 +91,7 @@ def demand(principal: Principal, *permissions: str) -> None:
 def through(pipeline: str) -> Any:
     """A dependency of a route: this pipeline is among those that answer here."""
 
-    def check(request: Request) -> None:
+    async def check(request: Request) -> None:
         require(request, pipeline)
 
     return Depends(check)

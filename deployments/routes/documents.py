@@ -19,9 +19,8 @@ from deployments.routes.jobs import wake
 from deployments.shapes import AddDocument, CollectionName, reply, show_deletion, show_document, show_job, show_receipt
 from nexus.chunking import whole_text
 from nexus.errors import InvalidRequest, NotFound, TryAgain, UnsupportedMedia, named
-from nexus.ingest import check_source
 from nexus.jobs import OPEN, Announced, File, Job
-from nexus.types import Principal, Upload, content_digest, media_type_of
+from nexus.types import LAST_ORDINAL, Principal, Upload, check_source, content_digest, media_type_of
 
 if TYPE_CHECKING:
     from deployments.gateway import Lent
@@ -157,11 +156,28 @@ async def read_document(
     document = await asyncio.to_thread(here.documents.current, document_id, principal)
     if document is None:
         raise NotFound("no such document")
-    chunks = await asyncio.to_thread(here.documents.neighbours, document_id, document.version, 0, document.chunks)
+    collection = await asyncio.to_thread(here.documents.collection, document.collection)
+    cut = collection.cut if collection is not None else ""
+    chunks = await asyncio.to_thread(here.documents.neighbours, document_id, document.version, 0, LAST_ORDINAL, cut)
     whole = await asyncio.to_thread(whole_text, [chunk.piece for chunk in chunks])  # of a long one it takes long
     text = await here.screen.text("document", whole)
     note(request, documents=[document_id])
     return reply({**show_document(document), "text": text})
+
+
+@router.get("/documents/{document_id}/versions")
+async def list_versions(
+    request: Request, document_id: str, principal: Principal = permit("documents:read")
+) -> Response:
+    """The latest first; those before it until they are vacuumed.
+
+    Each was found by searches from its `sequence` on, and from `until` on no more: null for the current one. A search
+    with an `as_of` between the two finds it still.
+    """
+    found = await asyncio.to_thread(lent(request).documents.history, document_id, principal)
+    if not found:
+        raise NotFound("no such document")
+    return reply({"versions": [{**show_document(version), "until": version.closed} for version in found]})
 
 
 @router.get("/collections")

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 
+from deployments.measuring import measure, states
 from deployments.routes.caller import lent, permit
 from deployments.shapes import reply
 from nexus import telemetry
@@ -56,6 +57,9 @@ async def openapi(request: Request, principal: Principal = permit()) -> Response
 
 
 @router.get("/metrics")
-async def metrics(principal: Principal = permit("infer")) -> Response:
-    """Prometheus text, exact over all processes of this machine."""
-    return Response(await asyncio.to_thread(telemetry.exposition), media_type=telemetry.CONTENT_TYPE)
+async def metrics(request: Request, principal: Principal = permit("infer")) -> Response:
+    """Prometheus text, exact over all processes of all machines."""
+    here = lent(request)
+    measured = await measure(here)
+    text = telemetry.exposition(measured.counted, await states(here, measured.told))
+    return Response(text, media_type=telemetry.CONTENT_TYPE)

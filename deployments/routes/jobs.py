@@ -13,9 +13,9 @@ from starlette.datastructures import UploadFile
 from deployments.routes.caller import idempotency_key, lent, permit, readers_of, seers_of, sequence_of
 from deployments.shapes import MAX_NUMBER, AnnounceFiles, reply, show_file, show_job
 from nexus.errors import InvalidRequest, TryAgain, UnsupportedMedia
-from nexus.ingest import Source, check_source
+from nexus.ingest import Source
 from nexus.jobs import Announced, Job, Jobs
-from nexus.types import Principal, Receipt, media_type_of
+from nexus.types import Principal, Receipt, check_source, media_type_of
 
 if TYPE_CHECKING:
     from deployments.gateway import Lent

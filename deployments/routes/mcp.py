@@ -71,5 +71,7 @@ class _Exchange(Response):
             self._server._lowlevel_server, stateless=True, security_settings=HOSTS_ARE_CHECKED,
             max_request_body_size=self._max_bytes,
         )  # fmt: skip
+        # Blanks around a header's value are none of it (RFC 9110, 5.5), and not every server takes them away.
+        headers = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
         async with manager.run():
-            await manager.handle_request(scope, receive, send)
+            await manager.handle_request({**scope, "headers": headers}, receive, send)

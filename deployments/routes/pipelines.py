@@ -30,7 +30,7 @@ async def list_pipelines(request: Request, principal: Principal = permit("infer"
 @router.post("/execute", dependencies=[through("execute")])
 async def execute(request: Request, body: Execute, principal: Principal = permit("infer")) -> Response:
     """The result of each step, in order; of all of them, or an error that names the one that failed."""
-    here, trace_id = lent(request), request.state.request_id
+    here, trace_id = lent(request), request.state.trace_id
     if body.template_name is not None:
         names = steps.steps_of_template(body.template_name, here.config.pipelines.templates)
     else:

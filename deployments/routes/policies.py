@@ -59,7 +59,7 @@ async def evaluate(
         rule = await here.policies.policy(principal.tenant, policy)
         if any(action.name == INDEX for action in rule.actions):
             demand(principal, "documents:write")
-        await asyncio.to_thread(announce, request, ("policies:write",), here.audit)
+        await asyncio.to_thread(announce, request, here.audit)
     evaluation = await here.policies.evaluate_policy(principal, body.to_order(policy))
     return reply(show_evaluation(evaluation, body.dry_run))
 

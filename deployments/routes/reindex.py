@@ -1,4 +1,4 @@
-"""Another embedder for a collection: begin a second index, see how it stands, make it live, go back, drop it."""
+"""Another embedder or chunker for a collection: begin a second index, look at it, make it live, go back, drop it."""
 
 from typing import Annotated
 
@@ -23,16 +23,18 @@ def reindexing(request: Request) -> Reindexing:
 
 @router.post("/reindex")
 async def begin(request: Request, body: Reindex, principal: Principal = permit("admin")) -> Response:
-    """Begin a second index with another of the configured embedders; it is built and compared in the background."""
+    """Begin a second index with another of the configured embedders, or cut anew; it is built in the background."""
     questions = [(one.query, tuple(one.documents)) for one in body.questions]
-    begun = await reindexing(request).ingestor.begin_reindex(body.collection, body.embedder, principal, questions)
-    return reply(show_progress(begun), 202)
+    chunking = None if body.chunking is None else body.chunking.settings()
+    here = reindexing(request).ingestor
+    begun = await here.begin_reindex(body.collection, body.embedder, principal, questions, chunking)
+    return reply(show_progress(begun, principal), 202)
 
 
 @router.get("/reindex")
 async def look(request: Request, collection: Named = "default", principal: Principal = permit("admin")) -> Response:
     """Which index is live, and how far the one beside it is; of all tenants, so in sums."""
-    return reply(show_progress(await reindexing(request).ingestor.reindex_progress(collection)))
+    return reply(show_progress(await reindexing(request).ingestor.reindex_progress(collection), principal))
 
 
 @router.put("/reindex")
@@ -40,10 +42,10 @@ async def make_live(request: Request, body: MakeLive, principal: Principal = per
     """Search the new index from now on, or the former one again. 409 with the figures where the new one finds less."""
     here = reindexing(request)
     moved = here.switch(body.collection, body.anyway) if body.live == "new" else here.rollback(body.collection)
-    return reply(show_progress(await moved))
+    return reply(show_progress(await moved, principal))
 
 
 @router.delete("/reindex")
 async def drop(request: Request, collection: Named = "default", principal: Principal = permit("admin")) -> Response:
     """Give up whichever index is not live: there is no going back to it."""
-    return reply(show_progress(await reindexing(request).ingestor.drop_index(collection)))
+    return reply(show_progress(await reindexing(request).ingestor.drop_index(collection), principal))

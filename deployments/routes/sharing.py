@@ -135,6 +135,12 @@ async def rotate(request: Request, body: NewBlockKey, principal: Principal = per
     return reply({"tenant": tenant, "key_id": await (await _sharing(request)).rotate(tenant)}, 201)
 
 
+@operating.post("/cluster-key")
+async def rotate_cluster_key(request: Request, principal: Principal = permit("admin")) -> Response:
+    """Another cluster key: all machines get it, and then the old one is destroyed; who is away gets it on return."""
+    return reply({"key_id": await (await _sharing(request)).rotate_cluster_key()}, 201)
+
+
 @operating.post("/scrub")
 async def scrub(request: Request, principal: Principal = permit("admin")) -> Response:
     """Verify every copy of every block now, and repair those that are damaged."""
@@ -148,6 +154,14 @@ async def forget(
     """A machine that will not come back keeps no blocks any more: they are copied elsewhere."""
     await (await _sharing(request)).forget(node)
     return reply({"forgotten": node})
+
+
+@operating.delete("/machines/{node}")
+async def expel(
+    request: Request, node: Annotated[str, Path(max_length=64)], principal: Principal = permit("admin")
+) -> Response:
+    """A stolen machine's signing key counts no more; the `left` blocks that it wrote are sealed anew by others."""
+    return reply({"expelled": node, "left": await (await _sharing(request)).expel(node)})
 
 
 class BlockResponse(StreamingResponse):
