@@ -8,7 +8,7 @@ QUESTION ?= How do I clear an E-217 that stays latched?
 export NEXUS_HOME ?= $(CURDIR)/.demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-vllm install-test demo down test check format lint types fast
+.PHONY: help install install-vllm install-test browser demo down test check format lint types fast
 
 help: ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +33,13 @@ install: $(VENV)/.installed ## make .venv with the pinned dependencies
 install-vllm: $(VENV)/.installed-vllm ## add vLLM's engine for machines without a GPU
 install-test: $(VENV)/.installed-test
 
+# Without it the tests that look at Athena in a browser are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null \
+		|| { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+			&& { apt-get install -y -qq chromium || { apt-get update -qq && apt-get install -y -qq chromium; }; } >/dev/null; } \
+		|| echo "There is no Chromium: the browser tests are skipped. Install it with: apt-get install chromium"
+
 demo: install ## start Nexus, add DOCS=…, ask QUESTION=…, leave it running
 	$(BIN)/nexus up
 	$(BIN)/nexus add "$(DOCS)" || echo "some files were left out; see above"
@@ -45,8 +52,9 @@ export QUESTION
 down: ## stop what `make demo` started
 	@test ! -x $(BIN)/nexus || $(BIN)/nexus down
 
-test: install-test ## run the whole suite in two processes
-	env -u NEXUS_HOME $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Python keeps what it compiles: hundreds of processes start in these tests.
+test: install-test browser ## run the whole suite in two processes
+	env -u NEXUS_HOME -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install-test format lint types fast ## format, lint, types, fast tests
 
