@@ -409,6 +409,13 @@ class ArangoDouble:
             database.tables[given["name"]] = Table(given["type"] == 3)
         return 200, {"error": False, "code": 200, "name": given["name"]}
 
+    def _delete_collection(self, database: Database, rest: str, *_: Any) -> tuple[int, Any]:
+        with database.changed:
+            if rest not in database.tables:
+                raise Refused(1203, f"collection or view not found: {rest}", 404)
+            del database.tables[rest]
+        return 200, {"error": False, "code": 200, "id": rest}
+
     def _post_index(self, database: Database, rest: str, parameters: Any, given: Row, *_: Any) -> tuple[int, Any]:
         _only(given, INDEX_FIELDS)
         name = parameters["collection"]

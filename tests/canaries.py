@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from cluster import bootstrap
+from nexus import resident
 from tests.running import Running
 
 CREDENTIALS = (
@@ -91,7 +92,7 @@ STORES = ("documents.db", "jobs.db", "vectors")
 
 
 def _is_a_store(file: Path) -> bool:
-    return file.parts[0].startswith(STORES)
+    return file.parts[0].startswith(STORES) or file.is_relative_to(resident.FOLDER)
 
 
 def _find_in_file(file: Path, among: Iterable[str]) -> list[str]:

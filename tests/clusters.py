@@ -129,14 +129,17 @@ class Cluster:
     # Processes
 
     def processes(self, host: str, name: str) -> list[psutil.Process]:
-        """Those on a host that are called so: `raylet`, `gcs_server`; or whose command line holds these words."""
-        found = []
+        """Those on a host that are called so: `raylet`, `gcs_server`; or whose command line holds these words.
+
+        What one of them has just forked is called as it is, until it becomes what it was forked for: it is left out.
+        """
+        found = {}
         for id in self.hosts.processes(host):
             with suppress(psutil.Error):
                 process = psutil.Process(id)
                 if process.name() == name or name in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    found[id] = process, process.ppid()
+        return [process for process, parent in found.values() if parent not in found]
 
     def kill(self, host: str, name: str) -> None:
         """With SIGKILL, at least one; returns once it has gone."""
@@ -151,7 +154,7 @@ class Cluster:
 
     def http(self, **options: Any) -> httpx.Client:
         """A client of the front door on the head's loopback, with the admin key; any thread may use it."""
-        transport = httpx.HTTPTransport()
+        transport = httpx.HTTPTransport(verify=False)  # there is no TLS here, and to load the authorities takes long
         transport._pool = httpcore.ConnectionPool(network_backend=_Inside(self.hosts.namespace(HEAD)))
         headers = {"authorization": f"Bearer {self.key}"}
         return httpx.Client(

@@ -1,6 +1,7 @@
 """What the tests share: a small honest embedder, and a whole Nexus in one process."""
 
 import asyncio
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,19 +27,23 @@ from nexus.hades import Fault, Hades, Removed, chunks_of, document_id_of, versio
 from nexus.homes import HadesIndexer, Homes
 from nexus.ingest import Ingestor, Source
 from nexus.jobs import Jobs, examine
+from nexus.kept import pack
 from nexus.memory import Memory
 from nexus.models import extractive
 from nexus.parsing import Limits, Parsers
 from nexus.pipelines.rag import Tools
 from nexus.ports import DocumentStore, InputType, Staged, VectorStore
 from nexus.registry import open_interactions
+from nexus.resident import Standing
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.sessions import Sessions
 from nexus.stores import memory, sqlite
 from nexus.tokens import Tokens
 from nexus.types import (
+    Block,
     Document,
     Evidence,
+    Parsed,
     Piece,
     Principal,
     Receipt,
@@ -53,10 +58,15 @@ ALICE = Principal("acme", "alice", frozenset({"documents:read", "documents:write
 BOB = Principal("acme", "bob", frozenset({"documents:read"}))
 MALLORY = Principal("other", "mallory", frozenset({"documents:read", "documents:write"}))
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+PARSERS = Parsers(Limits(cpu_seconds=10, wall_seconds=20))  # for all tests: a zygote keeps nothing of a document
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite", action="store_true", help="write what Raft's transcripts say now; review the diff")
+
+
+def pytest_unconfigure() -> None:
+    PARSERS.close()
 
 
 class OneMachine(LoadFileScheduling):
@@ -68,6 +78,13 @@ class OneMachine(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> OneMachine:
     return OneMachine(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_reads_on() -> Iterator[None]:
+    """Whatever holds indexes in memory is closed before its store is: its thread would speak in others' tests."""
+    yield
+    assert [thread for thread in threading.enumerate() if thread.name == "resident"] == []
 
 
 @dataclass
@@ -90,7 +107,8 @@ class House:
     def stage(self, document: Document, texts: Sequence[str]) -> int:
         epoch = self.hades.begin(document)
         chunks = chunks_of(document, [Piece(text, tokens=len(text.split())) for text in texts])
-        self.hades.stage([Staged(document, epoch, chunks, texts, self.embedder.embed(texts))])
+        kept = pack(Parsed(document.title, "text/plain", tuple(Block("text", text) for text in texts)))
+        self.hades.stage([Staged(document, epoch, chunks, texts, self.embedder.embed(texts), kept=kept)])
         return epoch
 
     def put(self, source: str, *texts: str, who: Principal = ALICE, **fields: object) -> Document:
@@ -136,6 +154,10 @@ class LocalRetriever:
     async def embed(self, texts: Sequence[str], input_type: InputType = "passage") -> Vectors:
         return self.house.embedder.embed(texts, input_type)
 
+    async def standings(self, tenant: str) -> list[Standing]:
+        held = self.house.retriever.resident
+        return [one for one in held.standings() if one.tenant == tenant] if held else []
+
     async def describe(self) -> dict[str, object]:
         return {"fingerprint": self.house.embedder.fingerprint}
 
@@ -173,9 +195,8 @@ class LocalIngestor:
 
 def build_steps(house: House) -> Ingestor:
     """The steps of ingestion over a House, with real parsing children."""
-    parsers = Parsers(Limits(cpu_seconds=10, wall_seconds=20))
     count = lambda texts: [len(text.split()) for text in texts]  # noqa: E731
-    return Ingestor(house.hades, parsers, house.embedder.embed, count, ChunkSettings())
+    return Ingestor(house.hades, PARSERS, house.embedder.embed, count, ChunkSettings())
 
 
 @dataclass
@@ -243,11 +264,11 @@ def open_front(house: House, home: Path, cache: ResponseCache | None = None, *ot
         ),
         checks={"documents": lambda: asyncio.to_thread(house.hades.documents.check)},
         cache=cache,
+        standings=retriever.standings,
         sharing=sharing,
     )  # fmt: skip
     sharing.close()
     policies.close()
-    ingestor.parsers.close()
     interactions.close()
     jobs.close()
     keys.close()

@@ -4,6 +4,7 @@ The real server is the one of NEXUS_TEST_ARANGO_URL, an administrator's address 
 test makes a database there, and removes it.
 """
 
+import base64
 import functools
 import itertools
 import os
@@ -17,6 +18,7 @@ from typing import Any
 from nexus.arangodb import Place, create_database
 from nexus.registry import open_interactions, open_part
 from nexus.stores import arango, sqlite
+from nexus.types import Document
 from tests import arango_double
 
 SERVER = os.environ.get("NEXUS_TEST_ARANGO_URL", "")
@@ -105,6 +107,18 @@ def spoil_vector(documents: Any, chunk_id: str) -> None:
             db.execute("UPDATE chunks SET vector = zeroblob(256) WHERE chunk_id = ?", (chunk_id,))
     else:
         documents._database.aql("UPDATE @key WITH {vector: @vector} IN chunks", key=chunk_id, vector="AAAA" * 85)
+
+
+def spoil_kept(documents: Any, document: Document) -> None:
+    """Change a byte of what the current version's chunks were cut from."""
+    content = documents.kept(document.document_id, document.version)
+    spoilt = content[:9] + bytes([content[9] ^ 1]) + content[10:]
+    if isinstance(documents, sqlite.SqliteDocuments):
+        with documents._transaction() as db:
+            db.execute("UPDATE kept SET content = ? WHERE document_id = ?", (spoilt, document.document_id))
+    else:
+        key, told = f"{document.document_id}-{document.version}", base64.b64encode(spoilt).decode()
+        documents._database.aql("UPDATE @key WITH {content: @content} IN kept", key=key, content=told)
 
 
 def lose_chunk(documents: Any, chunk_id: str) -> None:

@@ -109,7 +109,8 @@ class Request:
 
     def other(self) -> "Request":
         assert self.twin is not None
-        return replace(self, path=self.path.replace(*self.twin), twin=None)
+        body = json.loads(json.dumps(self.body).replace(*self.twin))
+        return replace(self, path=self.path.replace(*self.twin), body=body, twin=None)
 
 
 @dataclass(frozen=True)
@@ -424,12 +425,64 @@ def _overview(world: World, who: Who) -> Request:
     return Request("GET", world.rng.choice(paths))
 
 
+def _message(method: str, params: Mapping[str, Any], twin: tuple[str, str] | None = None) -> Request:
+    headers = {"accept": "application/json, text/event-stream", "mcp-protocol-version": "2025-06-18"}
+    body = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+    return Request("POST", "/mcp", body, headers, twin)
+
+
+def _tool(tool: str, twin: tuple[str, str] | None = None, **arguments: Any) -> Request:
+    return _message("tools/call", {"name": tool, "arguments": arguments}, twin)
+
+
+def _tool_search(world: World, who: Who) -> Request:
+    fields = {name: value for name, value in world.searching().items() if name in ("query", "collection", "k")}
+    if world.rng.random() < 0.3 and isinstance(condition := world.condition(), dict):
+        fields["filters"] = condition
+    return _tool("search", **fields)
+
+
+def _tool_ask(world: World, who: Who) -> Request:
+    return _tool("ask", question=world.question(), collection=world.collection())
+
+
+def _tool_document(world: World, who: Who) -> Request:
+    shelved = world.any_document()
+    id = shelved.document.document_id
+    twin = None if shelved.may_see(who) else (id, f"{world.rng.getrandbits(128):032x}")
+    chance = world.rng.random()
+    if chance < 0.1:
+        return _tool("delete_document", twin, document_id=id)
+    if chance < 0.6:
+        return _tool("fetch", twin, id=id)
+    return _message("resources/read", {"uri": f"nexus://documents/{id}"}, twin)
+
+
+def _tool_session(world: World, who: Who) -> Request:
+    session, chance = world.rng.choice(SESSIONS), world.rng.random()
+    if chance < 0.2:
+        return _tool("clear_context", session_id=session)
+    if chance < 0.5:
+        told = f"The {world.rng.choice(TOPICS)} is {world.canary(Kept(who[0]))}."
+        return _tool("add_context", session_id=session, content=told)
+    return _tool("get_context", session_id=session)
+
+
+def _tool_overview(world: World, who: Who) -> Request:
+    collection = {"uri": f"nexus://collections/{world.collection()}"}
+    listings = ("tools/list", "resources/list", "resources/templates/list", "prompts/list")
+    ways = (_tool("list_collections"), _message("resources/read", collection), _message(world.rng.choice(listings), {}))
+    return world.rng.choice(ways)
+
+
 WAYS: Mapping[str, tuple[int, Callable[[World, Who], Request]]] = {
     "search": (26, _search), "query": (16, _query), "chat": (10, _chat), "model": (6, _ask_model),
     "session query": (6, _ask_session), "session": (4, _read_session), "session told": (2, _add_to_session),
     "session cleared": (1, _clear_session), "documents": (5, _list_documents), "document": (6, _one_document),
     "delete": (1, _delete_document), "announce": (3, _announce), "jobs": (5, _list_jobs), "job": (5, _one_job),
     "overview": (4, _overview), "store": (5, _store), "recall": (8, _recall), "forget": (2, _forget),
+    "tool search": (4, _tool_search), "tool ask": (2, _tool_ask), "tool document": (5, _tool_document),
+    "tool session": (3, _tool_session), "tool overview": (2, _tool_overview),
 }  # fmt: skip
 
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from nexus.chunking import ChunkSettings
 from nexus.coordination import Alone
 from nexus.embedders import Embedders
 from nexus.errors import ConfigError
 from nexus.hades import Hades
+from nexus.ingest import Ingestor
+from nexus.parsing import Limits, Parsers
 from nexus.ports import DocumentStore, Embedder, InputType, LiveIndex, VectorStore
 from nexus.registry import open_part
 from nexus.reindex import Reindexer
@@ -25,6 +28,7 @@ from tests.words import WordEmbedder
 
 ALICE = Principal("acme", "alice", frozenset({"documents:read", "documents:write"}))
 ADDRESS, WIDE, NOISE = "words:", "wide:", "noise:"
+TINY = ChunkSettings(5, 6, 0)  # of a text_of, two pieces
 ROBOTS = (
     "gripper", "camera", "battery", "wheel", "laser", "arm", "hinge", "motor", "sensor", "antenna", "joint", "valve",
 )  # fmt: skip
@@ -60,7 +64,7 @@ class Noise(Words):
 MADE: dict[str, Callable[[], Embedder]] = {ADDRESS: Words, WIDE: Wide, NOISE: Noise}
 
 
-def open_embedder(address: str) -> Embedder:
+def open_embedder(address: str, fingerprint: str | None = None) -> Embedder:
     if address not in MADE:
         raise ConfigError(f"{address!r} names no embedder")
     return MADE[address]()
@@ -79,7 +83,7 @@ class Site:
 def open_site(documents: DocumentStore, vectors: VectorStore, coordinator: Alone | None = None) -> Site:
     words = Words()
     hades = Hades(documents, vectors, words.fingerprint, words.dimension, coordinator, ADDRESS)
-    others = Embedders(open_embedder)
+    others = Embedders(open_embedder, lambda address: count_words)
 
     def embedder_of(live: LiveIndex) -> Embedder:
         return words if live.fingerprint == words.fingerprint else others.of(live)
@@ -88,7 +92,17 @@ def open_site(documents: DocumentStore, vectors: VectorStore, coordinator: Alone
         return embedder_of(live).embed(texts)
 
     retriever = Retriever(hades, words, RetrievalSettings(), None, others)
-    return Site(hades, retriever, Reindexer(hades, others, embed_for, embedder_of, grace_seconds=0.0), others)
+    reindexer = Reindexer(hades, others, steps_over(hades, others).cut_for, embed_for, embedder_of, grace_seconds=0.0)
+    return Site(hades, retriever, reindexer, others)
+
+
+def count_words(texts: Sequence[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def steps_over(hades: Hades, others: Embedders) -> Ingestor:
+    """The steps of ingestion with the word embedder; the children that parse begin with the first document."""
+    return Ingestor(hades, Parsers(Limits()), Words().embed, count_words, ChunkSettings(), others)
 
 
 def text_of(number: int) -> str:
@@ -141,12 +155,12 @@ def open_home(home: Path, port: int, documents: str = "sqlite:") -> Site:
 
 
 def run(home: Path, port: int, documents: str, collection: str, environment: dict[str, str]) -> None:
-    """Reindex from wherever it is to the end: built, switched to, and the former index removed."""
+    """Reindex from wherever it is to the end: embedded and cut anew, switched to, and the former index removed."""
     os.environ.update(environment)
     reindexer = open_home(home, port, documents).reindexer
     progress = reindexer.progress(collection)
     if progress.live.fingerprint == WordEmbedder.fingerprint:
-        reindexer.begin(collection, WIDE, ALICE)
+        reindexer.begin(collection, WIDE, ALICE, [(question_of(n), [f"{n}.txt"]) for n in range(3)], TINY)
         reindexer.work()
         reindexer.switch(collection)
     if reindexer.progress(collection).beside is not None:

@@ -40,7 +40,7 @@ class PlainInteractions:
         self, tenant: str, subject: str, condition: Filter | None, vector: Vector, fingerprint: str, limit: int
     ) -> list[tuple[Interaction, float]]:
         compared = [
-            (one, float(vector @ self.vectors[one.interaction_id][1]))
+            (one, round(float(vector @ self.vectors[one.interaction_id][1]), 6))
             for one in self._of(tenant, subject, condition)
             if self._has(one, fingerprint)
         ]

@@ -1,6 +1,7 @@
 """A world in which three or four stewards share, read and delete while everything fails, from one seed.
 
-Messages and answers are lost, voters too; machines die with their disks as they are, or lose them; files rot. What a
+Messages and answers are lost, voters too; machines die with their disks as they are, or lose them; files rot, and keys
+are changed. What a
 caller was told is written down, and every read is held against it: it shows the last version that was acknowledged, or
 one whose sharing was left in doubt since. When the faults end, all heals by itself.
 """
@@ -9,13 +10,14 @@ import asyncio
 import random
 import shutil
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.sharing import Sharing
 from cluster.steward import Settings
-from nexus.errors import BlockRefused, Conflict, NexusError, NotFound, TryAgain
+from nexus.errors import BlockRefused, Conflict, NexusError, NotFound, TryAgain, Unavailable
 from tests.stewards import Faults, Machines, content, drain, read
 
 NODES = ("sark", "clu", "tron", "ram")
@@ -52,7 +54,7 @@ class World:
             random.Random(self.seed + 1), self.rng.choice([0, 0.02, 0.1]), self.rng.choice([0, 0.02, 0.1]),
             self.rng.choice([0, 0.02, 0.05]),
         )  # fmt: skip
-        self.there = Machines(self.folder, Settings(copies=self.copies, gone_seconds=0.0))
+        self.there = Machines(self.folder, Settings(copies=self.copies, gone_seconds=0.0), given=None)
         for node in NODES[: self.rng.choice([3, 4])]:
             await self.there.start(node)
         self.there.faults = faults
@@ -140,7 +142,9 @@ class World:
             for _ in range(self.rng.randint(5, 60)):
                 await asyncio.sleep(0)
             node = self.rng.choice(sorted(self.there.stewards))
-            harm = self.rng.choice(["rot", "rot", "kill", "wipe"])
+            harm = self.rng.choice(["rot", "rot", "kill", "wipe", "kill"])
+            if self.rng.random() < 0.5:
+                await self._change_keys()
             if harm == "rot":
                 self._rot(node)
             else:
@@ -149,6 +153,13 @@ class World:
             if harm != "rot":
                 await self._return(node, is_wiped=harm == "wipe")
             self._count(harm)
+
+    async def _change_keys(self) -> None:
+        """The cluster's, the tenant's, or what comes of it while all fails."""
+        with suppress(ConnectionError, NexusError):
+            await self._sharing().rotate_cluster_key()
+            await self._sharing().rotate("acme")
+            self._count("keys")
 
     def _rot(self, node: str) -> None:
         files = self.there.files(node)
@@ -180,7 +191,12 @@ class World:
         if is_wiped:
             shutil.rmtree(self.there.folder / node)
         faults, self.there.faults = self.there.faults, Faults()
-        await self.there.start(node)
+        try:
+            await self.there.start(node)
+        except Unavailable as error:  # the cluster key was changed since it was carried there: so it is carried again
+            self._require(is_wiped and "copy share-key" in error.message, error.message)
+            (self.there.folder / node / "share-key").unlink()
+            await self.there.start(node)
         self.there.faults = faults
 
     # The end

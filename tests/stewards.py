@@ -2,22 +2,28 @@
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.alone import AloneVoters
 from cluster.catalog import Delete
-from cluster.directory import ALIVE, Directory
+from cluster.channel import Callers, Gate, Member
+from cluster.directory import ACTIVE, ALIVE, Directory
+from cluster.membership import FrontDoor
 from cluster.sharing import Sharing
 from cluster.steward import Settings, Steward, open_steward
 from nexus.envelope import BlockId
 from nexus.errors import Unavailable
+from nexus.keyring import Keyring, key_id_of
 
 CLUSTER_KEY = "x7Kp2mQ9vT4wY8zR3nB6cD1fG5hJ0kLsA2eU4iO7pM"
 NODES = ("sark", "clu", "tron")
 CLIENT = ""  # whoever is no steward
+DESK = "desk"  # a machine that keeps no blocks
 NOW = 1_800_000_000.0
 
 
@@ -43,18 +49,42 @@ class Machines:
     voters: AloneVoters = field(default_factory=AloneVoters)
     faults: Faults = field(default_factory=Faults)
     stewards: dict[str, Steward] = field(default_factory=dict)
+    gates: dict[str, Gate] = field(default_factory=dict)
+    doors: dict[str, FrontDoor] = field(default_factory=dict)
     up: set[str] = field(default_factory=set)
+    overheard: deque[bytes] = field(default_factory=lambda: deque(maxlen=1_000))
     lives: dict[str, int] = field(default_factory=dict)
     now: float = NOW
+    given: str | None = CLUSTER_KEY  # as the settings have it; None: each machine's home does
     refuse: Callable[[str, str, tuple[object, ...]], None] = lambda node, method, arguments: None
 
     @property
     def directory(self) -> Directory:
         return Directory(self.voters)
 
-    @property
-    def reach(self) -> "FaultyReach":
-        return FaultyReach(self, CLIENT, 0)
+    def reach_at(self, here: str | None) -> "FaultyReach":
+        """As a process on that machine reaches the stewards, or on one that keeps no blocks."""
+        return FaultyReach(self, CLIENT, 0, self.door(here or DESK))
+
+    def home(self, node: str) -> Path:
+        """With the cluster key, as whoever runs the machines carried it there."""
+        home = self.folder / node
+        home.mkdir(mode=0o700, exist_ok=True)
+        if self.given is None and not (home / "share-key").exists():
+            active = self.voters.catalog.get(ACTIVE)
+            others = [self.stewards[other].keyring for other in sorted(self.up - {node}) if active]
+            (home / "share-key").touch(0o600)
+            (home / "share-key").write_text(
+                others[0].cluster_secret(key_id_of(active[0])) if others and active else CLUSTER_KEY
+            )
+        return home
+
+    def door(self, node: str) -> FrontDoor:
+        if node not in self.doors:
+            home = self.home(node)
+            wire = FaultyReach(self, CLIENT, 0, StewardMember(self, node))
+            self.doors[node] = FrontDoor(lambda: Keyring(home, node, self.given, keeps=False), self.directory, wire)
+        return self.doors[node]
 
     @property
     def sharing(self) -> Sharing:
@@ -62,20 +92,26 @@ class Machines:
 
     def sharing_at(self, here: str | None) -> Sharing:
         """For a process on that machine, or on none of them."""
-        return Sharing(Directory(FaultyVoters(self, CLIENT, 0)), self.reach, self.settings, here)
+        return Sharing(Directory(FaultyVoters(self, CLIENT, 0)), self.reach_at(here), self.settings, here)
 
     async def start(self, node: str) -> Steward:
-        home = self.folder / node
-        home.mkdir(mode=0o700, exist_ok=True)
+        home = self.home(node)
         self.lives[node] = life = self.lives.get(node, 0) + 1
-        steward = await open_steward(
-            home, node, CLUSTER_KEY, True, Directory(FaultyVoters(self, node, life)), FaultyReach(self, node, life),
-            self.settings, lambda: self.now,
-        )  # fmt: skip
+        reach, voters = FaultyReach(self, node, life, StewardMember(self, node)), FaultyVoters(self, node, life)
+        keyring = Keyring(home, node, self.given)
+        steward = await open_steward(keyring, Directory(voters), reach, reach, self.settings, lambda: self.now)
         self.stewards[node] = steward
-        self.up.add(node)
+        self.open_gate(node)
         await steward.stay()
         return steward
+
+    def open_gate(self, node: str) -> None:
+        """It answers from now on."""
+        self.gates[node] = Gate(StewardMember(self, node), partial(self._do, node))
+        self.up.add(node)
+
+    async def _do(self, node: str, caller: str, method: str, arguments: tuple[object, ...]) -> Any:
+        return await getattr(self.stewards[node], method)(*arguments)
 
     def kill(self, node: str) -> None:
         """It reaches nobody from now on, and its lease ends; what it does on its own disk may go on for a moment."""
@@ -122,12 +158,30 @@ class Machines:
 
 
 @dataclass
+class StewardMember:
+    """A steward as it talks to others."""
+
+    machines: Machines
+    node: str
+
+    async def identity(self) -> Keyring:
+        return self.machines.stewards[self.node].keyring
+
+    async def learn(self) -> None:
+        await self.machines.stewards[self.node].learn()
+
+
+@dataclass
 class FaultyReach:
-    """What one life of a steward, or a client, reaches of the others."""
+    """What one life of a steward, or a client, reaches of the others: on channels, as the product's do."""
 
     machines: Machines
     owner: str
     life: int
+    member: Member
+
+    def __post_init__(self) -> None:
+        self.callers = Callers(self.member, self)
 
     async def call(self, node: str, method: str, *arguments: object) -> Any:
         faults = self.machines.faults
@@ -136,7 +190,7 @@ class FaultyReach:
             raise ConnectionError("lost on its way")
         self.machines.refuse(node, method, arguments)
         await asyncio.sleep(0)
-        answer = await getattr(self.machines.stewards[node], method)(*arguments)
+        answer = await self.callers.call(node, method, *arguments)
         self._require(node)
         if faults.happens(faults.unanswered):
             raise ConnectionError("the answer is lost")
@@ -145,6 +199,11 @@ class FaultyReach:
     def _require(self, node: str) -> None:
         if not self.machines.is_alive(self.owner, self.life) or node not in self.machines.up:
             raise ConnectionError(f"{node} does not answer")
+
+    async def send(self, node: str, message: bytes, patience: str) -> bytes:
+        self._require(node)
+        self.machines.overheard.append(message)
+        return await self.machines.gates[node].answer(message)
 
     async def wake(self) -> None:
         """They are up, or they are not."""

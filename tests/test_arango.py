@@ -213,7 +213,8 @@ def test_a_database_gets_its_form_once_whoever_comes_first(double: ArangoDouble)
         list(threads.map(lambda store: store.check(), stores))
     made = form(double)
     assert made["edges"][0] and {index["name"] for index in made["edges"][1]} == {"outward", "inward"}
-    assert made.keys() == {"schema", *(table.name for step in arango.MIGRATIONS for table in step)}
+    tables = [table.name for step in arango.MIGRATIONS for table in step if not table.is_dropped]
+    assert made.keys() == {"schema", *tables}
     before = len(double.requests)
     again = arango.open(double.address("nexus"))
     again.check()

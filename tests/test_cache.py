@@ -255,7 +255,7 @@ FIELDS: dict[type, dict[str, some.SearchStrategy[Any]]] = {
         "tool_call_id": some.none() | words,
     },
     Hit: {
-        **dict.fromkeys(("chunk_id", "document_id", "version", "text", "title", "source"), words),
+        **dict.fromkeys(("chunk_id", "document_id", "version", "cut", "text", "title", "source"), words),
         **dict.fromkeys(("page", "first_line", "last_line"), numbers),
         "ordinal": some.integers(0, 3), "heading": some.lists(words, max_size=2).map(tuple), "metadata": objects,
         **dict.fromkeys(("readers", "flags"), some.lists(words, max_size=2).map(tuple)),

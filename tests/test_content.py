@@ -13,8 +13,9 @@ import re2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nexus import screening
 from nexus.config import Config, Content, ContentRule
-from nexus.content import Filter, Finding, Look, Rule, look_for_targets, looks_of, screen
+from nexus.content import FAILED, Filter, Finding, Look, Rule, look_for_targets, looks_of, screen
 from nexus.errors import ConfigError, ContentRefused, InvalidRequest, Unavailable, UpstreamInvalid
 from nexus.guard import ModelGuard, read_verdict
 from nexus.ports import Judged
@@ -590,6 +591,32 @@ def test_every_text_that_a_search_shows_is_screened_and_what_was_found_is_told_o
     )
     counted = Counter((one.rule, one.action) for one in found)
     assert counted == {("mail", "redact"): 2, ("code", "refuse"): 2}
+
+
+def test_a_passage_that_passes_is_looked_at_once_and_told_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is changed, is refused, or could not be judged is looked at again; of what passes no word is kept."""
+    looked: list[str] = []
+
+    def look(looks: Sequence[Look], where: str, text: str, fails_open: bool) -> tuple[object, tuple[Finding, ...]]:
+        looked.append(text)
+        if text == "broken":
+            return text, (Finding("document", FAILED, "flag", 1),)
+        return screen(looks, "document", text, fails_open)
+
+    monkeypatch.setattr(screening, "screen", look)
+    plain = Hit("c", "d", "v", 0, 1.0, 0.9, "kestrel", "t", "s", (), None, None, None, {}, {})
+    hits = [plain, *(replace(plain, text=text) for text in ("phoenix", "a@b.org", "odd", "broken", "\ud800"))]
+    rules = (("mail", "redact", {"kind": "pii:email"}), ("code", "refuse", {"pattern": "phoenix"}))
+    looks = looks_of([rule(name, action, "document", **looks_for) for name, action, looks_for in rules])
+    looks += looks_of([rule("odd", "flag", "document", pattern="odd")])
+    gate, told = Screen({"document": looks}, fails_open=True), []
+    for _ in range(2):
+        noted.set(found := [])
+        told.append((run(gate.hits(hits)), found))
+    assert told[0] == told[1] and {one.rule for one in told[0][1]} == {"mail", "code", "odd", FAILED}
+    assert [hit.text for hit in told[1][0]] == ["kestrel", "[mail]", "odd", "broken", "\ud800"]
+    assert Counter(looked) == {"kestrel": 1, "t": 1, "odd": 1, "\ud800": 1, "phoenix": 2, "a@b.org": 2, "broken": 2}
+    assert "kestrel" not in repr(gate._passed._findings)
 
 
 def test_the_whole_and_the_stream_say_the_same() -> None:

@@ -214,6 +214,32 @@ def test_the_last_accepted_wins_also_over_a_big_job(line: Line) -> None:
     assert line.found("a.md") == ["gripper of a.md, new"]
 
 
+def test_a_file_that_is_waited_for_goes_before_what_is_left_of_a_big_job(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, prepare = list[str](), line.steps.prepare
+    gate = Gate(prepare, lambda upload, *_: upload.source == "0.md")
+    monkeypatch.setattr(
+        line.steps, "prepare", lambda upload, *more: [order.append(upload.source), gate(upload, *more)][1]
+    )
+    line.conveyor.pace = Pace(readers=1)
+    big = line.accept(*(f"{n}.md" for n in range(20)))
+
+    async def run() -> list[Outcome]:
+        async with line.running():
+            await gate.is_reached()
+            single = line.accept("single.md")
+            waiting = asyncio.create_task(line.wait(big, single))
+            while (single.job_id, 0) not in line.conveyor._waiters:
+                await asyncio.sleep(0)
+            gate.opened.set()
+            return await waiting
+
+    assert all_are("done", asyncio.run(run()))
+    assert order[:2] == ["0.md", "single.md"]
+    line.check_at_rest()
+
+
 def test_each_documents_uploads_are_published_in_the_order_of_acceptance(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from nexus.errors import ConfigError, UpstreamInvalid
 from nexus.models import sentence_transformer
-from nexus.models.sentence_transformer import BertEncoder, ModulesEncoder, SentenceTransformerEmbedder
+from nexus.models.sentence_transformer import BertEncoder, GpuBertEncoder, ModulesEncoder, SentenceTransformerEmbedder
 from nexus.types import Vectors
+from tests.tiny_encoders import save_tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 
@@ -240,24 +242,6 @@ def tiny_distilbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-distilbert", DistilBertModel, config, "mean")
 
 
-def save_tiny(folder: Path, kind: type, config: object, pooling: str) -> Path:
-    """A random model in the form that sentence-transformers saves today, with the tokenizer of MiniLM."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
-    source = folder.with_name("source")
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        kind(config).save_pretrained(source)
-    for file in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        shutil.copy(sentence_transformer.find_model(ADDRESS)[1] / file, source)
-    SentenceTransformer(modules=[Transformer(str(source)), Pooling(32, pooling)], device="cpu").save(
-        str(folder), create_model_card=False
-    )
-    return folder
-
-
 @pytest.mark.parametrize(("model", "encoder"), [("tiny_bert", BertEncoder), ("tiny_distilbert", ModulesEncoder)])
 def test_a_model_in_a_folder_gives_the_vectors_of_the_library(
     model: str, encoder: type, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -272,6 +256,26 @@ def test_a_model_in_a_folder_gives_the_vectors_of_the_library(
     assert np.abs(embedder.embed(TEXTS) - expected).max() < 1e-5
     assert cosines(reduced.embed(TEXTS), expected).min() >= 0.999
     assert embedder.fingerprint.startswith(f"{folder.name}@")
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_as_on_a_gpu_the_vectors_are_the_same(tiny_bert: Path, pooling: str) -> None:
+    import torch
+
+    settings = (tiny_bert, pooling, torch.device("cpu"), torch.float32)
+    sequences = sentence_transformer.TokenCounter(tiny_bert).encode(TEXTS)
+    expected = BertEncoder(*settings)(sequences)
+    encoder = GpuBertEncoder(*settings)
+    assert np.abs(encoder(sequences) - expected).max() < 1e-5
+    assert np.abs(encoder(sequences[3:4]) - expected[3:4]).max() < 1e-5
+
+
+def test_a_gpu_without_bfloat16_computes_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    without_bfloat16(monkeypatch)
+    assert sentence_transformer._half_of(torch.device("cuda")) == "fp16"
+    assert sentence_transformer._half_of(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
@@ -395,6 +399,13 @@ def test_many_texts_of_one_length_are_attended_in_slices(
     assert cosines(embedder.embed(texts), expected).min() >= 0.9999
 
 
+def test_both_ways_of_attending_are_the_same() -> None:
+    torch = pytest.importorskip("torch")
+    query, key, value = torch.randn(3, 2, 4, 33, 8, generator=torch.Generator().manual_seed(0))
+    at_once = sentence_transformer._attend_at_once(query, key, value)
+    assert torch.allclose(at_once, sentence_transformer._attend_in_steps(query, key, value), atol=1e-5)
+
+
 # Counting tokens
 
 
@@ -414,6 +425,24 @@ def test_counts_are_those_of_the_library_up_to_its_limit() -> None:
     counter = sentence_transformer.open_tokenizer(ADDRESS)
     assert [ids.tolist() for ids in counter.encode(TEXTS)] == library
     assert [min(count, 254) + 2 for count in counter(TEXTS)] == [len(ids) for ids in library]
+
+
+def test_counting_by_words_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = [
+        "a\x1cb\x0bc\x85d\u2028e\xa0f\u200bg\u3000h", "\tx \r\n\n y\x00z ", "数据库 данные GRÖSSE naïve İstanbul ΣΑΣ.",
+        " \u0301combining \u0301 ", "[CLS] x[SEP]y [MASK]", "\x1f \x00", "x" * 300, f"{'long-word/' * 20} and short",
+        "half \ud800 a pair", "don't stop—now… (1.2,3)", "",
+    ]  # fmt: skip
+    tokenizer = Tokenizer.from_file(str(sentence_transformer.find_model(ADDRESS)[1] / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    clean = [text.encode(errors="replace").decode() for text in odd]
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(clean, add_special_tokens=False)]
+    monkeypatch.setattr(sentence_transformer, "_MOST_WORDS", 8)
+    counter = sentence_transformer.open_tokenizer(ADDRESS)
+    for _ in range(2):  # the second time they are remembered, as far as they may be
+        assert counter(odd) == [len(ids) for ids in expected]
+        assert [ids.tolist()[1:-1] for ids in counter.encode(odd)] == [ids[:254] for ids in expected]
 
 
 def test_the_tokenizer_alone_does_not_import_torch() -> None:

@@ -1,13 +1,18 @@
 """The front door in one process: every route's good answer, and what bad input gets."""
 
+import asyncio
 import base64
 import json
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
+from deployments import middleware
 from deployments.gateway import Lent, build
 from nexus.errors import Overloaded, Unavailable
 from tests.conftest import Door
@@ -58,6 +63,16 @@ def test_a_document_is_added_found_listed_and_deleted(door: Door) -> None:
     assert door.client.get(path, headers=headers).status_code == 404
     assert door.client.delete(path, headers=headers).status_code == 404
     assert door.client.post("/rag/search", json={"query": "gripper"}, headers=headers).json()["hits"] == []
+
+
+def test_the_versions_of_a_document_say_when_a_search_found_them(door: Door) -> None:
+    headers = door.headers()
+    first, second = add(door, headers=headers), add(door, content="# Gripper\n\nIt opens.", headers=headers)
+    path = f"/rag/documents/{first['document_id']}/versions"
+    latest, former = door.client.get(path, headers=headers).json()["versions"]
+    assert (latest["version"], latest["sequence"], latest["until"]) == (second["version"], 2, None)
+    assert (former["version"], former["sequence"], former["until"]) == (first["version"], 1, 2)
+    assert door.client.get(path, headers=door.headers("other")).status_code == 404
 
 
 def test_unchanged_content_is_200_with_the_same_ids(door: Door) -> None:
@@ -438,19 +453,19 @@ def test_a_part_that_is_away_makes_it_not_ready(door: Door) -> None:
     assert answer.json()["parts"]["vectors"] == "the vector store does not answer"
 
 
+def read_metrics(door: Door, headers: dict[str, str]) -> dict[str, float]:
+    lines = door.client.get("/metrics", headers=headers).text.splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
 def test_metrics_count_exactly(door: Door) -> None:
     headers = door.headers()
     add(door, headers=headers)
-
-    def read() -> dict[str, float]:
-        lines = door.client.get("/metrics", headers=headers).text.splitlines()
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
-
-    before = read()
+    before = read_metrics(door, headers)
     for _ in range(3):
         door.client.post("/rag/search", json={"query": "gripper"}, headers=headers)
     door.client.post("/rag/query", json={"query": "gripper torque"}, headers=headers)
-    after = read()
+    after = read_metrics(door, headers)
     assert (
         after['rag_queries_total{query_type="search"}'] - before.get('rag_queries_total{query_type="search"}', 0) == 3
     )
@@ -458,6 +473,54 @@ def test_metrics_count_exactly(door: Door) -> None:
     assert after[count] - before.get(count, 0) == 1
     assert after['ingest_documents_total{outcome="done"}'] >= 1 and after["ingest_chunks_total"] >= 1
     assert 'rag_stage_duration_seconds_count{stage="authority"}' in after
+
+
+def test_each_request_is_counted_once_by_what_its_path_begins_with_and_by_its_status(door: Door) -> None:
+    headers = door.headers()
+    bare, wrong = {"x-request-id": "a"}, {"authorization": "Bearer wrong"}
+    document = {"filename": "a.md", "content": "# Torque\n\nThe gripper needs 4 newton metres."}
+    tool = {"name": "search", "arguments": {"query": "a"}}
+    call = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": tool}
+    asked: list[tuple[str, str, dict[str, Any] | None, dict[str, str], tuple[str, str]]] = [
+        ("POST", "/rag/add_document", document, headers, ("rag", "201")),
+        ("POST", "/rag/search", {"query": "torque"}, headers, ("rag", "200")),
+        ("POST", "/rag/query", {"query": "torque", "stream": True}, headers, ("rag", "200")),
+        ("POST", "/rag/search", {"query": "torque", "k": -1}, headers, ("rag", "422")),
+        ("POST", "/rag/search", {"query": "torque"}, bare, ("rag", "401")),
+        ("GET", "/rag/documents/nowhere", None, wrong, ("rag", "401")),
+        ("GET", "/rag/nowhere", None, headers, ("rag", "404")),
+        ("DELETE", "/rag/search", None, headers, ("rag", "405")),
+        ("POST", "/mcp", call, {**headers, "accept": "application/json, text/event-stream"}, ("mcp", "200")),
+        ("GET", "/livez", None, {}, ("livez", "200")),
+        ("GET", "/livez", None, {"host": "elsewhere"}, ("livez", "400")),
+        *((("GET", f"/no{number}where", None, headers, ("other", "404"))) for number in range(20)),
+        *((("PATCH", f"//{number}%0a", None, headers, ("other", "404"))) for number in range(20)),
+    ]
+    before = read_metrics(door, headers)
+    for method, path, body, own, (_, status) in asked:
+        assert str(door.client.request(method, path, json=body, headers=own).status_code) == status, (method, path)
+    after = read_metrics(door, headers)
+    grown = {key: after[key] - before.get(key, 0) for key in after if after[key] != before.get(key, 0)}
+    wanted = Counter(counted for *_, counted in asked) + Counter({("metrics", "200"): 1})
+    requests = {key: value for key, value in grown.items() if key.startswith("http_requests_total")}
+    assert requests == {f'http_requests_total{{route="{a}",status="{b}"}}': n for (a, b), n in wanted.items()}
+    timed = {key: value for key, value in grown.items() if key.startswith("http_response_duration_seconds_count")}
+    assert sum(timed.values()) == len(asked) + 1
+    assert grown['rag_queries_total{query_type="search"}'] == 2 and grown['rag_queries_total{query_type="query"}'] == 1
+
+
+def test_a_request_that_is_given_up_is_counted_as_left(door: Door) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        raise asyncio.CancelledError
+
+    def left() -> float:
+        return middleware.telemetry.http_requests.labels("other", "left")._value.get()  # type: ignore[no-any-return]
+
+    before = left()
+    scope = {"type": "http", "path": "/gone", "method": "GET", "headers": []}
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(middleware.Counted(app, frozenset())(scope, None, None))  # type: ignore[arg-type]
+    assert left() == before + 1
 
 
 def test_the_request_id_is_the_callers_if_it_is_sane(door: Door) -> None:

@@ -1,7 +1,8 @@
 """What a document store keeps of a second index: its own rules, and any moves leave SQLite and ArangoDB the same."""
 
+import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,17 @@ from hypothesis import strategies as st
 
 from nexus.errors import Conflict, NexusError, Unavailable
 from nexus.hades import chunks_of, document_id_of, index_of
-from nexus.ports import DocumentStore, Generation, GenerationState, KeepsGenerations, LiveIndex, Staged
+from nexus.kept import pack
+from nexus.ports import Cut, DocumentStore, Generation, GenerationState, KeepsGenerations, LiveIndex, Staged
 from nexus.stores import arango, sqlite
-from nexus.types import Document, Piece, Principal, Vectors, content_digest, digest
-from tests import document_stores
+from nexus.types import LAST_ORDINAL, Document, Parsed, Piece, Principal, Vectors, chunk_id_of, content_digest, digest
+from tests import arango_double, document_stores
 from tests.document_stores import STORES
 
 ALICE = Principal("acme", "alice")
 DIMENSIONS = {"words": 4, "wide": 6, "noise": 3}  # of each embedder, by its fingerprint
 NAME = "default"
+KEPT = pack(Parsed("", "", ()))
 SINCE = 1e9
 
 
@@ -49,7 +52,8 @@ def live(fingerprint: str) -> LiveIndex:
 
 
 def generation(fingerprint: str, state: GenerationState = "building", since: float = SINCE) -> Generation:
-    return Generation(live(fingerprint), state, since, {"questions": [{"query": "?", "expected": ["ä"]}]}, {})
+    beside = replace(live(fingerprint), cut=index(fingerprint), chunking="so")
+    return Generation(beside, state, since, {"questions": [{"query": "?", "expected": ["ä"]}]}, {})
 
 
 def vectors(fingerprint: str, document: Document) -> Vectors:
@@ -66,19 +70,30 @@ def describe(name: str, text: str = "one", tenant: str = "acme", collection: str
     )  # fmt: skip
 
 
-def ids_of(document: Document) -> list[str]:
-    return [chunk.chunk_id for chunk in _chunks(document)]
+def cut_name(store: Kept, fingerprint: str) -> str:
+    """Of the index of an embedder, which is the own one, or would be one beside it."""
+    known = store.collection(NAME)
+    return known.cut if known is not None and known.index == index(fingerprint) else index(fingerprint)
 
 
-def _chunks(document: Document) -> list[Any]:
-    return chunks_of(document, [Piece(f"part {number}", tokens=2) for number in range(document.chunks)])
+def cut(store: Kept, fingerprint: str, document: Document, chunks: int | None = None) -> Cut:
+    """A version as the index of an embedder has it: one chunk more in those beside the first."""
+    name = cut_name(store, fingerprint)
+    count = (document.chunks + (name != "")) if chunks is None else chunks
+    pieces = [Piece(f"part {number} for {fingerprint}", tokens=2) for number in range(count)]
+    made = vectors(fingerprint, replace(document, chunks=count))
+    return Cut(chunks_of(document, pieces, name), ["part"] * count, made)
 
 
-def stage(store: Kept, document: Document, *beside: str, own: str = "words", said: str = "") -> int:
+def ids_of(store: Kept, fingerprint: str, document: Document) -> list[str]:
+    return [chunk.chunk_id for chunk in cut(store, fingerprint, document).chunks]
+
+
+def stage(store: Kept, document: Document, *beside: str, own: str = "words", said: str = "", kept: bytes = KEPT) -> int:
     epoch = store.begin(document)
-    made = {fingerprint: vectors(fingerprint, document) for fingerprint in beside}
-    texts = ["part"] * document.chunks
-    store.stage([Staged(document, epoch, _chunks(document), texts, vectors(own, document), said, made)])
+    mine = cut(store, own, document, document.chunks)
+    made = {index(one): cut(store, one, document) for one in beside}
+    store.stage([Staged(document, epoch, mine.chunks, mine.texts, mine.vectors, said and index(said), made, kept)])
     return epoch
 
 
@@ -87,19 +102,31 @@ def put(store: Kept, document: Document, *beside: str, own: str = "words", said:
     return published
 
 
-def fill(store: Kept, fingerprint: str, document: Document, first: int | None = None) -> bool:
-    """Give the first chunks of a version, or all, their vectors."""
-    made = dict(zip(ids_of(document)[:first], vectors(fingerprint, document), strict=False))
-    return store.fill(index(fingerprint), document, made)
+def fill(store: Kept, fingerprint: str, document: Document) -> bool:
+    return store.fill(index(fingerprint), document, cut(store, fingerprint, document))
+
+
+def forget(store: Kept, fingerprint: str) -> int:
+    """All of it; in how many parts."""
+    parts = 0
+    while store.forget_generation(index(fingerprint)):
+        parts += 1
+    return parts
 
 
 def begin(store: Kept, fingerprint: str = "wide") -> None:
     store.add_generation(NAME, live("words"), generation(fingerprint))
 
 
-def same(found: Mapping[str, Any], fingerprint: str, document: Document) -> bool:
-    expected = dict(zip(ids_of(document), vectors(fingerprint, document), strict=True))
-    return found.keys() == expected.keys() and all(np.array_equal(found[one], expected[one]) for one in expected)
+def there(store: Kept, fingerprint: str, document: Document, chunks: int | None = None) -> bool:
+    """Whether a version is, whole and as made for it, in the index of an embedder."""
+    made, key = cut(store, fingerprint, document, chunks), (document.document_id, document.version)
+    found = store.neighbours(*key, 0, LAST_ORDINAL, cut_name(store, fingerprint))
+    ids = [chunk.chunk_id for chunk in made.chunks]
+    vectors_of_it = store.vectors(ids)
+    return found == list(made.chunks) and all(
+        np.array_equal(vectors_of_it[one], vector) for one, vector in zip(ids, made.vectors, strict=True)
+    )
 
 
 # ── the rules ───────────────────────────────────────────────────────────────────────────────────
@@ -119,6 +146,8 @@ def test_a_generation_is_noted_once_and_alone(store: Kept) -> None:
     assert store.generations(NAME) == [replace(noted, since=SINCE + 2)]  # the figures stay
     with pytest.raises(Conflict, match="another index beside"):
         begin(store, "noise")
+    with pytest.raises(Conflict, match="itself"):
+        begin(store, "words")
     recorded = store.collection(NAME)
     assert recorded is not None and (recorded.embedder, recorded.dimension, recorded.identity) == ("words:", 4, "")
     store.note_generation(index("wide"), "leaving", SINCE + 3)
@@ -131,7 +160,7 @@ def test_a_generation_is_noted_once_and_alone(store: Kept) -> None:
     assert [one.live.fingerprint for one in store.generations(NAME)] == ["noise"]
 
 
-def test_what_was_published_lacks_until_each_chunk_is_filled(store: Kept) -> None:
+def test_what_was_published_lacks_until_it_is_filled(store: Kept) -> None:
     documents = [put(store, describe(name)) for name in "abc"]
     stage(store, describe("d"))
     other = describe("e", tenant="other")
@@ -142,36 +171,58 @@ def test_what_was_published_lacks_until_each_chunk_is_filled(store: Kept) -> Non
     assert len(store.lacking(NAME, index("wide"), 2)) == 2
     assert store.lacking("elsewhere", index("wide"), 10) == [] and store.filled("elsewhere", index("wide")) == (0, 0)
     assert store.filled(NAME, index("wide")) == (0, 8)
-    assert fill(store, "wide", documents[0]) and fill(store, "wide", documents[1], 1)
+    assert fill(store, "wide", documents[0])
     left = {one.document_id for one in store.lacking(NAME, index("wide"), 10)}
     assert left == everything - {documents[0].document_id}
-    assert store.filled(NAME, index("wide")) == (3, 8)
-    assert same(store.vectors_beside(index("wide"), [*ids_of(documents[0]), "unknown"]), "wide", documents[0])
-    assert store.vectors_beside(index("noise"), ids_of(documents[0])) == {}
-    assert same(store.vectors(ids_of(documents[0])), "words", documents[0])
+    assert store.filled(NAME, index("wide")) == (2, 8)  # in chunks of the own index
+    assert there(store, "wide", documents[0]) and there(store, "words", documents[0])
+    assert not there(store, "wide", documents[1]) and not there(store, "noise", documents[0])
+    assert len(store.chunk_ids_of(documents[0].document_id, documents[0].version)) == 5
+    loaded = store.load(ids_of(store, "wide", documents[0]))
+    assert {chunk.cut for chunk, _ in loaded.values()} == {index("wide")} and len(loaded) == 3
+    assert set(store.damaged(index("wide"), 6)) == left
+    assert store.chunk_ids(index("wide"), published=True) == set(ids_of(store, "wide", documents[0]))
 
 
-def test_nothing_is_published_without_all_vectors_of_a_written_generation(store: Kept) -> None:
+def test_what_is_there_is_not_filled_over(store: Kept) -> None:
+    """Whoever published it anew may have cut it otherwise."""
+    begin(store)
+    document = put(store, describe("a"), "wide")
+    assert not store.fill(index("wide"), document, cut(store, "wide", document, 9))
+    assert there(store, "wide", document)
+
+
+def test_one_cut_is_not_the_neighbour_of_another(store: Kept) -> None:
+    begin(store)
+    document = put(store, describe("a"), "wide")
+    for fingerprint, count in (("words", 2), ("wide", 3)):
+        name = cut_name(store, fingerprint)
+        texts = [chunk.piece.text for chunk in store.neighbours(document.document_id, document.version, 0, 1, name)]
+        assert texts == [f"part 0 for {fingerprint}", f"part 1 for {fingerprint}"]
+        found = store.vectors_of(NAME, ALICE, [document.document_id], 1, 9, name)
+        assert found.keys() == set(ids_of(store, fingerprint, document)) and len(found) == count
+        verdicts = store.verdicts(NAME, ALICE, list(found), 1)
+        assert set(verdicts.values()) == {"visible"}
+
+
+def test_nothing_is_published_that_a_written_generation_lacks(store: Kept) -> None:
     before = stage(store, describe("a"))
     begin(store)
-    for document, beside, is_whole in ((describe("a"), (), False), (describe("b"), ("noise",), False)):
+    for document, beside in ((describe("a"), ()), (describe("b"), ("noise",))):
         epoch = before if document.source == "a" else stage(store, document, *beside)
         with pytest.raises(Unavailable) as refused:
             store.publish([(document, epoch)])
-        assert refused.value.code == "generation_lacks" and not is_whole
-    half = describe("c")
-    epoch = stage(store, half)
-    assert fill(store, "wide", half, 1)
-    with pytest.raises(Unavailable):
-        store.publish([(half, epoch)])
-    assert fill(store, "wide", half)
-    assert store.publish([(half, epoch)])[0].opened == 1
+        assert refused.value.code == "generation_lacks"
+    late = describe("c")
+    epoch = stage(store, late)
+    assert fill(store, "wide", late)
+    assert store.publish([(late, epoch)])[0].opened == 1
     whole = [(one, stage(store, one, "wide", "noise")) for one in (describe("d"), describe("e"))]
     with pytest.raises(Unavailable):
         store.publish([*whole, (describe("a"), before)])  # all of them, or none
     assert store.current(describe("d").document_id, ALICE) is None
     assert [one.opened for one in store.publish(whole)] == [2, 3]
-    assert store.vectors_beside(index("noise"), ids_of(describe("d"))) == {}  # no generation is that one's
+    assert not there(store, "noise", describe("d"))  # no generation is that one's
     elsewhere = describe("a", collection="other")
     store.open_collection("other", "words", index_of("other", "words"))
     assert put(store, elsewhere).opened == 1
@@ -179,7 +230,7 @@ def test_nothing_is_published_without_all_vectors_of_a_written_generation(store:
     assert store.publish([(describe("a"), before)])[0].opened == 4
 
 
-def test_vectors_for_an_index_that_leaves_or_a_version_that_goes_are_not_kept(store: Kept) -> None:
+def test_of_an_index_that_leaves_or_a_version_that_goes_nothing_is_kept(store: Kept) -> None:
     document = put(store, describe("a"))
     assert not fill(store, "wide", document)  # which has not begun
     begin(store)
@@ -190,18 +241,31 @@ def test_vectors_for_an_index_that_leaves_or_a_version_that_goes_are_not_kept(st
     again = put(store, describe("c"), "wide")
     store.note_generation(index("wide"), "leaving", SINCE)
     assert not fill(store, "wide", again)
-    assert put(store, describe("d"), "wide").opened and store.vectors_beside(index("wide"), ids_of(describe("d"))) == {}
+    assert put(store, describe("d"), "wide").opened and not there(store, "wide", describe("d"))
 
 
-def test_what_is_purged_leaves_no_vectors_beside(store: Kept) -> None:
+def test_what_is_purged_leaves_no_cut_behind(store: Kept) -> None:
     begin(store)
     document, other = put(store, describe("a"), "wide"), put(store, describe("b"), "wide")
     store.delete([document.document_id], ALICE)
-    store.retire(document, 1e12, 1e12)
-    assert same(store.vectors_beside(index("wide"), ids_of(document)), "wide", document)
+    ids = [*ids_of(store, "words", document), *ids_of(store, "wide", document)]
+    assert set(store.retire(document, 1e12, 1e12) or ()) == set(ids)
+    assert there(store, "wide", document)
     assert store.purge(document)
-    assert store.vectors_beside(index("wide"), ids_of(document)) == {}
-    assert same(store.vectors_beside(index("wide"), ids_of(other)), "wide", other)
+    assert store.load(ids) == {} and store.chunk_ids_of(document.document_id, document.version) == []
+    assert there(store, "wide", other) and there(store, "words", other)
+    (receipt,) = store.deletions(ALICE, document.document_id, 1)
+    assert (receipt.versions, receipt.chunks, receipt.vectors) == (1, 5, 5) and receipt.purged_at
+
+
+def test_what_is_not_kept_is_named(store: Kept) -> None:
+    before, after = describe("a"), describe("b")
+    for document, kept in ((before, b""), (after, KEPT)):
+        store.publish([(document, stage(store, document, kept=kept))])
+    stage(store, describe("c"), kept=b"")  # which nobody sees
+    assert [one.source for one in store.unkept(NAME, 10)] == ["a"] and store.unkept("other", 10) == []
+    store.publish([(before, stage(store, before))])  # added again
+    assert store.unkept(NAME, 10) == []
 
 
 def test_the_adopted_generation_is_the_own_index_and_the_former_one_leaves(store: Kept) -> None:
@@ -211,30 +275,35 @@ def test_the_adopted_generation_is_the_own_index_and_the_former_one_leaves(store
     store.open_collection("other", "words", index_of("other", "words"))
     elsewhere = put(store, describe("a", collection="other"))
     store.adopt("other", index("wide"))  # which is no generation of that one
-    assert store.generations(NAME) == [generation("wide")] and store.generations("other") == []
+    assert [one.state for one in store.generations(NAME)] == ["building"] and store.generations("other") == []
     for _ in range(2):  # twice is once
         store.adopt(NAME, index("wide"))
         own = store.collection(NAME)
         assert own is not None and (own.index, own.fingerprint, own.identity) == (index("wide"), "wide", "words")
-        assert (own.embedder, own.dimension) == ("wide:", 6) and own in store.collections()
+        assert (own.embedder, own.dimension, own.cut, own.chunking) == ("wide:", 6, index("wide"), "so")
+        assert own in store.collections()
         (former,) = store.generations(NAME)
         assert (former.live, former.state) == (live("words"), "leaving") and former.since > SINCE
         assert (former.asked, former.figures) == ({}, {})
-        assert same(store.vectors(ids_of(document)), "wide", document)
-        assert store.vectors_beside(index("wide"), ids_of(document)) == {}
-    assert same(store.vectors(ids_of(elsewhere)), "words", elsewhere)
-    assert store.chunk_ids(index("wide"), published=True) == set(ids_of(document))
-    assert store.chunk_ids(index("words"), published=False) == set()
-    assert store.damaged(index("wide"), 6) == [] and len(store.damaged(index("wide"), 4)) == 2
-    assert store.vectors(ids_of(unpublished)) == {}
+        assert there(store, "wide", document)
+    assert store.chunk_ids(index("wide"), published=True) == set(ids_of(store, "wide", document))
+    assert len(store.chunk_ids(index("words"), published=True)) == 2  # for who is still in it
+    assert store.damaged(index("wide"), 6) == [] and len(store.damaged(index("wide"), 4)) == 3
     with pytest.raises(Unavailable, match="exchanged") as refused:
         store.publish([(unpublished, epoch)])
     assert refused.value.code == "generation_lacks"
     with pytest.raises(Unavailable, match="exchanged") as refused:
         stage(store, unpublished, said="words")
     assert refused.value.code == "generation_lacks"
+    unpublished = replace(unpublished, chunks=3)
     assert put(store, unpublished, own="wide", said="wide").opened == 2
-    assert same(store.vectors(ids_of(unpublished)), "wide", unpublished)
+    assert there(store, "wide", unpublished, 3)
+    assert forget(store, "words") == 1 and store.generations(NAME) == []
+    assert store.chunk_ids(index("words"), published=False) == set()
+    current = store.current(document.document_id, ALICE)
+    assert current is not None and current.chunks == 3 and store.tally(ALICE)[NAME] == (2, 6)
+    assert len(store.chunk_ids_of(document.document_id, document.version)) == 3
+    assert len(store.chunk_ids_of(elsewhere.document_id, elsewhere.version)) == 2  # first cuts have one name
 
 
 def test_the_first_embedder_may_come_again(store: Kept) -> None:
@@ -243,11 +312,28 @@ def test_the_first_embedder_may_come_again(store: Kept) -> None:
         store.add_generation(NAME, live(former), generation(fingerprint))
         assert fill(store, fingerprint, document)
         store.adopt(NAME, index(fingerprint))
-        assert same(store.vectors(ids_of(document)), fingerprint, document)
-        store.forget_generation(index(former))
+        assert there(store, fingerprint, document)
+        with pytest.raises(Unavailable, match="being removed"):
+            store.add_generation(NAME, live(fingerprint), generation(former))
+        forget(store, former)
         assert store.generations(NAME) == []
     own = store.collection(NAME)
     assert own is not None and (own.index, own.fingerprint, own.identity) == (index("words"), "words", "words")
+    assert own.cut == index("words") and there(store, "words", document)
+
+
+def test_an_index_is_forgotten_part_by_part(store: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "FORGOTTEN_AT_ONCE", 2)
+    monkeypatch.setattr(arango, "FORGOTTEN_AT_ONCE", 2)
+    documents = [put(store, describe(name)) for name in "abcde"]
+    begin(store)
+    assert all(fill(store, "wide", one) for one in documents)
+    store.note_generation(index("wide"), "leaving", SINCE)
+    assert store.forget_generation(index("wide")) and store.filled(NAME, index("wide")) == (6, 10)
+    assert forget(store, "wide") == 2 and store.generations(NAME) == []
+    assert not store.forget_generation(index("wide"))
+    assert all(there(store, "words", one) for one in documents)
+    assert {one.chunks for one in store.documents(ALICE, NAME, None, 9)} == {2}
 
 
 # ── in ArangoDB ─────────────────────────────────────────────────────────────────────────────────
@@ -281,12 +367,10 @@ def test_an_adoption_that_fails_on_its_last_step_leaves_all_as_it_was(
         documents.adopt(NAME, index("wide"))
     assert {name: dict(table.rows) for name, table in database.tables.items()} == before
     monkeypatch.undo()
-    monkeypatch.setattr(arango, "ADOPTED_AT_ONCE", 1)  # in several queries it is one transaction as well
-    put(documents, describe("b"), "wide")
     documents.adopt(NAME, index("wide"))
-    assert same(documents.vectors(ids_of(document)), "wide", document)
-    assert same(documents.vectors(ids_of(describe("b"))), "wide", describe("b"))
-    assert not database.tables["vectors_beside"].rows and not database.open
+    assert there(documents, "wide", document) and not database.open
+    changed = {name for name, table in database.tables.items() if dict(table.rows) != before[name]}
+    assert changed == {"collections", "generations"}  # however many chunks there are
 
 
 def test_moves_of_a_generation_are_on_the_disk_and_filling_is_not_waited_for(
@@ -299,8 +383,8 @@ def test_moves_of_a_generation_are_on_the_disk_and_filling_is_not_waited_for(
     assert fill(documents, "wide", document)
     documents.note_generation(index("wide"), "staying", SINCE)
     documents.adopt(NAME, index("wide"))
-    documents.forget_generation(index("words"))
-    assert synced == [True, False, True, True, True]
+    forget(documents, "words")
+    assert synced == [True, False, True, True, True, True]
 
 
 def test_a_publish_waits_for_the_generation_that_is_being_noted_and_then_lacks_it(
@@ -332,27 +416,81 @@ def test_a_publish_waits_for_the_generation_that_is_being_noted_and_then_lacks_i
     assert outcome == ["generation_lacks"]
 
 
-def test_a_database_without_generations_gets_them_and_answers_as_before(tmp_path: Path) -> None:
-    """The migration is one step on; records of before say nothing of whose vectors they have."""
-    document, double = describe("a"), document_stores.the_double()
+def test_a_database_of_before_each_index_had_chunks_of_its_own_goes_on(tmp_path: Path) -> None:
+    """Its records say nothing of cuts; a second index, which had vectors alone, is on its way out."""
+    document, unpublished, double = describe("a"), describe("b"), document_stores.the_double()
     with document_stores.place("arango", tmp_path) as open_documents:
         before = open_documents()
         before.open_collection(NAME, "words", index("words"))
         put(before, document)
+        epoch = stage(before, unpublished)
+        begin(before)
         before.close()
         tables = double.databases[open_documents.address.rpartition("/")[2]].tables
-        for added in arango.MIGRATIONS[1]:
-            del tables[added.name]
-        tables["schema"].rows["documents"]["version"] = 1
+        tables["vectors_beside"] = arango_double.Table(False)
+        del tables["kept"]
+        tables["schema"].rows["documents"]["version"] = 2
+        for name, fields in {"versions": ["cuts"], "chunks": ["cut"], "generations": ["cut", "chunking"]}.items():
+            for row in tables[name].rows.values():
+                for field in fields:
+                    del row[field]
         for row in tables["versions"].rows.values():
-            del row["is_exchanged"]
+            row["is_exchanged"] = row["document_id"] == unpublished.document_id
         again = open_documents()
-        assert again.generations(NAME) == [] and {"generations", "vectors_beside"} <= tables.keys()
+        (given_up,) = again.generations(NAME)
+        assert given_up.state == "leaving" and "vectors_beside" not in tables
+        assert there(again, "words", document) and again.damaged(index("words"), 4) == []
+        with pytest.raises(Unavailable, match="exchanged"):
+            again.publish([(unpublished, epoch)])
+        forget(again, "wide")
         begin(again)
-        assert fill(again, "wide", document)
+        assert again.filled(NAME, index("wide")) == (0, 2) and fill(again, "wide", document)
+        assert put(again, unpublished, "wide").opened == 2
         again.adopt(NAME, index("wide"))
-        assert same(again.vectors(ids_of(document)), "wide", document)
+        assert forget(again, "words") == 1
+        assert there(again, "wide", document) and len(again.chunk_ids_of(document.document_id, document.version)) == 3
         again.close()
+
+
+def test_a_file_of_before_each_index_had_chunks_of_its_own_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "MIGRATIONS", sqlite.MIGRATIONS[:6])
+    sqlite.open("sqlite:", home=tmp_path).close()
+    document, unpublished = describe("a"), describe("b")
+    with closing(sqlite3.connect(tmp_path / "documents.db")) as db:
+        db.execute(
+            "INSERT INTO collections (name, fingerprint, index_name) VALUES (?, 'words', ?)", (NAME, index("words"))
+        )
+        for one in (document, unpublished):
+            key = (one.document_id, one.version)
+            row = (*key, "acme", NAME, one.source, one.source, "text/plain", "{}", "[]", 3, 2, 1, 0.0, 0.0, None)
+            db.execute(f"INSERT INTO versions VALUES ({','.join('?' * 15)})", row)
+            db.execute("INSERT INTO epochs VALUES (?, 1)", (one.document_id,))
+            for number, vector in enumerate(vectors("words", one)):
+                text, data = f"part {number} for words", b"" if one is unpublished else vector.tobytes()
+                chunk = (chunk_id_of(*key, number), *key, number, text, "[]", None, None, None, 2, data)
+                db.execute(f"INSERT INTO chunks VALUES ({','.join('?' * 11)})", chunk)
+        db.execute("INSERT INTO spans VALUES (?, ?, 1, NULL, NULL, 1)", (document.document_id, document.version))
+        db.execute("INSERT INTO sequences VALUES ('acme', ?, 1, 0)", (NAME,))
+        generation_row = (index("wide"), NAME, "wide", "wide:", 6, "ready", SINCE, "{}", "{}")
+        db.execute("INSERT INTO generations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", generation_row)
+        db.execute("INSERT INTO vectors_beside VALUES ('c', ?, x'00')", (index("wide"),))
+        db.commit()
+    monkeypatch.undo()
+    with closing(sqlite.open("sqlite:", home=tmp_path)) as store:
+        assert [one.state for one in store.generations(NAME)] == ["leaving"]
+        assert there(store, "words", document) and store.damaged(index("words"), 4) == []
+        with pytest.raises(Unavailable, match="exchanged"):
+            store.publish([(unpublished, 1)])
+        forget(store, "wide")
+        begin(store)
+        assert [one.source for one in store.unkept(NAME, 9)] == ["a"]
+        assert store.filled(NAME, index("wide")) == (0, 2) and fill(store, "wide", document)
+        assert put(store, unpublished, "wide").opened == 2
+        store.adopt(NAME, index("wide"))
+        assert forget(store, "words") == 1
+        assert there(store, "wide", document) and len(store.chunk_ids_of(document.document_id, document.version)) == 3
 
 
 # ── the same as SQLite's ────────────────────────────────────────────────────────────────────────
@@ -365,7 +503,7 @@ MOVES = st.lists(
     st.tuples(st.sampled_from(["put", "put", "stage"]), NAMES, TEXTS, BESIDE, st.sampled_from(["", "own", "words"]))
     | st.tuples(st.just("begin"), FINGERPRINTS)
     | st.tuples(st.just("note"), FINGERPRINTS, STATES)
-    | st.tuples(st.just("fill"), FINGERPRINTS, NAMES, TEXTS, st.sampled_from([None, None, 1]))
+    | st.tuples(st.just("fill"), FINGERPRINTS, NAMES, TEXTS)
     | st.tuples(st.just("adopt"), FINGERPRINTS)
     | st.tuples(st.just("forget"), FINGERPRINTS)
     | st.tuples(st.just("delete"), NAMES)
@@ -389,6 +527,7 @@ def do(side: Side, number: int, move: tuple[Any, ...]) -> Any:
         if kind in ("put", "stage"):
             name, text, beside, said = rest
             own, document = store.collection(NAME).fingerprint, describe(name, text)
+            document = replace(document, chunks=2 + (cut_name(store, own) != ""))
             epoch = stage(store, document, *beside, own=own, said=own if said == "own" else said)
             side.epochs[name, text] = epoch
             return store.publish([(document, epoch)]) if kind == "put" else epoch
@@ -399,7 +538,7 @@ def do(side: Side, number: int, move: tuple[Any, ...]) -> Any:
         if kind == "note":
             return store.note_generation(index(rest[0]), rest[1], number, {"n": number} if number % 2 else None)
         if kind == "fill":
-            return fill(store, rest[0], describe(*rest[1:3]), rest[3])
+            return fill(store, rest[0], describe(*rest))
         if kind == "adopt":
             return store.adopt(NAME, index(rest[0]))
         if kind == "forget":
@@ -428,16 +567,16 @@ def everything(side: Side) -> Any:
     """What a store says to every question that a generation has a part in."""
     store = side.store
     documents = [describe(name, text) for name in "abc" for text in ("one", "two")]
-    ids = [chunk_id for document in documents for chunk_id in ids_of(document)]
+    ids = [one for name in DIMENSIONS for document in documents for one in ids_of(store, name, document)]
+    ids += [chunk_id_of(document.document_id, document.version, 0) for document in documents]
     answers = [store.collections(), store.collection(NAME, "acme"), store.generations(NAME), store.vectors(ids)]
-    answers += [
-        store.documents(ALICE, NAME, None, 10),
-        store.vectors_of(NAME, ALICE, [documents[0].document_id], 99, 9),
-    ]
+    answers += [store.load(ids), store.documents(ALICE, NAME, None, 10), store.tally(ALICE), store.unkept(NAME, 9)]
     for fingerprint, dimension in DIMENSIONS.items():
         one = index(fingerprint)
         lacking = {(found.document_id, found.version) for found in store.lacking(NAME, one, 10)}
-        answers += [sorted(lacking), store.filled(NAME, one), store.vectors_beside(one, ids)]
+        answers += [sorted(lacking), store.filled(NAME, one)]
+        for name in (one, ""):
+            answers.append(store.vectors_of(NAME, ALICE, [documents[0].document_id], 99, 9, name))
         answers += [sorted(store.damaged(one, dimension)), *(store.chunk_ids(one, whole) for whole in (True, False))]
     for document in documents:  # whether each can be published as it is, which it is then
         answers.append(_publish(side, document))

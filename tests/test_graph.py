@@ -16,11 +16,12 @@ from nexus import parsing
 from nexus.errors import Fenced, InvalidRequest, Unprocessable
 from nexus.filters import parse_filter
 from nexus.hades import document_id_of, linked
+from nexus.kept import unpack
 from nexus.parsing import Limits, Parsers
 from nexus.ports import Staged
 from nexus.retrieval import GRAPH_WEIGHT, RetrievalSettings
 from nexus.stores import memory, sqlite
-from nexus.types import Document, Principal, SearchRequest, SearchResult, Upload
+from nexus.types import Block, Document, Parsed, Principal, SearchRequest, SearchResult, Upload
 from tests.conftest import ALICE, BOB, MALLORY, Door, House, build_house, build_steps
 from tests.document_stores import MODULES, STORES, edges, place
 from tests.document_stores import sources as sources_of
@@ -464,9 +465,11 @@ def test_a_store_of_before_the_graph_gets_its_edges_table(tmp_path: Path, monkey
 def test_ingestion_connects_what_it_reads(house: House) -> None:
     steps = build_steps(house)
     for source, text in (("m/a.md", "see [b](b.rst)"), ("m/b.rst", "gripper :doc:`/m/c`"), ("m/c.rst", "the end")):
-        steps.ingest(Upload(source, text.encode()), ALICE)
-    steps.parsers.close()
+        receipt = steps.ingest(Upload(source, text.encode()), ALICE)
     assert reach(house, "m/a.md") == {"m/b.rst": (1, "link"), "m/c.rst": (2, "link")}
+    assert unpack(house.hades.documents.kept(receipt.document_id, receipt.version) or b"") == Parsed(
+        "c", "", (Block("text", "the end", first_line=1, last_line=1),)
+    )
 
 
 # What a search makes of it

@@ -470,7 +470,6 @@ def indexed(house: House, one: Place) -> Iterator[tuple[House, Place]]:
     steps = build_steps(house)
     one.homes._indexer = HadesIndexer(steps)
     yield house, one
-    steps.parsers.close()
 
 
 def found(house: House, query: str, who: object = ALICE) -> list[tuple[str, str]]:

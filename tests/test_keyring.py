@@ -26,7 +26,7 @@ from nexus.errors import (
     UpstreamInvalid,
     WriterUnknown,
 )
-from nexus.keyring import ClusterKey, Keyring, Writer, fingerprint_of, is_weak
+from nexus.keyring import ClusterKey, Keyring, Writer, fingerprint_of, is_weak, key_id_of
 from tests.sealing import SECRET, TENANT, acquaint, machine, noted_on_disk, retire, rotate
 
 OTHER_SECRET = "p9Xk2LqT7vBn4WzR8sJd5HyGc3MfA6uEo1IxYbKpQwZt"
@@ -518,3 +518,113 @@ def test_a_full_disk_is_told_as_such_and_nothing_is_left_of_it(tmp_path: Path, m
     assert told.value.code == "storage_full" and keyring.ring("another") is None
     assert not [file for file in (tmp_path / "share" / "keys").iterdir() if file.suffix == ".part"]
     keyring.install(keyring.draft_key("another"))
+
+
+# ── cluster keys ────────────────────────────────────────────────────────────────────────────────────
+
+
+class PowerLost(BaseException):
+    """In the middle of it."""
+
+
+def kept_under(home: Path) -> set[str]:
+    files = [*(home / "share" / "keys").iterdir(), *(home / "share" / "nodes").iterdir()]
+    return {key_id_of(file.read_bytes()) for file in files if file.suffix != ".part"}
+
+
+@pytest.mark.parametrize("point", ["keys.before_write", "keys.after_write", "keys.before_forget"])
+def test_a_machine_that_dies_while_its_cluster_key_changes_has_all_its_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Whichever of its writes it dies at; what the next start does brings it to the end."""
+    for dies_at in range(12):
+        home = tmp_path / f"{dies_at}"
+        home.mkdir()
+        keyring = Keyring(home, "sark")
+        keyring.install(keyring.draft_key("acme"))
+        active = keyring.active_key("acme")
+        old, passed = keyring.cluster_key_id, []
+        new, secret = keyring.draft_cluster_key()
+
+        def die(name: str, passed: list[str] = passed, dies_at: int = dies_at) -> None:
+            passed.append(name)
+            if name == point and passed.count(point) > dies_at:
+                raise PowerLost
+
+        monkeypatch.setattr("nexus.keyring.pass_through", die)
+        is_dead = False
+        try:
+            keyring.use_cluster_key(new)
+            keyring.forget_cluster_keys()
+        except PowerLost:
+            is_dead = True
+        monkeypatch.undo()
+        again = Keyring(home, "sark")
+        assert {old, new} & set(again.cluster_keys()) and again.active_key("acme") == active
+        again.hold_cluster_key(secret)
+        again.use_cluster_key(new)
+        again.forget_cluster_keys()
+        assert again.cluster_keys() == (new,) == tuple(kept_under(home))
+        last = Keyring(home, "sark")
+        assert (last.cluster_key_id, last.active_key("acme")) == (new, active)
+        assert (home / "share-key").read_text().strip() == secret
+        assert list((home / "share" / "cluster-keys").iterdir()) == []
+        if not is_dead:
+            assert dies_at > 0
+            return
+    raise AssertionError("it has more writes than were tried")
+
+
+def test_a_full_disk_leaves_the_cluster_key_that_was_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keyring = Keyring(tmp_path, "sark")
+    keyring.install(keyring.draft_key("acme"))
+    old = keyring.cluster_key_id
+    new, _ = keyring.draft_cluster_key()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(Unavailable, match="full"):
+        keyring.use_cluster_key(new)
+    monkeypatch.undo()
+    assert keyring.cluster_key_id == old == Keyring(tmp_path, "sark").cluster_key_id
+    keyring.use_cluster_key(new)
+    assert Keyring(tmp_path, "sark").cluster_key_id == new
+
+
+def test_what_keeps_nothing_beside_a_steward_changes_no_file(tmp_path: Path) -> None:
+    steward = Keyring(tmp_path, "sark")
+    (tmp_path / "share" / "blocks").mkdir()
+    beside = Keyring(tmp_path, "sark", keeps=False)
+    new, secret = steward.draft_cluster_key()
+    beside.read_cluster_keys()
+    beside.use_cluster_key(new)
+    assert beside.cluster_key_id == new and (tmp_path / "share-key").read_text().strip() != secret
+    steward.use_cluster_key(new)
+    steward.forget_cluster_keys()
+    beside.read_cluster_keys()
+    assert beside.cluster_keys() == (new,)
+
+
+def test_an_expelled_machines_blocks_count_up_to_a_version_and_then_no_more(tmp_path: Path) -> None:
+    sark, clu = (machine(tmp_path / node, node, tenant="") for node in ("sark", "clu"))
+    acquaint(sark, clu)
+    sark.meet(sark.removal("clu", 7))
+    assert sark.verify_key("clu", clu.fingerprint, 7)
+    for version in (8, None):
+        with pytest.raises(WriterUnknown):
+            sark.verify_key("clu", clu.fingerprint, version)
+    sark.meet(sark.removal("clu", 9))  # which takes nothing back
+    sark.meet(clu.introduction())
+    with pytest.raises(WriterUnknown):
+        sark.verify_key("clu", clu.fingerprint, 8)
+    assert Writer("clu", clu.fingerprint, False, 7) in sark.writers()
+    again = Keyring(tmp_path / "sark", "sark", SECRET)
+    assert again.writers() == sark.writers()
+    again.meet(again.end_of_expulsion("clu"))
+    with pytest.raises(WriterUnknown):
+        again.verify_key("clu", clu.fingerprint, 1)
+    clu.meet(sark.removal("clu", 7))
+    with pytest.raises(ConfigError, match="was removed"):
+        clu.require_member()

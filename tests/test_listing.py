@@ -7,7 +7,7 @@ import pytest
 
 from deployments.listing import label, list_all
 from nexus.errors import InvalidRequest, NotFound
-from nexus.ingest import check_source
+from nexus.types import check_source
 
 HOME = Path("/nowhere/nexus")
 

@@ -1,6 +1,7 @@
 """Model Context Protocol: the official client against the front door, over HTTP and over standard input and output."""
 
 import asyncio
+import http.client
 import json
 import socket
 import sys
@@ -189,7 +190,7 @@ def test_a_session_is_told_things_and_forgets_them(served: Served) -> None:
             await call(client, "clear_context", session_id="s-1")
             assert (await call(client, "get_context", session_id="s-1"))["context"] == ""
             for id in ("", "a/b", "../../rag/documents", "a b", "x" * 200, "ä?#%2F"):
-                assert "a session id is" in await refusal(client, "get_context", session_id=id), id
+                assert "a session id" in await refusal(client, "get_context", session_id=id), id
 
     run(main)
 
@@ -329,6 +330,27 @@ def test_what_is_no_message_is_answered_in_the_protocols_words(
     assert json.loads(text)["error"]["code"] == code, text
 
 
+def test_blanks_around_a_headers_value_are_none_of_it(served: Served) -> None:
+    body = {
+        "jsonrpc": "2.0", "id": 1, "method": "tools/call",
+        "params": {
+            "name": "list_collections", "arguments": {}, "_meta": {
+                "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+                "io.modelcontextprotocol/clientCapabilities": {},
+            },
+        },
+    }  # fmt: skip
+    sent = {
+        "accept": "application/json, text/event-stream", "content-type": "application/json",
+        "mcp-protocol-version": "2026-07-28", "mcp-method": "tools/call", "authorization": f"Bearer {served.key()}",
+    }  # fmt: skip
+    for name, status in (("list_collections", 200), ("  list_collections \t", 200), ("list_ collections", 400)):
+        connection = http.client.HTTPConnection(served.url.removeprefix("http://"), timeout=60)
+        connection.request("POST", "/mcp", json.dumps(body), {**sent, "mcp-name": name})
+        assert connection.getresponse().status == status, name
+        connection.close()
+
+
 def test_headers_that_say_otherwise_than_the_body_are_refused(served: Served) -> None:
     meta = {
         "io.modelcontextprotocol/protocolVersion": "2026-07-28", "io.modelcontextprotocol/clientCapabilities": {},
@@ -364,6 +386,10 @@ def test_there_is_one_address_and_no_detour_to_it(served: Served) -> None:
      ("search", {"query": "x", "filters": {"a": {"$where": 1}}}, "a filter value"),
      ("search", {"query": "x", "collection": "../x"}, "collection"), ("fetch", {"id": "../keys"}, "no such document"),
      ("fetch", {"id": "%2e%2e%2fkeys"}, "no such document"), ("fetch", {"id": "x" * 65}, "no such document"),
+     ("get_context", {"session_id": "."}, "session id"), ("clear_context", {"session_id": ".."}, "session id"),
+     ("add_context", {"session_id": "..", "content": "x"}, "session id"),
+     ("get_context", {"session_id": ""}, "session id"), ("get_context", {"session_id": "../x"}, "session id"),
+     ("get_context", {"session_id": ".x"}, "session id"),
      ("add_document", {"filename": "", "content": "x"}, "filename"),
      ("add_document", {"filename": "a.exe", "content": "\x00\x01"}, "a.exe")],
 )  # fmt: skip
@@ -377,6 +403,25 @@ def test_a_wrong_argument_is_told_to_the_model(
             assert said in message and "Traceback" not in message and "/tmp" not in message, message
 
     run(main)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [("add_document", '{"filename": "a.md", "content": "x", "metadata": {"a": #}}'),
+     ("search", '{"query": "x", "filters": {"a": #}}'), ("search", '{"query": "x", "k": #}')],
+)  # fmt: skip
+def test_a_number_that_is_none_is_refused_plainly(served: Served, tool: str, arguments: str, number: str) -> None:
+    message = '{"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "%s", "arguments": %s}}'
+    answer = served.post((message % (tool, arguments.replace("#", number))).encode())
+    if answer.status_code == 400:  # what no JSON can hold
+        assert number in ("NaN", "Infinity") and answer.json()["error"]["code"] == -32700
+        return
+    line = next(line for line in answer.text.splitlines() if line.startswith(("data:", "{")))
+    result = json.loads(line.removeprefix("data:"))["result"]
+    assert result["isError"], result
+    (said,) = result["content"]
+    assert "finite" in said["text"] and "Traceback" not in said["text"], said
 
 
 # ── over standard input and output ──────────────────────────────────────────────────────────────

@@ -231,8 +231,8 @@ def test_who_stays_starts_again_what_ended_and_leaves_when_it_was_stopped(
 
     monkeypatch.setattr(running, "ensure_up", ensure)
     tell_story(monkeypatch, ALL, ALL, {RAYLET}, {RAYLET}, ALL, None)
-    running.keep_up(settings, None, 1, 1, calls.append)
-    assert calls == ["start", "Nexus was healed at http://127.0.0.1:8000"]
+    running.keep_up(settings, None, 1, 1, calls.append, lambda: calls.append("tend"))
+    assert calls == ["tend", "tend", "start", "Nexus was healed at http://127.0.0.1:8000", "tend"]
 
 
 def test_what_cannot_be_started_is_tried_again_after_longer_and_longer(
@@ -295,6 +295,13 @@ def test_a_signal_ends_the_work_and_then_all_is_stopped(number: signal.Signals) 
         done.append("not reached")
     assert done == ["stopped"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_stays_and_is_logged_does_not_say_the_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli._show_key("nx_live_secret", tmp_path / "admin-key", is_logged=True)
+    assert "nx_live_secret" not in (said := capsys.readouterr().out) and str(tmp_path / "admin-key") in said
+    cli._show_key("nx_live_secret", tmp_path / "admin-key", is_logged=False)
+    assert "nx_live_secret" in capsys.readouterr().out
 
 
 def test_systemd_is_told_where_it_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def trial() -> Iterator[Callable[[str], Parsed]]:
 def trial_parsers(limits: Limits) -> Parsers:
     parsing._READERS.setdefault(TRIAL, parsing._read_text)
     parsers = Parsers(limits)
-    parsers._command = [sys.executable, "-P", "-c", TRIAL_ZYGOTE]
+    parsers._plain.command = [sys.executable, "-P", "-c", TRIAL_ZYGOTE]
     return parsers
 
 
@@ -767,7 +767,7 @@ def test_a_document_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     with trial_parsers(Limits(wall_seconds=1.5)) as parsers:
         with pytest.raises(Unprocessable, match=r"needed more than 1\.5 s"):
             try_out(parsers, "hang")
-        assert parsers._zygote is not None and parsers._zygote.poll() is None
+        assert parsers._plain.process is not None and parsers._plain.process.poll() is None
 
 
 def test_signals_that_the_host_blocks_or_ignores_still_end_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -794,13 +794,13 @@ def test_a_worker_that_stopped_its_own_clock(monkeypatch: pytest.MonkeyPatch, ve
         with monkeypatch.context() as patch, pytest.raises(Unprocessable, match="needed more than 60 s"):
             patch.setattr(parsing, "_SLACK_SECONDS", 0.5 - 60)
             try_out(parsers, verb)
-        assert parsers._zygote is not None
-        left = set(children_of(parsers._zygote.pid))
+        assert parsers._plain.process is not None
+        left = set(children_of(parsers._plain.process.pid))
         for _ in range(200):  # each is a round through the zygote, which ends and buries those nobody waits for
             try_out(parsers, "shout")
-            if left.isdisjoint(children_of(parsers._zygote.pid)):
+            if left.isdisjoint(children_of(parsers._plain.process.pid)):
                 break
-        assert left.isdisjoint(children_of(parsers._zygote.pid))
+        assert left.isdisjoint(children_of(parsers._plain.process.pid))
 
 
 @needs_linux
@@ -829,10 +829,10 @@ def test_a_worker_has_no_network(trial: Callable[[str], Parsed]) -> None:
 
 def test_the_zygote_is_started_again(parsers: Parsers) -> None:
     parsers.parse("a.txt", b"x")
-    first = parsers._zygote.pid  # type: ignore[union-attr]
+    first = parsers._plain.process.pid  # type: ignore[union-attr]
     os.kill(first, signal.SIGKILL)
     assert parsers.parse("a.txt", b"y").blocks[0].text == "y"
-    assert parsers._zygote.pid != first  # type: ignore[union-attr]
+    assert parsers._plain.process.pid != first  # type: ignore[union-attr]
 
 
 @needs_linux
@@ -842,7 +842,7 @@ def test_the_zygote_is_killed_while_a_document_is_read(tmp_path: Path) -> None:
     with trial_parsers(Limits()) as parsers, ThreadPoolExecutor(1) as pool:
         parsed = pool.submit(try_out, parsers, f"visit {pipe}")
         with pipe.open("w"):  # the worker is at work, and waits for what comes out of the pipe
-            zygote = parsers._zygote.pid  # type: ignore[union-attr]
+            zygote = parsers._plain.process.pid  # type: ignore[union-attr]
             (worker,) = children_of(zygote)
             os.kill(zygote, signal.SIGKILL)
             wait_for_end(worker)
@@ -855,7 +855,7 @@ import sys
 from nexus.parsing import Limits, Parsers
 parsers = Parsers(Limits())
 parsers.parse("a.txt", b"x")
-print(parsers._zygote.pid, flush=True)
+print(parsers._plain.process.pid, flush=True)
 sys.stdin.read()
 """
 
@@ -881,7 +881,7 @@ def test_close_ends_zygote_and_workers_and_leaves_no_descriptor(tmp_path: Path) 
     with ThreadPoolExecutor(1) as pool:
         parsed = pool.submit(try_out, parsers, f"visit {pipe}")
         with pipe.open("w"):
-            zygote = parsers._zygote.pid  # type: ignore[union-attr]
+            zygote = parsers._plain.process.pid  # type: ignore[union-attr]
             (worker,) = children_of(zygote)
             parsers.close()
             wait_for_end(worker)
@@ -894,7 +894,7 @@ def test_close_ends_zygote_and_workers_and_leaves_no_descriptor(tmp_path: Path) 
 
 def test_a_zygote_that_cannot_start() -> None:
     with Parsers(Limits()) as parsers:
-        parsers._command = [sys.executable, "-c", "raise SystemExit(1)"]
+        parsers._plain.command = [sys.executable, "-c", "raise SystemExit(1)"]
         with pytest.raises(Unavailable):
             parsers.parse("a.txt", b"x")
 

@@ -352,7 +352,7 @@ def test_a_station_gives_way_before_each_batch(clock: Clock, tmp_path: Path, mon
         clock.now += seconds
 
     monkeypatch.setattr(stations, "give_way", lambda: None)
-    monkeypatch.setattr(stations, "of_config", lambda *_, **__: Embedders(lambda address: Model()))  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(stations, "of_config", lambda *_, **__: Embedders(lambda address, fingerprint: Model()))  # type: ignore[arg-type, return-value]
     monkeypatch.setattr(stations, "yielding", lambda scaling: Yielding(lambda: True, scaling.yield_seconds, clock))
     monkeypatch.setattr(stations.time, "sleep", sleep)
     config = Config(home=tmp_path, scaling=Scaling(first_token_seconds=1.0, yield_seconds=3.0))

@@ -8,11 +8,12 @@ import pytest
 
 from nexus.errors import Conflict, Fenced, InvalidRequest, NotFound, Unavailable
 from nexus.hades import Hades, chunks_of, document_id_of
+from nexus.kept import unpack
 from nexus.ports import IndexRow, Scope, Staged
 from nexus.stores import memory, sqlite
 from nexus.types import Piece, Principal, SearchRequest
 from tests.conftest import ALICE, BOB, MALLORY, House, build_house
-from tests.document_stores import STORES, Open, lose_chunk, place, spoil_vector
+from tests.document_stores import STORES, Open, lose_chunk, place, spoil_kept, spoil_vector
 
 
 @pytest.fixture(params=STORES)
@@ -63,6 +64,25 @@ def test_a_then_b_then_a_again_keeps_a_true_history(house: House) -> None:
     for text in ("gripper A", "gripper B", "gripper A"):
         house.put("a.txt", text)
     assert [found(house, "gripper", as_of=s) for s in (1, 2, 3)] == [["gripper A"], ["gripper B"], ["gripper A"]]
+
+
+def test_a_document_has_its_versions_until_they_are_vacuumed_for_who_may_read_it(house: House) -> None:
+    def history(who: Principal = ALICE) -> list[tuple[str, int | None, int | None]]:
+        versions = house.hades.documents.history(document.document_id, who)
+        return [(one.version, one.opened, one.closed) for one in versions]
+
+    document, other = house.put("a.txt", "gripper A"), house.put("b.txt", "gripper of another")
+    changed = house.put("a.txt", "gripper B")
+    house.put("a.txt", "gripper A")
+    house.stage(house.describe("a.txt", ["gripper C"]), ["gripper C"])
+    was = [(document.version, 4, None), (changed.version, 3, 4), (document.version, 1, 3)]
+    assert history() == history(BOB) == was and history(MALLORY) == []
+    house.hades.vacuum(-1, -1)
+    assert {one[0] for one in history()} == {document.version}
+    mine = house.put("a.txt", "gripper of alice", readers=frozenset({"alice"}))
+    assert history()[0] == (mine.version, 5, None) and history(BOB) == []
+    house.hades.delete([document.document_id], ALICE)
+    assert history() == [] and len(house.hades.documents.history(other.document_id, BOB)) == 1
 
 
 def test_a_later_begin_fences_the_earlier(house: House) -> None:
@@ -255,6 +275,38 @@ def test_fsck_names_chunks_that_are_not_whole(house: House) -> None:
     assert [fault.ids for fault in house.hades.fsck()] == [(first,)]
     lose_chunk(house.hades.documents, second)
     assert {i for fault in house.hades.fsck() for i in fault.ids} == {document.document_id, first, second}
+
+
+def test_what_chunks_were_cut_from_is_kept_with_the_version_and_goes_with_it(house: House) -> None:
+    documents = house.hades.documents
+    first, second = house.put("a.txt", "gripper one", "gripper two"), house.put("a.txt", "gripper three")
+    for version, texts in ((first, ["gripper one", "gripper two"]), (second, ["gripper three"])):
+        parsed = unpack(documents.kept(version.document_id, version.version) or b"")
+        assert parsed is not None and [block.text for block in parsed.blocks] == texts
+    assert documents.kept(first.document_id, "unknown") is None
+    house.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
+    assert documents.kept(first.document_id, first.version) is None
+    assert documents.kept(second.document_id, second.version) is not None
+
+
+def test_fsck_names_what_is_kept_and_cannot_be_read(house: House) -> None:
+    document = house.put("a.txt", "gripper one")
+    house.put("b.txt", "gripper two")
+    spoil_kept(house.hades.documents, document)
+    assert [fault.ids for fault in house.hades.fsck()] == [(document.document_id,)]
+    assert found(house, "gripper one")[0] == "gripper one"
+
+
+def test_a_store_of_before_keeps_what_comes_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite, "MIGRATIONS", sqlite.MIGRATIONS[:5])
+    sqlite.open("sqlite:", home=tmp_path).close()
+    monkeypatch.undo()
+    documents = sqlite.open("sqlite:", home=tmp_path)
+    house = build_house(documents, memory.open("memory:"))
+    document = house.put("a.txt", "gripper one")
+    assert documents.kept(document.document_id, document.version) and house.hades.fsck() == []
+    house.retriever.close()
+    documents.close()
 
 
 def test_a_full_disk_is_told_as_such_and_what_was_there_stays(tmp_path: Path) -> None:

@@ -17,19 +17,34 @@ from starlette.testclient import TestClient
 
 from cluster.bootstrap import free_ports
 from deployments.gateway import build
-from deployments.reindexing import Reindexing, read_questions
+from deployments.reindexing import Reindexing, chunking_of, lines, read_questions
+from deployments.shapes import show_progress
+from nexus import ingest
 from nexus.chunking import ChunkSettings
 from nexus.embedders import Embedders
 from nexus.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from nexus.failpoints import POINTS
 from nexus.hades import alias_of, audience_of, chunks_of, document_id_of
 from nexus.ingest import Ingestor, Prepared, Source
-from nexus.parsing import Limits, Parsers
+from nexus.kept import pack
 from nexus.ports import LiveIndex, VectorStore
-from nexus.reindex import Progress, Recall
+from nexus.reindex import Progress, Recall, _holds
+from nexus.resident import AGAIN_SECONDS, FOLDER, Resident
 from nexus.retrieval import Retriever
 from nexus.stores import memory, milvus_lite
-from nexus.types import Document, Piece, Principal, Receipt, SearchRequest, Upload, Vectors, content_digest
+from nexus.types import (
+    LAST_ORDINAL,
+    Block,
+    Document,
+    Parsed,
+    Piece,
+    Principal,
+    Receipt,
+    SearchRequest,
+    Upload,
+    Vectors,
+    content_digest,
+)
 from tests import document_stores, reindexing
 from tests.conftest import Door
 from tests.reindexing import (
@@ -37,6 +52,7 @@ from tests.reindexing import (
     ALICE,
     NOISE,
     ROBOTS,
+    TINY,
     WIDE,
     Noise,
     Site,
@@ -45,6 +61,7 @@ from tests.reindexing import (
     open_home,
     open_site,
     question_of,
+    steps_over,
     text_of,
 )
 from tests.running import ROOT
@@ -92,10 +109,7 @@ def opened(home: Path, vectors: VectorStore, documents: str = "disk") -> Iterato
 
 
 def steps_of(site: Site) -> Ingestor:
-    """The steps of ingestion, without the children that parse."""
-    count = lambda texts: [len(text.split()) for text in texts]  # noqa: E731
-    embed = Words().embed
-    return Ingestor(site.hades, Parsers(Limits()), embed, count, ChunkSettings(), site.others)
+    return steps_over(site.hades, site.others)
 
 
 def prepared(site: Site, source: str, *texts: str, collection: str = "default", **fields: object) -> Prepared:
@@ -107,8 +121,10 @@ def prepared(site: Site, source: str, *texts: str, collection: str = "default", 
         len(texts),
     )  # fmt: skip
     epoch = site.hades.begin(document)
-    chunks = chunks_of(document, [Piece(text, tokens=len(text.split())) for text in texts])
-    return Prepared(document, ALICE, epoch, tuple(chunks), texts, False)
+    own, _ = site.hades.written(collection)
+    chunks = chunks_of(document, [Piece(text, tokens=len(text.split())) for text in texts], own.cut)
+    kept = pack(Parsed(source, "text/plain", tuple(Block("text", text) for text in texts)))
+    return Prepared(document, ALICE, epoch, tuple(chunks), texts, False, kept, own.chunking, own.cut)
 
 
 def put(site: Site, source: str, *texts: str, **fields: object) -> Document:
@@ -217,22 +233,28 @@ class Load:
             self._changed.wait_for(lambda: self.failed or (self.asked >= asked and self.published >= published))
 
 
-@pytest.mark.parametrize("store", ["memory", "milvus-lite"])
-def test_a_reindex_to_another_dimension_under_load_fails_nobody(store: str, server: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("store", "to", "chunking"), [("memory", WIDE, None), ("milvus-lite", WIDE, None), ("memory", ADDRESS, TINY)]
+)
+def test_a_reindex_under_load_to_another_dimension_or_cut_fails_nobody(
+    store: str, to: str, chunking: ChunkSettings | None, server: int, tmp_path: Path
+) -> None:
     address = "memory:" if store == "memory" else f"milvus-lite://127.0.0.1:{server}"
     with opened(tmp_path, (memory if store == "memory" else milvus_lite).open(address)) as site:
         name, reindexer = f"load-{store}", site.reindexer
         fill(site, collection=name)
         with Load(site, name) as load:
             load.wait_for(10)
-            reindexer.begin(name, WIDE, ALICE, [(question_of(number), [f"{number}.txt"]) for number in range(5)])
+            kept = [(question_of(number), [f"{number}.txt"]) for number in range(5)]
+            reindexer.begin(name, to, ALICE, kept, chunking)
             load.wait_for(10)
             reindexer.work()
             beside = reindexer.progress(name).beside
             assert beside is not None and beside.state == "ready", beside
             load.wait_for(10)
             reindexer.switch(name)
-            assert site.hades.find_collection(name).dimension == Wide.dimension
+            assert site.hades.find_collection(name).index == beside.live.index
+            assert site.hades.find_collection(name).dimension == (Wide if to == WIDE else Words).dimension
             load.wait_for(30)
             reindexer.rollback(name)
             assert site.hades.find_collection(name).dimension == WordEmbedder.dimension
@@ -323,6 +345,34 @@ def test_a_search_ends_with_the_index_it_began_with(site: Site, monkeypatch: pyt
     assert result.hits[0].source == "7.txt" and result.hits[0].cosine > 0.5
 
 
+def test_what_is_held_in_memory_follows_the_switch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next search is of the new index; once that is in memory, it is searched there, and the former one leaves."""
+    now = [0.0]
+    with opened(tmp_path, memory.open("memory:")) as site:
+        fill(site)
+        former = site.hades.find_collection("default").index
+        held = site.retriever.resident = Resident(site.hades, 2**26, tmp_path, clock=lambda: now[0])
+        held.foresee()
+        held.settle()
+        assert [first(site, number) for number in range(5)] == [f"{number}.txt" for number in range(5)]
+        reindex(site)
+        new = site.hades.find_collection("default").index
+        assert [first(site, number) for number in range(5)] == [f"{number}.txt" for number in range(5)]
+        held.settle()
+        put(site, "after.txt", text_of(500))
+        with monkeypatch.context() as patch:
+            patch.delattr(memory.MemoryVectors, "search_dense")
+            assert [first(site, number) for number in (3, 500)] == ["3.txt", "after.txt"]
+        assert [(one.index, one.served_by) for one in held.standings()] == sorted(
+            [(former, "resident"), (new, "resident")]
+        )
+        now[0] += AGAIN_SECONDS + 1  # no search can be in the former one any more
+        held.settle()
+        ((rows,), files) = [part.rows for part in held._parts.values()], list((tmp_path / FOLDER).iterdir())
+        assert rows is not None and (rows.index, rows.dimension, len(files)) == (new, Wide.dimension, 1)
+        held.close()
+
+
 @over_every_document_store
 def test_what_words_or_the_graph_found_is_weighed_by_the_live_vectors(site: Site) -> None:
     """Few are candidates by the vectors: the others get their cosines from what is kept for the index that is live."""
@@ -332,11 +382,11 @@ def test_what_words_or_the_graph_found_is_weighed_by_the_live_vectors(site: Site
     site.retriever.settings = replace(site.retriever.settings, candidates=2)
     for embedder in (Words(), Wide()):
         assert live(site) == embedder.fingerprint
-        index, seen = site.hades.find_collection("default"), set[str]()
+        seen = set[str]()
         for query in (*ROBOTS, text_of(50)):
             asked = embedder.embed([query], "query")[0]
             for hit in site.retriever.search(SearchRequest(query, 10, graph="on"), ALICE).hits:
-                (vector,) = site.hades.live_vectors(index, [hit.chunk_id]).values()
+                (vector,) = site.hades.documents.vectors([hit.chunk_id]).values()
                 assert hit.cosine == pytest.approx(float(vector @ asked), abs=1e-5)
                 seen |= set(hit.routes)
         assert seen == {"dense", "text", "graph"}
@@ -411,7 +461,8 @@ def test_vacuum_removes_from_both_indexes(site: Site) -> None:
     site.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
     own, (beside,) = site.hades.written("default")
     left = {c for number in (1, 2) for c in chunk_ids(site, f"{number}.txt")}
-    assert site.hades.vectors.chunk_ids(own.index) == site.hades.vectors.chunk_ids(beside.index) == left
+    found = [site.hades.vectors.chunk_ids(live.index) for live in (own, beside)]
+    assert found[0] | found[1] == left and len(found[0]) == len(found[1]) == 2
     assert site.hades.fsck() == []
 
 
@@ -456,14 +507,210 @@ def test_readers_that_change_while_a_document_is_brought_in_are_those_of_the_new
     index = site.hades.find_collection("default").index
     for_all = replace(scope, audiences=())
     found = site.hades.vectors.search_dense(index, Wide().embed([question_of(0)])[0], 10, for_all)
-    assert chunk_ids(site, "0.txt")[0] not in [chunk_id for chunk_id, _ in found]
+    assert [chunk_id in chunk_ids(site, "1.txt") for chunk_id, _ in found] == [True]
     assert first(site, 0) == "0.txt" and first(site, 0, by=BOB) == "1.txt"
 
 
-def chunk_ids(site: Site, source: str) -> list[str]:
-    document = site.hades.documents.current(document_id_of(ALICE.tenant, "default", source), ALICE)
+def chunk_ids(site: Site, source: str, collection: str = "default") -> list[str]:
+    document = site.hades.documents.current(document_id_of(ALICE.tenant, collection, source), ALICE)
     assert document is not None
     return site.hades.documents.chunk_ids_of(document.document_id, document.version)
+
+
+# ── cut anew ────────────────────────────────────────────────────────────────────────────────────
+
+SHORT = ChunkSettings(16, 18, 0)
+
+
+def long_text(number: int) -> str:
+    """Four sentences that no other has, a paragraph each: one piece as configured, four if they are short."""
+    return "\n\n".join(text_of(number + 1000 * part) for part in range(4))
+
+
+def put_long(site: Site, count: int, collection: str = "default") -> None:
+    for number in range(count):
+        put(site, f"{number}.txt", long_text(number), collection=collection)
+
+
+def pieces_of(site: Site, source: str) -> list[str]:
+    """As they are cut in the live index."""
+    document = site.hades.documents.current(document_id_of(ALICE.tenant, "default", source), ALICE)
+    assert document is not None
+    cut = site.hades.find_collection("default").cut
+    load = site.hades.documents.neighbours
+    return [chunk.piece.text for chunk in load(document.document_id, document.version, 0, LAST_ORDINAL, cut)]
+
+
+def cut_anew(site: Site, settings: ChunkSettings = SHORT, address: str | None = None) -> None:
+    site.reindexer.begin("default", address, ALICE, [(question_of(1), ["1.txt"])], settings)
+    site.reindexer.work()
+    site.reindexer.switch("default")
+
+
+@over_every_document_store
+@pytest.mark.parametrize("address", [None, WIDE])
+def test_documents_are_cut_anew_by_the_same_embedder_or_another(site: Site, address: str | None) -> None:
+    put_long(site, 5)
+    before = pieces_of(site, "3.txt")
+    cut_anew(site, address=address)
+    after = pieces_of(site, "3.txt")
+    assert before == [long_text(3)] and len(after) == 4 and "\n\n".join(after) == long_text(3)
+    assert live(site) == (Words if address is None else Wide).fingerprint
+    assert site.hades.find_collection("default").chunking == SHORT.write()
+    assert site.hades.fsck() == [] and site.reindexer.progress("default").unkept == ()
+    hits = site.retriever.search(SearchRequest(question_of(3), 3), ALICE).hits
+    assert hits[0].text == text_of(3)
+    (passage,) = site.retriever.expand(hits[:1], 1000)
+    assert passage.text == f"{text_of(3)}\n\n{text_of(1003)}"  # its neighbours are of the same cut
+    put(site, "late.txt", long_text(77))
+    assert len(pieces_of(site, "late.txt")) == 4
+    site.reindexer.rollback("default")
+    assert pieces_of(site, "late.txt") == [long_text(77)] and pieces_of(site, "3.txt") == before
+    assert site.retriever.search(SearchRequest(question_of(3), 3), ALICE).hits[0].text == long_text(3)
+    site.reindexer.switch("default")
+    site.reindexer.drop("default")
+    assert site.hades.generations("default") == [] and site.hades.fsck() == []
+    put(site, "later.txt", text_of(88))
+    assert len(pieces_of(site, "late.txt")) == 4 and first(site, 88) == "later.txt"
+    current = site.hades.documents.current(document_id_of(ALICE.tenant, "default", "3.txt"), ALICE)
+    assert current is not None and current.chunks == 4 and len(chunk_ids(site, "3.txt")) == 4
+    with pytest.raises(Conflict, match="cut so") as same:
+        site.reindexer.begin("default", None, ALICE, (), SHORT)
+    assert same.value.code == "same_embedder"
+
+
+def test_what_is_ingested_follows_the_cut_of_its_collection(site: Site) -> None:
+    """While both are there it is cut both ways; afterwards as the collection is, whatever the settings say."""
+    steps = steps_of(site)
+    put_long(site, 3)
+    site.reindexer.begin("default", None, ALICE, [(question_of(1), ["1.txt"])], SHORT)
+    try:
+        for number, is_dropped in ((50, False), (51, True)):
+            upload = Upload(f"{number}.txt", long_text(number).encode())
+            assert steps.ingest(upload, ALICE).outcome == "done"
+            assert steps.ingest(upload, ALICE).outcome == "unchanged"
+            if not is_dropped:
+                site.reindexer.work()
+                site.reindexer.switch("default")
+                site.reindexer.drop("default")
+            assert len(pieces_of(site, f"{number}.txt")) == 4
+        assert site.hades.fsck() == []
+    finally:
+        steps.parsers.close()
+
+
+@over_every_document_store
+def test_a_moment_before_a_new_cut_can_still_be_asked_for_and_the_graph_is_walked_in_it(site: Site) -> None:
+    put_long(site, 3)
+    sequence = site.hades.find_collection("default", ALICE.tenant).sequence
+    put(site, "0.txt", long_text(900))
+    for number in (50, 51):
+        put(site, f"{number}.txt", long_text(number), metadata={"robot_id": "HX-3"})
+    cut_anew(site)
+    texts = [hit.text for hit in site.retriever.search(SearchRequest(question_of(0), 9, as_of=sequence), ALICE).hits]
+    assert texts[0] == text_of(0) and text_of(900) not in texts
+    site.retriever.settings = replace(site.retriever.settings, candidates=1)
+    hits = site.retriever.search(SearchRequest(text_of(50), 50, graph="on"), ALICE).hits
+    assert {text_of(51 + 1000 * part) for part in range(4)} <= {hit.text for hit in hits}
+    assert {hit.cut for hit in hits} == {site.hades.find_collection("default").cut}
+
+
+@over_every_document_store
+def test_what_was_not_kept_stays_as_it_is_cut_until_it_is_added_again(site: Site) -> None:
+    steps = steps_of(site)
+    try:
+        for number in range(3):
+            steps.ingest(Upload(f"{number}.txt", long_text(number).encode()), ALICE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ingest, "pack", lambda parsed: b"")
+            uploads = [Upload(f"{number}.txt", long_text(number).encode()) for number in (10, 11)]
+            for upload in uploads:
+                steps.ingest(upload, ALICE)
+        cut_anew(site)
+        assert {one.source for one in site.reindexer.progress("default").unkept} == {"10.txt", "11.txt"}
+        assert len(pieces_of(site, "0.txt")) == 4 and pieces_of(site, "10.txt") == [long_text(10)]
+        assert site.retriever.search(SearchRequest("torque10 number10"), ALICE).hits[0].source == "10.txt"
+        assert site.hades.fsck() == []
+        assert steps.ingest(uploads[0], ALICE).outcome == "done"
+        assert steps.ingest(uploads[0], ALICE).outcome == "unchanged"
+        assert len(pieces_of(site, "10.txt")) == 4
+        assert [one.source for one in site.reindexer.progress("default").unkept] == ["11.txt"]
+        assert site.hades.fsck() == []
+    finally:
+        steps.parsers.close()
+
+
+def test_a_document_published_anew_while_it_is_brought_in_stays_as_it_was_published(site: Site) -> None:
+    """Of one that was not kept, who fills knows the old pieces only; who adds it again cuts it."""
+    steps = steps_of(site)
+    upload = Upload("0.txt", long_text(0).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "pack", lambda parsed: b"")
+        steps.ingest(upload, ALICE)
+    embed, added = site.reindexer.embed_for, list[str]()
+
+    def add_first(index: LiveIndex, texts: Sequence[str]) -> Vectors:
+        if not added:
+            added.append(steps.ingest(upload, ALICE).outcome)
+        return embed(index, texts)
+
+    site.reindexer.embed_for = add_first
+    try:
+        site.reindexer.begin("default", None, ALICE, [(question_of(0), ["0.txt"])], SHORT)
+        site.reindexer.work()
+        site.reindexer.switch("default")
+        assert added == ["done"] and len(pieces_of(site, "0.txt")) == 4 and site.hades.fsck() == []
+    finally:
+        steps.parsers.close()
+
+
+def test_a_cut_that_finds_less_is_refused_with_the_figures(site: Site) -> None:
+    """Each document in pieces of which none says what it is about; what is asked was said together."""
+    for number in range(40):
+        put(site, f"{number}.txt", text_of(number))
+    embed = Words.embed
+
+    def blind(self: WordEmbedder, texts: Sequence[str], input_type: str = "passage") -> Vectors:
+        return embed(self, ["wheels" if "torque" not in text else text for text in texts])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Words, "embed", blind)
+        patch.setattr(site.reindexer, "cut_for", lambda live, parsed: [Piece("It moves."), Piece("The joint.")])
+        site.reindexer.begin("default", None, ALICE, [(question_of(n), [f"{n}.txt"]) for n in range(9)], SHORT)
+        site.reindexer.work()
+    with pytest.raises(Conflict, match="recall@2 on 9 questions kept: by vectors 1") as refused:
+        site.reindexer.switch("default")
+    assert refused.value.code == "recall_worse" and first(site, 3) == "3.txt"
+
+
+def test_made_up_questions_find_their_passage_in_any_cut(site: Site) -> None:
+    put_long(site, 30)
+    site.reindexer.begin("default", None, ALICE, (), SHORT)
+    site.reindexer.work()
+    beside = site.reindexer.progress("default").beside
+    assert beside is not None and beside.state == "ready", beside
+    assert (beside.figures["sampled"], beside.figures["beside"]) == (True, {"dense": 1.0, "fused": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("sentence", "text", "holds"),
+    [
+        ("the arm is set to four", "before\nthe arm\nis set", True),
+        ("the arm is set to four", "set to four. After", True),
+        ("the arm is set to four", "the arm was set to four", True),
+        ("the arm is set to four", "the arm. is set. to four", False),
+        ("arm", "no", False),
+    ],
+)
+def test_a_passage_holds_a_sentence_of_which_it_has_half(sentence: str, text: str, holds: bool) -> None:
+    assert _holds(text, sentence) == holds
+
+
+def test_chunks_longer_than_the_embedder_reads_are_refused(site: Site) -> None:
+    fill(site, 3)
+    with pytest.raises(InvalidRequest, match="reads 254 tokens") as refused:
+        site.reindexer.begin("default", None, ALICE, (), ChunkSettings(200, 255))
+    assert refused.value.pointer == "/chunking/max_tokens" and state(site) is None
 
 
 # ── comparing ───────────────────────────────────────────────────────────────────────────────────
@@ -630,7 +877,7 @@ def test_an_embedder_that_became_another_is_not_used(site: Site) -> None:
     """The address leads to other weights now: its vectors mean nothing in this index."""
     fill(site, 30)
     reindex(site)
-    others = Embedders(lambda address: Noise())
+    others = Embedders(lambda address, fingerprint: Noise())
     retriever = Retriever(site.hades, Words(), site.retriever.settings, None, others)
     with pytest.raises(Conflict) as refused:
         retriever.search(SearchRequest("gripper"), ALICE)
@@ -650,6 +897,24 @@ def test_fsck_looks_at_the_second_index_too(site: Site) -> None:
     (fault,) = site.hades.fsck()
     assert fault.ids == tuple(lost)
     assert site.hades.repair([fault]) == [] and site.hades.fsck() == []
+
+
+def test_rows_that_a_crash_left_of_a_version_that_is_gone_do_not_outlive_the_build(site: Site) -> None:
+    fill(site, 3)
+    site.reindexer.begin("default", WIDE, ALICE)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(site.hades.keeper, "fill", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        site.reindexer.work()
+    _, (beside,) = site.hades.written("default")
+    left = site.hades.vectors.chunk_ids(beside.index)
+    assert len(left) == 1 and site.hades.fsck() == []
+    site.hades.delete([document_id_of(ALICE.tenant, "default", f"{n}.txt") for n in range(3)], ALICE)
+    site.hades.vacuum(keep_closed_seconds=-1, keep_staged_seconds=-1)
+    for number in (50, 51):
+        put(site, f"{number}.txt", text_of(number))
+    site.reindexer.work()
+    assert state(site) == "ready" and site.hades.fsck() == []
+    assert len(site.hades.vectors.chunk_ids(beside.index)) == 2
 
 
 @over_every_document_store
@@ -685,9 +950,10 @@ class Local:
         self.reindexer, self.prepared = site.reindexer, list[str]()
 
     async def begin_reindex(
-        self, collection: str, embedder: str | None, by: Principal, questions: Sequence[tuple[str, Sequence[str]]]
-    ) -> Progress:
-        self.reindexer.begin(collection, embedder or WIDE, by, questions)
+        self, collection: str, embedder: str | None, by: Principal, questions: Sequence[tuple[str, Sequence[str]]],
+        chunking: ChunkSettings | None = None,
+    ) -> Progress:  # fmt: skip
+        self.reindexer.begin(collection, embedder or (WIDE if chunking is None else None), by, questions, chunking)
         return self.reindexer.progress(collection)
 
     async def reindex_progress(self, collection: str) -> Progress:
@@ -716,8 +982,9 @@ def test_the_front_door_begins_shows_switches_goes_back_and_drops(site: Site, do
         assert client.put("/rag/reindex", json={"live": "new"}).status_code == 409
         wrong = client.post("/rag/reindex", json={"embedder": "nonsense:"})
         assert (wrong.status_code, wrong.json()["errors"][0]["pointer"]) == (422, "/embedder")
-        for fault in ({"questions": [{"query": "?", "documents": []}]}, {"chunk_tokens": 100}):
-            assert client.post("/rag/reindex", json=fault).status_code in (400, 422)
+        for fault, pointer in NONSENSE:
+            told = client.post("/rag/reindex", json=fault)
+            assert told.status_code in (400, 422) and told.json()["errors"][0]["pointer"] == pointer
         kept = [{"query": question_of(number), "documents": [f"{number}.txt"]} for number in range(5)]
 
         begun = client.post("/rag/reindex", json={"embedder": NOISE, "questions": kept})
@@ -741,6 +1008,47 @@ def test_the_front_door_begins_shows_switches_goes_back_and_drops(site: Site, do
         back = client.put("/rag/reindex", json={"live": "former"}).json()
         assert (back["is_switched"], back["live"]["embedder"], back["state"]) == (False, ADDRESS, "ready")
         assert client.delete("/rag/reindex").json()["state"] is None
+
+        asked = {"chunking": {"target_tokens": 16, "overlap_sentences": 0}, "questions": kept}
+        begun = client.post("/rag/reindex", json=asked)
+        cut = {"target_tokens": 16, "max_tokens": 18, "overlap_sentences": 0}
+        assert (begun.status_code, begun.json()["beside"]["chunking"]) == (202, cut)
+        assert begun.json()["live"]["chunking"] is None
+        assert begun.json()["uncut"] == {"documents": 0, "sources": []}
+        site.reindexer.work()
+        assert client.put("/rag/reindex", json={"live": "new"}).json()["live"]["chunking"] == cut
+
+
+NONSENSE = [
+    ({"questions": [{"query": "?", "documents": []}]}, "/questions/0/documents"),
+    ({"chunk_tokens": 100}, "/chunk_tokens"),
+    ({"chunking": {}}, "/chunking/target_tokens"),
+    ({"chunking": {"target_tokens": 15}}, "/chunking/target_tokens"),
+    ({"chunking": {"target_tokens": "many"}}, "/chunking/target_tokens"),
+    ({"chunking": {"target_tokens": 128, "max_tokens": 127}}, "/chunking/max_tokens"),
+    ({"chunking": {"target_tokens": 250}}, "/chunking/max_tokens"),
+    ({"chunking": {"target_tokens": 128, "overlap_sentences": -1}}, "/chunking/overlap_sentences"),
+    ({"chunking": {"target_tokens": 128, "overlap_sentences": 21}}, "/chunking/overlap_sentences"),
+]
+
+
+def test_the_status_names_only_what_the_caller_may_read() -> None:
+    def one(source: str, tenant: str = "acme", *readers: str) -> Document:
+        return Document("d", "v", tenant, "c", source, "", "", {}, frozenset(readers), 1, 1)
+
+    index = LiveIndex("i", "f")
+    unkept = (one("b"), one("a"), one("theirs", "other"), one("bob's", "acme", "bob"), one("mine", "acme", "alice"))
+    shown = show_progress(Progress("c", index, index, None, unkept=unkept), ALICE)
+    assert shown["uncut"] == {"documents": 5, "sources": ["a", "b", "mine"]}
+    told = "\n".join(lines({**shown, "uncut": {"documents": 5, "sources": ["a", "b"]}}))
+    assert "5 documents stay as they were cut" in told and told.endswith("    a\n    b")
+
+
+@pytest.mark.parametrize(("most", "overlap"), [(100, None), (None, 1)])
+def test_options_of_a_cut_mean_nothing_without_its_size(most: int | None, overlap: int | None) -> None:
+    with pytest.raises(InvalidRequest, match="--chunk-tokens"):
+        chunking_of(None, most, overlap)
+    assert chunking_of(64, most, overlap)["chunking"]["target_tokens"] == 64
 
 
 def test_only_who_administers_sees_or_moves_an_index(door: Door) -> None:
@@ -777,7 +1085,7 @@ def run(home: Path, port: int, documents: str, collection: str, failpoint: str =
     return process.exitcode
 
 
-IN_ARANGO = [(point, "arango") for point in ("reindex.after_fill", "reindex.after_adopt")]
+IN_ARANGO = [(point, "arango") for point in ("reindex.after_fill", "reindex.inside_forget")]
 
 
 @pytest.mark.faults
@@ -799,6 +1107,8 @@ def kill_and_go_on(point: str, server: int, home: Path, documents: str) -> None:
     assert site.hades.fsck() == []
     assert run(home, server, documents, collection) == 0
     assert live(site, collection) == Wide.fingerprint and site.hades.generations(collection) == []
+    document = site.hades.documents.current(document_id_of(ALICE.tenant, collection, "5.txt"), ALICE)
+    assert document is not None and document.chunks == 2 == len(chunk_ids(site, "5.txt", collection))
     assert [first(site, number, collection) for number in range(10)] == [f"{n}.txt" for n in range(10)]
     assert first(site, 800, collection) == "after.txt"
     assert site.hades.fsck() == []

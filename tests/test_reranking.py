@@ -492,7 +492,9 @@ def actor_over(config: Config, elsewhere: object, house: House, monkeypatch: pyt
 
     monkeypatch.setattr("actors.retriever.open_part", opened)
     monkeypatch.setattr("actors.retriever.open_model", opened_model)
-    return RetrieverActor(config, config.stores.vectors, elsewhere, house.hades.coordinator)
+    actor = RetrieverActor(config, config.stores.vectors, elsewhere, house.hades.coordinator)
+    house.retriever.resident = actor._retriever.resident  # closed with the house
+    return actor
 
 
 def test_a_reranker_in_another_process_is_given_up_when_its_time_is_over(

@@ -273,6 +273,7 @@ def test_a_file_goes_there_and_back_by_the_command_line(
     assert "local        here, 1 copies" in nexus("status")[1]
     assert nexus("scrub")[1] == "0 copies were damaged\n"
     assert nexus("rotate")[1].startswith("the blocks of default are sealed under key ")
+    assert nexus("rotate", "--cluster-key")[1].startswith("the cluster key is ")
     assert nexus("delete", "scan.bin")[1] == "deleted scan.bin: 1 of 1 copies are erased\n"
     assert nexus("list")[1] == ""
 
@@ -304,7 +305,10 @@ def test_what_the_command_line_cannot_do_it_says_in_a_line(
         (("put", kept, "--id", "-x"), "data_id"),
         (("put", kept, "--metadata", "[]"), "JSON object"),
         (("delete", "nowhere"), "no such block"),
+        (("rotate", "--cluster-key", "--tenant", "acme"), "give --tenant or --cluster-key"),
         (("forget", "nowhere"), "no steward is called"),
+        (("expel", "nowhere"), "no machine 'nowhere' was ever here"),
+        (("expel", "local"), "local cannot expel itself"),
     ):
         code, _, complaint = nexus(*arguments)
         assert (code, words in complaint, "Traceback" in complaint) == (1, True, False), (arguments, complaint)

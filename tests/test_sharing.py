@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,32 @@ from cluster.directory import Record
 from cluster.steward import IDLE_SECONDS, ORPHAN_SECONDS, STREAMS, Settings, Steward, rank
 from nexus.blocks import BlockStore
 from nexus.envelope import BlockId
-from nexus.errors import BlockRefused, Conflict, NotFound, Overloaded, Unavailable
-from nexus.keyring import Keyring
+from nexus.errors import (
+    BlockRefused,
+    ConfigError,
+    Conflict,
+    NexusError,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    UpstreamInvalid,
+    WriterUnknown,
+)
+from nexus.keyring import ClusterKey, Keyring, key_id_of
 from tests.share_simulation import World
-from tests.stewards import NODES, Machines, at_once, content, drain, read
+from tests.stewards import (
+    CLIENT,
+    CLUSTER_KEY,
+    DESK,
+    NODES,
+    FaultyReach,
+    Machines,
+    StewardMember,
+    at_once,
+    content,
+    drain,
+    read,
+)
 
 MIB = 2**20
 Story = Callable[[Machines], Coroutine[Any, Any, None]]
@@ -32,9 +54,10 @@ def tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     """Run a story over three stewards in a loop of its own; what blocks is done at once, and no power is ever lost."""
     be_simple(monkeypatch)
 
-    def run(story: Story, nodes: tuple[str, ...] = NODES, **settings: Any) -> None:
+    def run(story: Story, nodes: tuple[str, ...] = NODES, given: str | None = CLUSTER_KEY, **settings: Any) -> None:
         async def all_of_it() -> None:
-            async with machines(tmp_path, nodes, Settings(**{"copies": 2, "gone_seconds": 0.0, **settings})) as there:
+            wanted = Settings(**{"copies": 2, "gone_seconds": 0.0, **settings})
+            async with machines(tmp_path, nodes, wanted, given) as there:
                 await story(there)
 
         asyncio.run(all_of_it())
@@ -43,8 +66,10 @@ def tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
 
 
 @asynccontextmanager
-async def machines(folder: Path, nodes: tuple[str, ...], settings: Settings) -> AsyncIterator[Machines]:
-    there = Machines(folder, settings)
+async def machines(
+    folder: Path, nodes: tuple[str, ...], settings: Settings, given: str | None
+) -> AsyncIterator[Machines]:  # fmt: skip
+    there = Machines(folder, settings, given=given)
     for node in nodes:
         await there.start(node)
     try:
@@ -707,11 +732,468 @@ def test_who_is_no_member_under_the_cluster_key_is_believed_nothing(tell: Callab
         with store.write(block) as draft:
             draft.feed(b"forged")
             forged = draft.commit()
-        there.stewards["mallory"] = Steward(stranger, store, there.directory, there.reach, there.settings)
-        there.up.add("mallory")
+        there.stewards["mallory"] = Steward(
+            stranger, store, there.directory, there.reach_at(None), there.reach_at(None), there.settings
+        )
+        there.open_gate("mallory")
         with pytest.raises(Unavailable, match="no copy of the block can be had"):
             await there.stewards["sark"].take(block, forged.digest, ["mallory"])
         assert sum(len(there.files(node)) for node in NODES) == 2
+
+    tell(story)
+
+
+# Expelling
+
+
+async def expel(there: Machines, node: str = "clu") -> int:
+    left = await there.sharing.expel(node)
+    there.up.discard(node)  # whose steward tends no more
+    return left
+
+
+async def settle_all(there: Machines) -> None:
+    for _ in range(3):
+        for node in sorted(there.up):
+            await there.stewards[node].stay()
+        await there.settle()
+        await drain()
+
+
+async def share_some(there: Machines, count: int = 12) -> dict[str, bytes]:
+    wanted = {f"b-{number}": b"%d" % number * 9 for number in range(count)}
+    for data_id, text in wanted.items():
+        await share(there, data_id, text)
+    return wanted
+
+
+async def require(there: Machines, wanted: dict[str, bytes], nodes: tuple[str, ...] = ("sark", "tron")) -> None:
+    """Every block is there, twice, on these machines, written and signed by one of them."""
+    for data_id, text in wanted.items():
+        entry = await there.directory.find("acme", data_id)
+        assert entry is not None and set(entry.record.copies) <= set(nodes) and len(entry.record.copies) == 2
+        for node in entry.record.copies:
+            assert await opened(there, node, data_id) == text
+            stored = there.stewards[node].store.find(await there.block(data_id))
+            assert stored is not None and stored.header.writer == entry.record.writer in nodes
+            assert stored.header.signer == entry.record.signer
+    for node in nodes:
+        assert len(there.files(node)) == len(wanted), "what gave way is gone"
+
+
+def test_what_an_expelled_machine_wrote_is_sealed_anew_and_can_be_read_all_the_time(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there)
+        record = await share(there, "kept", b"kept")
+        before = {one.data_id: one.record for one in await there.directory.blocks("acme")}
+        written = sum(record.writer == "clu" for record in before.values())
+        assert written and await expel(there) == written
+        for data_id, text in wanted.items():
+            assert await got(there, data_id) == text
+        await settle_all(there)
+        wanted["kept"] = b"kept"
+        await require(there, wanted)
+        after = {one.data_id: one.record for one in await there.directory.blocks("acme")}
+        for data_id, record in after.items():
+            was = before[data_id]
+            assert (record.created_at, record.length, record.media_type) == (was.created_at, was.length, was.media_type)
+            assert (record.version > was.version) == (was.writer == "clu")
+        (clu,) = [one for one in there.stewards["sark"].keyring.writers() if one.node == "clu"]
+        assert clu.is_removed
+
+    tell(story)
+
+
+def test_what_an_expelled_machine_signs_from_then_on_is_refused(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share_some(there)
+        clu, sark = there.stewards["clu"], there.stewards["sark"]
+        await expel(there)
+        there.up.add("clu")
+        store = clu.store
+        block = BlockId("acme", "forged", await there.directory.reserve())
+        with store.write(block) as draft:
+            draft.feed(b"forged")
+            forged = draft.commit()
+        raw = there.file("clu", block).read_bytes()
+        with pytest.raises(WriterUnknown), sark.store.receive(block, forged.digest) as draft:
+            draft.feed(raw)
+            draft.commit()
+        with pytest.raises(Unavailable, match="no copy of the block can be had"):
+            await sark.take(block, forged.digest, ["clu"])
+        await clu.learn()
+        with pytest.raises(ConfigError, match="was removed"):
+            await clu.begin("acme", "a", "data", "a/b", {})
+        for work in (clu.stay, clu.tend):
+            with pytest.raises(ConfigError, match="remove share/signing-key from its home"):
+                await work()
+        assert "clu" not in (await there.directory.view()).members
+
+    tell(story)
+
+
+def test_an_expelled_machine_is_answered_by_nobody_and_told_nothing(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share_some(there)
+        reach = FaultyReach(there, CLIENT, 0, StewardMember(there, "clu"))
+        await reach.call("sark", "describe")
+        await there.sharing.expel("clu")
+        for _ in range(2):  # in its session, and with a greeting
+            with pytest.raises((Unavailable, ConfigError), match="was removed"):
+                await reach.call("sark", "describe")
+        with pytest.raises(WriterUnknown):
+            await there.stewards["sark"]._reach.call("clu", "describe")
+
+    tell(story)
+
+
+def test_tenants_get_new_keys_when_a_machine_is_expelled(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there)
+        (old,) = there.stewards["clu"].keyring.ring("acme").keys  # type: ignore[union-attr]
+        await expel(there)
+        await settle_all(there)
+        for node in ("sark", "tron"):
+            assert states(there, node) == ["retired", "active"]
+            assert there.stewards[node].store.under_key("acme", old.key_id) == 0
+        await require(there, wanted)
+
+    tell(story)
+
+
+def test_who_is_expelled_twice_is_expelled_and_who_is_not_known_is_said(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there)
+        first = await expel(there)
+        assert first == await expel(there) > 0
+        generation = there.stewards["sark"].keyring.ring("acme").generation  # type: ignore[union-attr]
+        await settle_all(there)
+        assert await expel(there) == 0
+        await require(there, wanted)
+        assert there.stewards["sark"].keyring.ring("acme").generation == generation + 1  # type: ignore[union-attr]
+        with pytest.raises(NotFound, match="no machine 'nobody'"):
+            await there.sharing.expel("nobody")
+        with pytest.raises(Conflict, match="cannot remove itself"):
+            await there.stewards["sark"].expel("sark")
+
+    tell(story)
+
+
+def test_a_block_that_only_the_expelled_machine_had_keeps_nobody_from_the_end(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        for number in range(9):
+            await share(there, f"b-{number}", b"x")
+        alone = [one.data_id for one in await there.directory.blocks("acme") if one.record.copies == ("clu",)]
+        assert 0 < len(alone) < 9 and await expel(there) == 0
+        await settle_all(there)
+        await settle_all(there)
+        assert next(one for one in there.stewards["sark"].keyring.writers() if one.node == "clu").is_removed
+        with pytest.raises(Unavailable):
+            await got(there, alone[0])
+
+    tell(story, copies=1)
+
+
+def test_an_expelled_machine_that_wrote_nothing_knew_the_tenants_keys_too(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        data_id = next(f"b-{number}" for number in range(99) if rank(NODES, "acme", f"b-{number}")[0] != "clu")
+        await share(there, data_id, b"x")
+        assert await expel(there) == 0
+        for _ in range(3):
+            await settle_all(there)
+        assert states(there, "sark") == states(there, "tron") == ["retired", "active"]
+        assert await got(there, data_id) == b"x"
+
+    tell(story, given=None)
+
+
+def test_one_machine_alone_expels_nobody(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share(there, "a", b"x")
+        with pytest.raises(Conflict, match="cannot expel itself"):
+            await there.sharing.expel("sark")
+        assert await got(there, "a") == b"x"
+
+    tell(story, ("sark",))
+
+
+def test_who_dies_while_it_seals_anew_loses_nothing(tell: Callable[..., None]) -> None:
+    """At any of its calls: another, or itself after a start, goes on."""
+
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there, 8)
+        await expel(there)
+        for turn in range(4):
+            sark, calls = there.stewards["sark"], []
+
+            def die(node: str, method: str, arguments: tuple[object, ...], calls=calls, turn=turn) -> None:  # type: ignore[no-untyped-def]
+                calls.append(method)
+                if len(calls) > turn:
+                    raise ConnectionError("its machine lost power")
+
+            there.refuse = die
+            with suppress(ConnectionError, NexusError):
+                await sark.tend()
+            there.refuse = lambda node, method, arguments: None
+            there.kill("sark")
+            await drain()
+            await there.revive("sark")
+            for data_id, text in wanted.items():
+                assert await got(there, data_id) == text
+        await settle_all(there)
+        for node in ("sark", "tron"):
+            there.now += ORPHAN_SECONDS + 1
+            there.stewards[node]._taken.clear()
+            await there.stewards[node].scrub()
+        await require(there, wanted)
+
+    tell(story, gone_seconds=60.0)
+
+
+def test_a_copy_on_a_machine_that_is_away_is_waited_for(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there)
+        there.kill("tron")
+        await expel(there)
+        for _ in range(5):
+            await there.stewards["sark"].tend()
+        assert next(one for one in there.stewards["sark"].keyring.writers() if one.node == "clu").last is not None
+        await there.revive("tron")
+        await settle_all(there)
+        assert next(one for one in there.stewards["sark"].keyring.writers() if one.node == "clu").is_removed
+        await require(there, wanted)
+
+    tell(story, gone_seconds=60.0)
+
+
+def test_what_is_shared_while_the_old_version_is_sealed_anew_wins(
+    tell: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story(there: Machines) -> None:
+        await share_some(there)
+        await expel(there)
+        theirs = next(one for one in await there.directory.blocks("acme") if one.record.writer == "clu")
+        node = next(one for one in theirs.record.copies if one != "clu")
+        await share(there, theirs.data_id, b"later")
+        assert not await there.stewards[node]._seal_anew(theirs, await there.directory.view())
+        await drain()
+        assert await got(there, theirs.data_id) == b"later"
+        await settle_all(there)
+        assert await got(there, theirs.data_id) == b"later"
+
+    tell(story)
+
+
+def test_an_expelled_machine_comes_back_under_another_key(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there)
+        await expel(there)
+        await settle_all(there)
+        there.stewards["clu"].stop()
+        with pytest.raises(ConfigError, match="remove share/signing-key"):
+            await there.start("clu")
+        (there.folder / "clu" / "share" / "signing-key").unlink()
+        await there.start("clu")
+        await settle_all(there)
+        assert "clu" in (await there.directory.view()).usable
+        for number in range(12):
+            wanted[f"new-{number}"] = b"new"
+            await share(there, f"new-{number}", b"new")
+        for data_id, text in wanted.items():
+            assert await got(there, data_id) == text
+        assert any(one.record.writer == "clu" for one in await there.directory.blocks("acme"))
+
+    tell(story)
+
+
+# The cluster key
+
+
+def secret_of(there: Machines, node: str) -> str:
+    return (there.folder / node / "share-key").read_text().strip()
+
+
+async def require_one_cluster_key(there: Machines, nodes: tuple[str, ...] = NODES) -> None:
+    """All machines have the same, and no other, and nothing anywhere is under another one."""
+    (secret,) = {secret_of(there, node) for node in nodes}
+    wanted = ClusterKey(secret).key_id
+    for node in nodes:
+        assert list((there.folder / node / "share" / "cluster-keys").iterdir()) == []
+        assert there.stewards[node].keyring.cluster_keys() == (wanted,)
+        kept = [*(there.folder / node / "share").glob("keys/*"), *(there.folder / node / "share").glob("nodes/*")]
+        assert {key_id_of(file.read_bytes()) for file in kept} == {wanted}
+    for prefix in ("share/nodes/", "share/keys/", "share/cluster/"):
+        assert {key_id_of(value) for _, value, _ in await there.voters.range(prefix)} == {wanted}
+
+
+def test_the_cluster_key_is_changed_while_blocks_are_shared_and_read(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there, 4)
+        before = secret_of(there, "sark")
+        key_id = await there.sharing.rotate_cluster_key()
+        with pytest.raises(Conflict, match="being changed already"):
+            await there.stewards["clu"].rotate_cluster_key()
+        for turn in range(4):
+            for node in NODES:
+                await there.stewards[node].tend()
+                wanted[f"{node}-{turn}"] = b"while it changes"
+                await share(there, f"{node}-{turn}", b"while it changes")
+                tenant = f"tenant-{node}-{turn}"  # whose first key is under the one or the other
+                await share(there, "a", tenant.encode(), tenant)
+                for steward in there.stewards.values():
+                    await steward.stay()
+                assert await got(there, "a", tenant) == tenant.encode()
+                assert await got(there, f"b-{turn}") == wanted[f"b-{turn}"]
+        await settle_all(there)
+        await require_one_cluster_key(there)
+        assert ClusterKey(secret_of(there, "sark")).key_id == key_id != ClusterKey(before).key_id
+        for data_id, text in wanted.items():
+            for node in await there.copies(data_id):
+                assert await opened(there, node, data_id) == text
+        assert await there.sharing.rotate_cluster_key() != key_id
+        await settle_all(there)
+        await require_one_cluster_key(there)
+
+    tell(story, given=None)
+
+
+def test_a_machine_that_was_away_gets_the_cluster_key_when_it_returns(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there)
+        there.kill("clu")
+        old = secret_of(there, "clu")
+        for _ in range(2):
+            await there.sharing.rotate_cluster_key()
+            for _ in range(4):
+                for node in ("sark", "tron"):
+                    await there.stewards[node].stay()
+                    await there.stewards[node].tend()
+        await require_one_cluster_key(there, ("sark", "tron"))
+        assert secret_of(there, "clu") == old != secret_of(there, "sark")
+        await there.revive("clu")
+        await settle_all(there)
+        await require_one_cluster_key(there)
+        for data_id, text in wanted.items():
+            for node in await there.copies(data_id):
+                assert await opened(there, node, data_id) == text
+
+    tell(story, given=None, gone_seconds=60.0)
+
+
+def test_an_expelled_machine_never_gets_the_new_cluster_key_nor_the_tenants(tell: Callable[..., None]) -> None:
+    """With all that its disk has, and all that the voters have."""
+
+    async def story(there: Machines) -> None:
+        wanted = await share_some(there)
+        (known,) = there.stewards["clu"].keyring.ring("acme").keys  # type: ignore[union-attr]
+        await expel(there)
+        for _ in range(3):
+            await settle_all(there)
+        await require_one_cluster_key(there, ("sark", "tron"))
+        await require(there, wanted)
+        for node in ("sark", "tron"):
+            assert states(there, node) == ["retired", "active"]
+        stolen = ClusterKey(secret_of(there, "clu"))
+        clu = there.stewards["clu"]
+        for key, value, _ in [*await there.voters.range("share/keys/"), *await there.voters.range("share/nodes/")]:
+            with pytest.raises(UpstreamInvalid):
+                stolen.unseal("ring" if "keys" in key else "machine", value)
+        await clu.learn()
+        assert clu.keyring.ring("acme").active == known  # type: ignore[union-attr]
+        for work in (clu.tend, clu.rotate_cluster_key):
+            with suppress(ConfigError, Unavailable):
+                await work()
+        asking = FaultyReach(there, CLIENT, 0, StewardMember(there, "clu"))
+        with pytest.raises((Unavailable, WriterUnknown)):
+            await asking.call("sark", "hand_over", there.stewards["sark"].keyring.cluster_key_id)
+        clu.stop()
+        with pytest.raises(Unavailable, match=r"the cluster key is .* by now, and no machine hands it over"):
+            await there.start("clu")
+        assert ClusterKey(secret_of(there, "clu")).key_id == stolen.key_id
+
+    tell(story, given=None)
+
+
+def test_what_is_put_under_the_old_cluster_key_later_is_not_believed(tell: Callable[..., None]) -> None:
+    """As by who has the disk of an expelled machine and makes it another key to sign with."""
+
+    async def story(there: Machines) -> None:
+        await share_some(there, 4)
+        old = secret_of(there, "sark")
+        await there.sharing.rotate_cluster_key()
+        await there.stewards["clu"].tend()
+        assert await there.voters.get("share/cluster/active") is not None
+        (there.folder / "mallory").mkdir(mode=0o700)
+        stranger = Keyring(there.folder / "mallory", "mallory", old)
+        await there.voters.put(f"{INTRODUCED}mallory", stranger.introduction())
+        await there.voters.put("share/keys/umbrella", stranger.draft_key("umbrella"))
+        for node in NODES:
+            await there.stewards[node].learn()
+            assert len(there.stewards[node].keyring.cluster_keys()) == 2, "so it could read them"
+            assert "mallory" not in {one.node for one in there.stewards[node].keyring.writers()}
+            assert there.stewards[node].keyring.ring("umbrella") is None
+
+    tell(story, given=None)
+
+
+def test_a_cluster_key_that_was_lost_with_who_made_it_is_made_again(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share_some(there, 4)
+        await there.stewards["clu"].rotate_cluster_key()
+        there.kill("clu")
+        await settle_all(there)
+        await there.sharing.rotate_cluster_key()
+        await settle_all(there)
+        await require_one_cluster_key(there, ("sark", "tron"))
+        await there.revive("clu")
+        await settle_all(there)
+        await require_one_cluster_key(there)
+
+    tell(story, given=None)
+
+
+def test_a_machine_that_keeps_no_blocks_has_the_cluster_key_changed_too(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share_some(there, 4)
+        sharing = there.sharing
+        assert await read((await sharing.get("acme", "b-0")).pieces)
+        await sharing.rotate_cluster_key()
+        for _ in range(2):
+            await settle_all(there)
+        await there.door(DESK).learn()
+        assert secret_of(there, DESK) == secret_of(there, "sark")
+        there.doors.clear()
+        assert await got(there, "b-0")
+
+    tell(story, given=None)
+
+
+def test_the_cluster_key_is_not_used_before_every_machine_that_is_there_has_it(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share_some(there, 4)
+        before = secret_of(there, "sark")
+
+        def refuse(node: str, method: str, arguments: tuple[object, ...]) -> None:
+            if node == "tron" and method == "holds":
+                raise ConnectionError("it is busy")
+
+        there.refuse = refuse
+        await there.sharing.rotate_cluster_key()
+        await settle_all(there)
+        assert await there.voters.get("share/cluster/active") is None
+        assert {secret_of(there, node) for node in NODES} == {before}
+        there.refuse = lambda node, method, arguments: None
+        await settle_all(there)
+        await require_one_cluster_key(there)
+
+    tell(story, given=None)
+
+
+def test_a_cluster_key_in_the_settings_is_not_for_commands_to_change(tell: Callable[..., None]) -> None:
+    async def story(there: Machines) -> None:
+        await share_some(there, 4)
+        with pytest.raises(Conflict, match=r"sharing\.key"):
+            await there.sharing.rotate_cluster_key()
 
     tell(story)
 

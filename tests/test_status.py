@@ -6,27 +6,29 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
 from cluster.client import Absent
 from cluster.gpu_leases import Claim
 from cluster.inventory import Gpu, Inventory, Node
+from cluster.meter import Vitals
 from cluster.placement import Place, Plan
 from cluster.raft import Status
-from deployments import cli, cluster_state, overview
+from deployments import cli, cluster_state, measuring, overview
 from deployments.cluster_state import Agreed, Deployed, Joined
 from deployments.gateway import Lent, build
 from nexus.config import Config, Models
 from nexus.errors import Unavailable
+from nexus.resident import Resident
+from tests import browsing
 from tests.conftest import Door
 from tests.test_bootstrap import instance
 from tests.test_gateway import add, check_problem
@@ -92,6 +94,13 @@ class Observer:
     async def agreed(self) -> Agreed:
         return await self._say("agreed")
 
+    async def told(self) -> Mapping[str, Vitals | None]:
+        """All are of machines that count nothing."""
+        seen = await self._say("inventory")
+        return {
+            node.name: Vitals(None, node, memory_used=GIB, disk=100 * GIB, disk_free=7 * GIB) for node in seen.nodes
+        }
+
 
 class Operator:
     async def describe(self) -> list[Status | Absent]:
@@ -127,19 +136,10 @@ def opened(door: Door, observer: Observer, **fields: Any) -> Iterator[TestClient
 @contextmanager
 def on_a_port(app: ASGIApp, door: Door, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """A front door, and the command line's way to it."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
-        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        serving.start()
-        patch.setenv("NEXUS_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    with browsing.gateway(app) as url:
+        patch.setenv("NEXUS_URL", url)
         patch.setenv("NEXUS_API_KEY", door.headers()["authorization"].removeprefix("Bearer "))
-        try:
-            yield
-        finally:
-            server.should_exit = True
-            serving.join()
+        yield
 
 
 @pytest.fixture
@@ -154,10 +154,11 @@ def read(client: TestClient) -> dict[str, Any]:
     return answer.json()
 
 
-def gauges(client: TestClient) -> dict[str, float]:
-    lines = client.get("/metrics").text.splitlines()
-    found = (line.removeprefix("gpu_memory_bytes").rpartition(" ") for line in lines if line.startswith("gpu_memory"))
-    return {labels: float(value) for labels, _, value in found}
+def gauges(client: TestClient, name: str = "gpu_memory_bytes") -> dict[str, float]:
+    """The values of a metric that is a state, by its labels as they are written."""
+    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith(name)]
+    found = (line.rpartition(" ") for line in lines)
+    return {labels[labels.index("{") :] if "{" in labels else "": float(value) for labels, _, value in found}
 
 
 def test_all_of_it_is_told_side_by_side(client: TestClient, door: Door) -> None:
@@ -376,6 +377,25 @@ def test_documents_are_counted_for_who_may_read_them(door: Door) -> None:
     assert blind["collections"] is None and "may not read documents" in blind["unknown"]["collections"]
 
 
+def test_it_says_where_each_collection_is_searched_and_how_much_that_is_to_administrators(door: Door) -> None:
+    """`rows` count what others of the tenant may read, too."""
+    acme = door.headers("acme")
+    add(door, "a.md", headers=acme)
+    add(door, "b.md", headers=door.headers("other"), collection="theirs")
+    shown = door.client.get("/status", headers=acme).json()
+    assert [one["index"] for one in shown["collections"]] == [None]
+    resident = Resident(door.house.hades, 2**24)
+    door.house.retriever.resident = resident
+    resident.settle()
+    state = door.client.get("/status", headers=acme).json()
+    index = state["collections"][0]["index"]
+    assert (index["served_by"], index["rows"]) == ("resident", 1) and index["bytes"] > 0
+    assert any("default is searched in memory (1 rows, " in line for line in overview.lines(state))
+    others = door.client.get("/status", headers=door.headers("acme", "someone", "infer", "documents:read")).json()
+    assert others["collections"][0]["index"] == {"served_by": "resident"}
+    resident.close()
+
+
 def test_a_deleted_document_and_a_former_version_are_not_counted(door: Door) -> None:
     headers = door.headers()
     add(door, "a.md", content="One.\n", headers=headers)
@@ -393,13 +413,59 @@ def test_it_takes_the_permission_to_infer(door: Door) -> None:
 
 
 def test_the_memory_of_gpus_is_measured(client: TestClient, observer: Observer) -> None:
-    read(client)
     assert gauges(client)['{gpu="0",kind="taken",node="sark"}'] == 60 * GIB
     assert gauges(client)['{gpu="1",kind="planned",node="sark"}'] == 72 * GIB
     assert gauges(client)['{gpu="0",kind="total",node="clu"}'] == 80 * GIB
-    observer.says["inventory"] = Inventory((replace(SEEN["sark"], gpus=(Gpu(0, "H100", 80 * GIB, 0),)),))
-    read(client)
+    gpu = Gpu(0, "H100", 80 * GIB, 0, used=9 * GIB, busy=0.25)
+    observer.says["inventory"] = Inventory((replace(SEEN["sark"], gpus=(gpu,)),))
     assert gauges(client)['{gpu="0",kind="taken",node="sark"}'] == 0
+    assert gauges(client)['{gpu="0",kind="used",node="sark"}'] == 9 * GIB
+    assert gauges(client, "gpu_utilization_ratio") == {'{gpu="0",node="sark"}': 0.25}
+
+
+def test_a_machine_that_is_away_is_up_no_more_and_nothing_is_said_of_what_it_does(
+    client: TestClient, observer: Observer
+) -> None:
+    names = ["sark", "clu", "witness"]
+    assert gauges(client, "nexus_node_up") == {f'{{node="{name}"}}': 1 for name in names}
+    assert gauges(client, "nexus_disk_bytes")['{kind="free",node="clu"}'] == 7 * GIB
+    observer.says["inventory"] = Inventory((SEEN["sark"], SEEN["witness"]))
+    assert gauges(client, "nexus_node_up")['{node="clu"}'] == 0
+    assert not [labels for labels in gauges(client, "nexus_disk_bytes") if "clu" in labels]
+
+
+@pytest.mark.parametrize("how", ["away", "silent"])
+def test_metrics_are_told_by_the_head_when_nobody_tells_of_the_machines(
+    client: TestClient, observer: Observer, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(measuring, "PATIENCE_SECONDS", 0.05)
+    getattr(observer, how).update({"inventory", "agreed"})
+    assert gauges(client, "nexus_node_up") == {'{node="sark"}': 0, '{node="clu"}': 0, '{node="witness"}': 1}
+    assert client.get("/metrics").text.count("# TYPE coordinator_has_quorum gauge") == 1
+
+
+def test_a_quorum_is_a_leader_that_most_of_them_follow(door: Door, observer: Observer) -> None:
+    told: list[Status | Absent] = list(ALL_WELL)
+
+    class Voters(Operator):
+        async def describe(self) -> list[Status | Absent]:
+            return told
+
+    with opened(door, observer, operator=Voters()) as client:
+
+        def voters() -> list[float]:
+            kinds = gauges(client, "coordinator_voters")
+            (quorum,) = gauges(client, "coordinator_has_quorum").values()
+            return [kinds['{kind="configured"}'], kinds['{kind="answering"}'], quorum]
+
+        assert voters() == [3, 3, 1], "the fourth learns"
+        assert gauges(client, "coordinator_lag_entries") == {"": 20}
+        told[1] = Absent(2, "gone")
+        assert voters() == [3, 2, 1]
+        told[2] = Absent(3, "gone")
+        assert voters() == [3, 1, 0], "one of three is no majority"
+        told[:3] = [Absent(1, "gone"), *ALL_WELL[1:3]]
+        assert voters()[1:] == [2, 0], "nobody leads"
 
 
 # ── what Ray and Serve say ──────────────────────────────────────────────────────────────────────
@@ -603,12 +669,13 @@ def test_the_command_shows_all_of_it(
         assert code == 0 and lines[0] == "Nexus is ready at http://127.0.0.1:8000"
         assert lines.index("coordinator voter 1 leads 4 of 4 voters") > lines.index("documents ready")
         assert "sark 192.0.2.11, 8 CPUs, 64.0 GiB" in lines and "clu 192.0.2.12, 8 CPUs, 64.0 GiB, drained" in lines
-        assert lines[-1].startswith("7 processes, 1.00 GiB, up ")
+        assert lines[-1].startswith("7 processes, 1.00 GiB, up ") and lines[-1].endswith("/logs/nexus.jsonl")
         code, out = nexus("--json")
         shown = json.loads(out)
     assert code == 0 and set(shown) == {
-        "home", "running", "ready", "url", "dashboard", "parts", "processes", "memory_bytes", "up_seconds", "nodes",
-        "placement", "deployments", "coordinator", "collections", "differences", "drained", "sharing", "unknown",
+        "home", "logs", "running", "ready", "url", "dashboard", "parts", "processes", "memory_bytes", "up_seconds",
+        "nodes", "placement", "deployments", "coordinator", "collections", "differences", "drained", "sharing",
+        "unknown", "athena",
     }  # fmt: skip
     assert (shown["url"], len(shown["nodes"]), shown["processes"]) == ("http://127.0.0.1:8000", 3, 7)
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ray.cluster_utils import Cluster
 from actors import coordinator, steward
 from actors.coordinator import Placement, find_voters
 from actors.steward import RayStewards, find_steward
+from cluster.channel import AGAIN, CALL, GREET, LATER, REFUSED
 from cluster.directory import Directory
 from cluster.sharing import Sharing
 from cluster.voter import Pace
@@ -66,8 +68,11 @@ def config(tmp_path: Path) -> Config:
 
 
 async def until(is_so: Callable[[], Awaitable[bool]]) -> None:
-    """Ask again and again; the test's own timeout ends it."""
-    while not await is_so():
+    """Ask again and again, also while nobody answers; the test's own timeout ends it."""
+    while True:
+        with suppress(TryAgain):
+            if await is_so():
+                return
         await asyncio.sleep(0.1)
 
 
@@ -115,6 +120,9 @@ def test_what_was_acknowledged_outlives_a_killed_steward_and_a_lost_machine(
         handles = steward.start(config, homes)
         sharing = await steward.open_sharing(config)()
 
+        for message in (GREET + b"{}", CALL + b"x" * 80, b"open"):  # with the cluster's token and no machine's key
+            assert (await handles["clu"].ask.remote(message))[:1] in (REFUSED, AGAIN, LATER)
+
         async def are_there() -> bool:
             return len((await sharing.overview()).standings) == 3
 
@@ -124,7 +132,8 @@ def test_what_was_acknowledged_outlives_a_killed_steward_and_a_lost_machine(
         await asyncio.gather(*(share_some(sharing, ids, doomed) for _ in range(AT_ONCE)))
         await until(are_there)
         assert await handles["clu"].__ray_call__.remote(lambda self: os.getpid()) != doomed
-        directory, reach = Directory(await coordinator.connect()), RayStewards()
+        directory = Directory(await coordinator.connect())
+        reach = RayStewards(config, directory, NODES[0])
         await require_all(directory, reach, wanted)
         lose("tron")
 

@@ -6,7 +6,7 @@ address as `stores.vectors` would; indexes there have names of their own and are
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from nexus.errors import ConfigError, Conflict, NotFound, Unavailable
 from nexus.ports import IndexRow, Scope, VectorStore
 from nexus.registry import open_part
-from nexus.stores import milvus, milvus_lite, sqlite
+from nexus.rows import Rows
+from nexus.stores import memory, milvus, milvus_lite, sqlite
 from nexus.terms import shadow
 from nexus.types import SearchRequest, Vector
 from tests.conftest import ALICE, build_house
@@ -30,7 +31,7 @@ INDEX, NEXT, LIVE = (f"nx_{uuid4().hex}" for _ in range(3))
 
 
 SERVER = os.environ.get("NEXUS_TEST_MILVUS_URL", "")
-STORES = ["memory", "milvus-lite", "a double of a server", *(["a server"] if SERVER else [])]
+STORES = ["memory", "rows", "milvus-lite", "a double of a server", *(["a server"] if SERVER else [])]
 
 
 @pytest.fixture(params=STORES)
@@ -44,6 +45,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[VectorStor
 def open_store(kind: str, home: Path) -> Iterator[VectorStore]:
     """One of the vector stores, with no index of this module in it before and after."""
     double = None
+    if kind == "rows":
+        yield RowsStore()
+        return
     if kind == "a double of a server":
         double = MilvusServer(home, token="nexus:secret")
         address = f"milvus://nexus:secret@127.0.0.1:{double.port}"
@@ -59,6 +63,44 @@ def open_store(kind: str, home: Path) -> Iterator[VectorStore]:
         store.close()
         if double is not None:
             double.close()
+
+
+class RowsStore(memory.MemoryVectors):
+    """What searches find in a resident index, behind the names of a store in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: dict[tuple[str, str], Rows] = {}
+
+    def upsert(self, index: str, rows: Sequence[IndexRow]) -> None:
+        super().upsert(index, rows)
+        for (name, _), part in self._rows.items():
+            if name == index:
+                part.delete([row.chunk_id for row in rows])
+        for tenant in {row.audience.partition(":")[0] for row in rows}:
+            own = [row for row in rows if row.audience.partition(":")[0] == tenant]
+            self._rows.setdefault((index, tenant), Rows(index, len(own[0].vector))).upsert(own)
+
+    def delete(self, index: str, chunk_ids: Sequence[str]) -> None:
+        super().delete(index, chunk_ids)
+        for (name, _), rows in self._rows.items():
+            if name == index:
+                rows.delete(chunk_ids)
+
+    def drop_index(self, index: str) -> None:
+        super().drop_index(index)
+        self._rows = {key: rows for key, rows in self._rows.items() if key[0] != index}
+
+    def search_dense(self, index: str, vector: Vector, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        return self._part(index, scope).search_dense(vector, limit, scope)
+
+    def search_text(self, index: str, terms: str, limit: int, scope: Scope) -> list[tuple[str, float]]:
+        return self._part(index, scope).search_text(terms, limit, scope)
+
+    def _part(self, index: str, scope: Scope) -> Rows:
+        self._index(index)
+        name = self._aliases.get(index, index)
+        return self._rows.get((name, scope.tenant)) or Rows(name, self._dimensions[name])
 
 
 def clear(store: VectorStore, aliases: Iterable[str], indexes: Iterable[str]) -> None:

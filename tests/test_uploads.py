@@ -677,12 +677,12 @@ SHAPES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 def worker_cpu_seconds(parsers: Parsers) -> float:
     """What all workers have used so far; they have ended."""
-    assert parsers._zygote is not None
-    zygote = psutil.Process(parsers._zygote.pid)
-    while zygote.children():
+    zygotes = [psutil.Process(one.process.pid) for one in (parsers._plain, parsers._office) if one.process]
+    assert zygotes
+    while any(zygote.children() for zygote in zygotes):
         time.sleep(0.005)
-    times = zygote.cpu_times()
-    return float(times.children_user + times.children_system)
+    times = [zygote.cpu_times() for zygote in zygotes]
+    return float(sum(one.children_user + one.children_system for one in times))
 
 
 @needs_linux

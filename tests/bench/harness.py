@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
-__all__ = ["THREADS", "Clock", "find_data", "median", "percentile", "print_result", "print_table"]
+__all__ = ["POOLS", "THREADS", "Clock", "find_data", "median", "percentile", "print_result", "print_table"]
 
 LOAD_BEFORE = os.getloadavg()[0]
 THREADS = int(os.environ.get("BENCH_THREADS", "1"))
 
-_POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
-_PINS = dict.fromkeys(_POOLS, str(THREADS)) | {
+POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+_PINS = dict.fromkeys(POOLS, str(THREADS)) | {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -1,13 +1,19 @@
 """What ingestion costs over its embedding, whether its memory grows, and what it does to those who ask meanwhile.
 
-    python -m tests.bench.ingest               about twenty minutes
-    python -m tests.bench.ingest --files 200   a quick look: every number of files divided by five
+    python -m tests.bench.ingest                     everything, about half an hour
+    python -m tests.bench.ingest share [--files N]   one part alone: share, busy or growth
+    python -m tests.bench.ingest growth --upto 100000
 
-A file is a Markdown page of four scifact abstracts. `nexus add` is timed from its start to its end,
-everything durable and visible. `embed_share` is the time that embedding the same texts takes on all
-cores with nothing else to do, over that. Memory (PSS, shared pages once) is that of the processes
-which ingest, at its peak; the vector server holds what it was given and is told apart. Queries come at
-half of the highest rate, before and during a bulk run, on a clock that does not wait for answers.
+A file of `share` and `busy` is a Markdown page of four scifact abstracts, one of `growth` has one. `nexus add` is timed
+from its start to its end, everything durable and visible. `embed_share` is the time that embedding the same texts takes
+on all cores with nothing else to do, over that; `cpu_ms_per_chunk` is what all of Nexus computed meanwhile, and of it
+`cpu_embedder_ms_per_chunk` the embedder. `cpu_model_ms_per_chunk` is what the same texts took alone, and
+`cpu_beside_ms_per_chunk` what Nexus took over that: what may be saved, on whatever processor.
+
+`growth` adds small files, up to each of a row of sizes, and says of each what the last of them cost: chunks a second,
+memory (PSS, shared pages once) of the processes which ingest and of the vector server at its peak, what is on the disk,
+and how long a search takes then. `memory_10000_over_2000` is whether it is flat. `busy` asks at half of the highest
+rate, before and during a bulk run, on a clock that does not wait for answers.
 """
 
 from tests.bench import harness  # isort: skip  (first: it pins the threads)
@@ -31,6 +37,7 @@ import psutil
 
 from cluster import bootstrap
 from nexus.chunking import embedded_text
+from nexus.precision import chosen
 from nexus.registry import open_part
 from nexus.types import Principal
 from tests.bench.corpus import scifact
@@ -40,25 +47,29 @@ from tests.running import ROOT, Running, running_nexus
 EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
 ABSTRACTS = 4
 TEXTS_PER_CALL = 128
+SIZES = (500, 2_000, 10_000, 100_000)  # files, of `growth`
+SEARCHES = 200
 CONCURRENT = 8
 SECONDS_IDLE = 20.0
 SAMPLE_SECONDS = 5.0
 
 
-def write_corpus(folder: Path, files: int) -> Path:
-    """So many different pages; the same number gives the same pages."""
+def write_corpus(folder: Path, files: int, each: int = ABSTRACTS, first: int = 0) -> Path:
+    """So many different pages of `each` abstracts, from number `first` on; the same number gives the same page."""
     abstracts = list(scifact().documents.values())
     folder.mkdir()
-    for number in range(files):
+    for number in range(first, first + files):
         step = 1 + number // len(abstracts)
-        chosen = [abstracts[(number + step * part * 997) % len(abstracts)] for part in range(ABSTRACTS)]
+        chosen = [abstracts[(number + step * part * 997) % len(abstracts)] for part in range(each)]
         page = "\n\n".join(f"## {text[:60]}\n\n{text}" for text in chosen)
         (folder / f"{number:05}.md").write_text(f"# Page {number}\n\n{page}\n")
     return folder
 
 
-def seconds_to_embed(nexus: Running, collection: str) -> tuple[float, int]:
-    """How long the model takes for the very texts of a collection on all cores, and how many they are."""
+def seconds_to_embed(nexus: Running, collection: str) -> tuple[float, float, int]:
+    """How long the model takes for the very texts of a collection on all cores, by the clock and by the processor,
+    and how many they are.
+    """
     documents = open_part("stores", "sqlite:", home=nexus.home)
     principal, after, texts = Principal("default", "bench"), None, []
     while page := documents.documents(principal, collection, after, 1000):
@@ -67,12 +78,12 @@ def seconds_to_embed(nexus: Running, collection: str) -> tuple[float, int]:
             chunks = documents.neighbours(one.document_id, one.version, 0, one.chunks)
             texts += [embedded_text(one.title, chunk.piece) for chunk in chunks]
     documents.close()
-    model = open_part("models", EMBEDDER, threads=1)
+    model = open_part("models", EMBEDDER, threads=1, precision=chosen(EMBEDDER) or "bf16")
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(model.embed, [texts[:TEXTS_PER_CALL]] * 4))  # warm
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         list(threads.map(model.embed, (texts[i : i + TEXTS_PER_CALL] for i in range(0, len(texts), TEXTS_PER_CALL))))
-        return time.perf_counter() - started, len(texts)
+        return time.perf_counter() - started, time.process_time() - used, len(texts)
 
 
 def timed_add(nexus: Running, folder: Path, collection: str) -> float:
@@ -161,38 +172,93 @@ def asking(http: httpx.Client, queries: Sequence[str], rate: float) -> Iterator[
     thread.join()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=1000)
-    files = parser.parse_args().files
+def share(files: int) -> dict[str, float]:
+    """What the embedding of so many pages takes of the time in which they are added."""
+    with tempfile.TemporaryDirectory() as place, running_nexus() as nexus:
+        pages = write_corpus(Path(place) / "pages", files)
+        titles = {"cpu_ms_per_chunk": "", "cpu_embedder_ms_per_chunk": "nexus:embedder"}
+        before = {name: nexus.cpu_seconds(title) for name, title in titles.items()}
+        first = timed_add(nexus, pages, "asked")
+        taken = {name: nexus.cpu_seconds(title) - before[name] for name, title in titles.items()}
+        again = timed_add(nexus, pages, "asked")
+        embedding, taken["cpu_model_ms_per_chunk"], chunks = seconds_to_embed(nexus, "asked")
+    taken["cpu_beside_ms_per_chunk"] = taken["cpu_ms_per_chunk"] - taken["cpu_model_ms_per_chunk"]
+    return {
+        "embed_share": embedding / first, "documents_per_second": files / first, "chunks": chunks,
+        "chunks_per_second": chunks / first, "reingest_over_first": again / first,
+        **{name: 1000 * seconds / chunks for name, seconds in taken.items()},
+    }  # fmt: skip
+
+
+def busy(files: int) -> dict[str, float]:
+    """What a bulk run does to those who ask, and they to it."""
     queries = list(scifact().queries.values())
     figures: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as place:
-        pages, many = write_corpus(Path(place) / "pages", files), write_corpus(Path(place) / "many", 5 * files)
-        with running_nexus() as nexus, nexus.http(limits=httpx.Limits(max_connections=64)) as http:
+    with (
+        tempfile.TemporaryDirectory() as place,
+        running_nexus() as nexus,
+        nexus.http(limits=httpx.Limits(max_connections=64)) as http,
+    ):
+        pages = write_corpus(Path(place) / "pages", files)
+        timed_add(nexus, pages, "asked")
+        figures["bulk_rate_solo"] = bulk_rate(nexus, pages, "solo")
+        rate = max(highest_rate(http, queries[:200]) for _ in range(2)) / 2
+        figures["query_rate"] = rate
+        with asking(http, queries, rate) as idle:
+            time.sleep(SECONDS_IDLE)  # a measuring time, not a synchronisation
+        with asking(http, queries, rate) as meanwhile:
+            figures["bulk_rate_busy"] = bulk_rate(nexus, pages, "busy")
+    figures["query_p95_idle_ms"] = 1000 * harness.percentile(idle, 0.95)
+    figures["query_p95_busy_ms"] = 1000 * harness.percentile(meanwhile, 0.95)
+    figures["query_p95_busy_over_idle"] = figures["query_p95_busy_ms"] / figures["query_p95_idle_ms"]
+    figures["bulk_rate_busy_over_solo"] = figures["bulk_rate_busy"] / figures["bulk_rate_solo"]
+    return figures
+
+
+def growth(upto: int) -> dict[str, float]:
+    """A row for each size, printed; its figures, by the number of files."""
+    queries = list(scifact().queries.values())[:SEARCHES]
+    figures: dict[str, float] = {}
+    rows, files, chunks = [], 0, 0
+    with tempfile.TemporaryDirectory() as place, running_nexus() as nexus, nexus.http() as http:
+        for size in (size for size in SIZES if size <= upto):
+            pages = write_corpus(Path(place) / f"pages{size}", size - files, 1, files)
             with Memory(nexus) as memory:
-                first = timed_add(nexus, pages, "asked")
-            figures |= {"rss_mb_1000": memory.ingesting, "store_mb_1000": memory.store}
-            figures["reingest_over_first"] = timed_add(nexus, pages, "asked") / first
-            embedding, chunks = seconds_to_embed(nexus, "asked")
-            figures |= {
-                "embed_share": embedding / first, "documents_per_second": files / first, "chunks": chunks,
-                "chunks_per_second": chunks / first,
-            }  # fmt: skip
-            figures["bulk_rate_solo"] = bulk_rate(nexus, pages, "solo")
-            rate = max(highest_rate(http, queries[:200]) for _ in range(2)) / 2
-            figures["query_rate"] = rate
-            with asking(http, queries, rate) as idle:
-                time.sleep(SECONDS_IDLE)  # a measuring time, not a synchronisation
-            with asking(http, queries, rate) as busy:
-                figures["bulk_rate_busy"] = bulk_rate(nexus, pages, "busy")
-            figures["query_p95_idle_ms"] = 1000 * harness.percentile(idle, 0.95)
-            figures["query_p95_busy_ms"] = 1000 * harness.percentile(busy, 0.95)
-            figures["query_p95_busy_over_idle"] = figures["query_p95_busy_ms"] / figures["query_p95_idle_ms"]
-            figures["bulk_rate_busy_over_solo"] = figures["bulk_rate_busy"] / figures["bulk_rate_solo"]
-        with running_nexus() as nexus, Memory(nexus) as memory:
-            timed_add(nexus, many, "many")
-        figures |= {"rss_mb_5000": memory.ingesting, "store_mb_5000": memory.store}
+                seconds = timed_add(nexus, pages, "asked")
+            known = sum(one["chunks"] for one in http.get("/rag/collections").raise_for_status().json()["collections"])
+            rate, files, chunks = (known - chunks) / seconds, size, known
+            for _ in range(2):  # the first time, it is read
+                answered = [1000 * ask(http, query) for query in queries]
+            rows.append(
+                (
+                    files, chunks, rate, memory.ingesting, memory.store, disk_mb(nexus.home),
+                    harness.median(answered), harness.percentile(answered, 0.95),
+                )
+            )  # fmt: skip
+            print(rows[-1], flush=True)  # the largest take long
+            names = ("chunks", "chunks_per_second", "memory_mb", "store_mb", "disk_mb", "p50_ms", "p95_ms")
+            figures |= {f"{name}_{size}": value for name, value in zip(names, rows[-1][1:], strict=True)}
+    harness.print_table(("files", "chunks", "chunks/s", "MiB", "store MiB", "disk MiB", "p50 ms", "p95 ms"), rows)
+    if upto >= 10_000:
+        figures["memory_10000_over_2000"] = figures["memory_mb_10000"] / figures["memory_mb_2000"]
+    return figures
+
+
+def disk_mb(home: Path) -> float:
+    """What is kept there, in MiB, apart from logs."""
+    kept = (path for path in home.rglob("*") if path.is_file() and "logs" not in path.parts)
+    return sum(path.stat().st_size for path in kept) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help="share, busy or growth; by default all of them")
+    parser.add_argument("--files", type=int, default=1000, help="of share and busy")
+    parser.add_argument("--upto", type=int, default=10_000, help="files of growth")
+    given = parser.parse_args()
+    figures: dict[str, float] = {}
+    for name in given.parts or ("share", "busy", "growth"):
+        figures |= {"share": share, "busy": busy}[name](given.files) if name != "growth" else growth(given.upto)
     harness.print_table(["figure", "value"], list(figures.items()))
     harness.print_result("ingest", figures, PACKAGES)
 

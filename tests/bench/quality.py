@@ -2,6 +2,7 @@
 
 python -m tests.bench.quality            starts a Nexus of its own, takes some minutes
 python -m tests.bench.quality --limit 50 only so many claims
+python -m tests.bench.quality --precision int8   the embedder at this precision, not at the one chosen here
 """
 
 from tests.bench import harness  # isort: skip  (first: it pins the threads)
@@ -48,9 +49,10 @@ def rank(http: httpx.Client, query: str, weights: tuple[float, float] | None, id
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="only so many claims")
-    limit = parser.parse_args().limit
-    judged = scifact()
-    with running_nexus() as nexus, nexus.http() as http:
+    parser.add_argument("--precision", default="auto", help="of the embedder: auto, bf16, int8 or fp32")
+    given = parser.parse_args()
+    limit, judged = given.limit, scifact()
+    with running_nexus(NEXUS_MODELS__PRECISION=given.precision) as nexus, nexus.http() as http:
         started = time.perf_counter()
         ids = ingest(http, judged)
         seconds = time.perf_counter() - started

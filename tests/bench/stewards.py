@@ -70,7 +70,8 @@ async def begin(folder: Path) -> There:
         Path(home).mkdir(mode=0o700)
     handles = steward.start(config, homes)
     directory = Directory(await coordinator.connect())
-    there = There(Sharing(directory, RayStewards(config), steward.settings_of(config), NODES[0]), directory, handles)
+    stewards = RayStewards(config, directory, NODES[0])
+    there = There(Sharing(directory, stewards, steward.settings_of(config), NODES[0]), directory, handles)
     while len((await there.sharing.overview()).standings) < len(NODES):
         await asyncio.sleep(0.1)
     return there

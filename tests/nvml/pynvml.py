@@ -3,12 +3,14 @@
 Put this folder on PYTHONPATH (or sys.path) and `import pynvml` finds it, in other processes too:
 
     {"gpus": [{"name": "NVIDIA H100 80GB HBM3", "total": 85899345920, "reserved": 0, "used": 5, "is_divided": false,
-               "compute": [{"pid": 7, "memory": 5}], "graphics": [], "errors": {"nvmlDeviceGetName": "GpuIsLost"}}],
+               "busy": 7, "compute": [{"pid": 7, "memory": 5}], "graphics": [],
+               "errors": {"nvmlDeviceGetName": "GpuIsLost"}}],
      "errors": {"nvmlInit": "DriverNotLoaded"}}
 
-All but `name` and `total` may be left out; a process's memory may be null, as where NVML cannot tell; `is_divided` is
-null where the model knows no MIG. Only what Nexus calls is here, as the real package has it (tests/test_inventory.py
-compares them), and it is strict: a call before init or after shutdown fails as there, and so does an unknown key.
+All but `name` and `total` may be left out; `busy` is in percent, and null where the model does not say; a process's
+memory may be null, as where NVML cannot tell; `is_divided` is null where the model knows no MIG. Only what Nexus calls
+is here, as the real package has it (tests/test_inventory.py compares them), and it is strict: a call before init or
+after shutdown fails as there, and so does an unknown key.
 """
 
 import json
@@ -77,6 +79,7 @@ class _Device:
     reserved: int = 0
     used: int = 0
     is_divided: bool | None = None
+    busy: int | None = 0
     compute: list = field(default_factory=list)
     graphics: list = field(default_factory=list)
     errors: dict = field(default_factory=dict)
@@ -156,6 +159,19 @@ def nvmlDeviceGetMigMode(device):
         raise _error("NotSupported")
     mode = NVML_DEVICE_MIG_ENABLE if device.is_divided else NVML_DEVICE_MIG_DISABLE
     return [mode, mode]
+
+
+@dataclass
+class _Utilization:
+    gpu: int
+    memory: int
+
+
+def nvmlDeviceGetUtilizationRates(handle):
+    device = _device(handle, "nvmlDeviceGetUtilizationRates")
+    if device.busy is None:
+        raise _error("NotSupported")
+    return _Utilization(device.busy, 0)
 
 
 def nvmlDeviceGetComputeRunningProcesses_v3(handle):

@@ -35,7 +35,7 @@ def write_notes(folder: Path, count: int, sentences: int = 3) -> Path:
 
 
 def submit(nexus: Running, *arguments: str) -> "subprocess.Popen[str]":
-    """The README's own way into the cluster."""
+    """The documented way into the cluster."""
     environment = {
         **nexus.environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": bootstrap.ray_token(nexus.home),
     }  # fmt: skip
@@ -138,7 +138,7 @@ def test_a_kill_during_a_bulk_run_costs_little_and_loses_nothing(nexus: Running,
     with subprocess.Popen(
         command, cwd=ROOT, env=nexus.environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     ) as run:
-        until(120, lambda: len(sources(nexus, collection)) > 20)
+        until(120, lambda: len(sources(nexus, collection)) > 20, longest_pause=0.1)
         if victim == "driver":
             run.kill()
         else:
@@ -166,19 +166,22 @@ def test_after_everything_was_killed_an_accepted_job_ends_by_itself(nexus: Runni
         [sys.executable, "-m", "deployments.cli", "add", str(folder), "-c", "survives"], cwd=ROOT,
         env=nexus.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    until(60, lambda: 20 < len(sources(nexus, "survives")) < 150)
+    until(60, lambda: 20 < len(sources(nexus, "survives")) < 150, longest_pause=0.1)
     everything = [*bootstrap.processes_of(nexus.instance), psutil.Process(adding.pid)]
     for blow in (psutil.Process.suspend, psutil.Process.kill):  # all at once: none lives to see another die
         for process in everything:
             with suppress(psutil.NoSuchProcess):
                 blow(process)
     adding.wait()
-    nexus.must("up")
+    nexus.must("up")  # a run that crashed never blocks the next
+    assert nexus.must("status").startswith("Nexus is ready")
     (job,) = [job for job in nexus.json("jobs")["jobs"] if job["collection"] == "survives"]
-    until(120, lambda: nexus.json("jobs", job["job_id"])["state"] == "done")
+    with nexus.http() as http:
+        until(120, lambda: http.get(f"/rag/jobs/{job['job_id']}").raise_for_status().json()["state"] == "done")
     assert nexus.json("jobs", job["job_id"])["counts"] == {"done": 200}
     assert len(sources(nexus, "survives")) == 200
-    until(90, lambda: nexus.json("fsck")["clean"])  # the jobs of drivers killed before are ended, too
+    with nexus.http() as http:  # the jobs of drivers killed before are ended, too
+        until(90, lambda: http.post("/rag/fsck").raise_for_status().json()["clean"])
 
 
 def test_a_deleted_text_is_found_nowhere_after_vacuum(nexus: Running, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from tests.clusters import HEAD, WORKERS, Cluster, cluster
+from tests.counting import read_metrics
 from tests.running import until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
@@ -102,7 +103,8 @@ def is_there(it: Cluster, host: str) -> bool:
         shown = http.get("/status").json()
     alive = [node["name"] for node in shown["nodes"] or () if node["alive"]]
     running = [one["name"] for one in shown["deployments"] or () if one["replicas"]["running"]]
-    return host in alive and f"embedder@{host}" in running
+    is_told = host in alive and f"embedder@{host}" in running
+    return is_told and bool(it.processes(host, "ray::ServeReplica:models:embedder"))
 
 
 def pids(it: Cluster, host: str, name: str) -> list[int]:
@@ -198,6 +200,25 @@ def test_a_drill_finds_answers_within_half_a_minute_and_nothing_lost(it: Cluster
     assert outcome["fault"] == "link:sark" and outcome["lost"] == 0, outcome
     assert set(outcome["done"]) == {"answer", "document", "session", "metadata"}, outcome
     assert outcome["silent"] < 30, outcome  # what the cluster promises
+
+
+def test_metrics_are_told_in_time_while_a_machine_is_cut_off_and_say_which(it: Cluster) -> None:
+    """Cut for a scrape, ten seconds at most as Prometheus waits: less than Ray needs to give the machine up."""
+
+    def up() -> dict[str, float]:
+        with it.http(timeout=10) as http:
+            told = read_metrics(http)
+        return {host: told[f'nexus_node_up{{node="{host}"}}'] for host in it.hosts.names}
+
+    until(120, lambda: set(up().values()) == {1})
+    it.hosts.isolate("sark")
+    try:
+        seen = up()
+    finally:
+        it.hosts.heal()
+    assert seen == {"sark": 0, "clu": 1, HEAD: 1}
+    until(120, lambda: set(up().values()) == {1})
+    until(300, lambda: is_there(it, "sark"))
 
 
 def test_a_head_that_is_watched_heals_by_itself_and_a_signal_ends_what_it_watches_and_nothing_else(it: Cluster) -> None:

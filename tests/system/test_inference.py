@@ -1,9 +1,12 @@
-"""Real vLLM engines on a tiny Llama, behind Serve and HAProxy, asked through the front door by the stock client."""
+"""Real vLLM engines on a tiny Llama, behind Serve and HAProxy, asked through the front door by the stock client.
+
+All processes send their spans to a collector here, and what a question was in them is looked at, too.
+"""
 
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +16,7 @@ import openai
 import psutil
 import pytest
 
+from tests.collector import Collector, Got, collecting, root_of
 from tests.poison import poisons
 from tests.running import ROOT, Running, running_nexus, until
 from tests.tiny_encoders import write_cross_encoder
@@ -25,7 +29,13 @@ ENGINE = {"device": "cpu", "dtype": "float32", "max_model_len": 2048, "compiled"
 
 
 @pytest.fixture(scope="module")
-def nexus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def nexus(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Running]:
     """Two replicas of a generator, which answers from the documents too, and an engine that embeds."""
     folder = write_llama(tmp_path_factory.mktemp("models") / "llama")
     served = [
@@ -36,6 +46,7 @@ def nexus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     few = {"NEXUS_ANSWERS__PASSAGES": "2", "NEXUS_ANSWERS__PASSAGE_TOKENS": "100"}  # a token is a letter here
     settings = {"NEXUS_MODELS__SERVED": json.dumps(served), "NEXUS_MODELS__GENERATOR": "tiny", **few}
     settings |= {"NEXUS_MODELS__RERANKER": f"cross-encoder:{reranker}", "NEXUS_MODELS__RERANK_SECONDS": "20"}
+    settings |= {"NEXUS_TELEMETRY__OTLP_ENDPOINT": collector.url}
     with running_nexus(seconds=600, **settings) as running:
         running.must("add", str(ROOT / "deployments" / "manuals" / "wd8-specification.md"))
         yield running
@@ -150,6 +161,63 @@ def test_a_reranker_has_a_process_of_its_own_and_the_last_word(nexus: Running, h
     found = http.post("/rag/search", json={"query": "payload", "explain": True}).raise_for_status().json()
     assert found["explain"]["rerank"]["applied"] and not found["explain"]["rerank"]["fallback"]
     assert [hit["routes"]["rerank"]["rank"] for hit in found["hits"]] == list(range(1, len(found["hits"]) + 1))
+
+
+# ── one trace over all processes ────────────────────────────────────────────────────────────────
+
+ASKED = "What is the payload of the WD8, xylophone?"
+CALLER = "cd" * 8  # the caller's span
+PARTS = {
+    ("retriever", "retrieval"), ("retriever", "embed"), ("retriever", "search dense"), ("retriever", "authority"),
+    ("retriever", "rerank"), ("reranker", "rerank"), ("gateway", "chat tiny"), ("engine", "generate"),
+}  # fmt: skip
+TOOL = {"name": "ask", "arguments": {"question": ASKED}}
+STREAM = {"model": "nexus-rag", "messages": [{"role": "user", "content": ASKED}], "stream": True}
+WAYS: Mapping[str, Mapping[str, Any]] = {
+    "/rag/query": {"query": ASKED},
+    "/v1/chat/completions": {**STREAM, "max_tokens": 12},
+    "/mcp": {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": TOOL},
+}
+
+
+@pytest.mark.parametrize("path", WAYS)
+def test_a_question_is_one_trace_over_every_process_that_worked_on_it(
+    collector: Collector, http: httpx.Client, path: str
+) -> None:
+    spans = spans_of_asking(collector, http, path)
+    request = root_of(spans)
+    assert (request.role, request.name, request.parent_id) == ("gateway", f"POST {path}", CALLER)
+    processes = {(one.role, one.process) for one in spans}
+    assert len(processes) == len({process for _, process in processes}) == 4, processes
+    for part, above in ((("reranker", "rerank"), ["rerank", "retrieval"]), (("engine", "generate"), ["chat tiny"])):
+        found = above_of(spans, *part)
+        assert found[: len(above)] == above and found[-1] == f"POST {path}", found
+    assert "xylophone" not in str(spans) and "payload" not in str(spans)
+
+
+def spans_of_asking(collector: Collector, http: httpx.Client, path: str, tries: int = 4) -> list[Got]:
+    """Those of one request. A process that a busy machine let wait for the collector records nothing for a while."""
+    trace = f"{10 * list(WAYS).index(path) + tries:032x}"
+    headers = {"traceparent": f"00-{trace}-{CALLER}-01", "accept": "application/json, text/event-stream"}
+    answer = http.post(path, json=WAYS[path], headers=headers).raise_for_status()
+    assert "sources" in answer.text
+    try:
+        return collector.wait_for(trace, {*PARTS, ("gateway", f"POST {path}")})
+    except AssertionError:
+        if tries == 1:
+            raise
+    return spans_of_asking(collector, http, path, tries - 1)
+
+
+def above_of(spans: Sequence[Got], role: str, name: str) -> list[str]:
+    """What the one span of this role and name is within, from the inside out."""
+    by_id = {one.span_id: one for one in spans}
+    (at,) = [one for one in spans if (one.role, one.name) == (role, name)]
+    names = []
+    while at.parent_id in by_id:
+        at = by_id[at.parent_id]
+        names.append(at.name)
+    return names
 
 
 # ── what engines share, and with whom ───────────────────────────────────────────────────────────
