@@ -253,12 +253,13 @@ def _kill_state_server(home: Path) -> None:
 # ── a drill ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def is_whole(status: dict[str, Any]) -> bool:
-    """Whether every machine is there, and every deployment as it should be."""
+def missing(status: dict[str, Any]) -> list[str]:
+    """Each machine that is not there and each deployment that is not as it should be; none where all is whole."""
     nodes, deployments = status.get("nodes") or [], status.get("deployments") or []
-    return bool(nodes and deployments) and (
-        all(node["alive"] for node in nodes) and all(one["status"] == "HEALTHY" for one in deployments)
-    )
+    if not nodes or not deployments:
+        return [f"what runs is not known ({'; '.join(map(str, (status.get('unknown') or {}).values())) or 'nothing'})"]
+    away = [f"{node['name']} does not answer" for node in nodes if not node["alive"]]
+    return away + [f"{one['name']} is {one['status'].lower()}" for one in deployments if one["status"] != "HEALTHY"]
 
 
 def run(config: Config, fault: Fault, cut_seconds: float, patience: float, heal: Callable[[], None]) -> Outcome:
@@ -273,8 +274,8 @@ def run(config: Config, fault: Fault, cut_seconds: float, patience: float, heal:
             heal()
         elif fault.what == "raylet":
             _await(nexus, False, begun + FELT_SECONDS)
-        if not _await(nexus, True, begun + patience):
-            raise Unavailable(f"after {fault}, not all runs again in its time; `nexus status` says what is missing")
+        if amiss := _await(nexus, True, begun + patience):
+            raise Unavailable(f"after {fault}, not all runs again within {patience:g} s: {', '.join(amiss)}")
         whole = time.monotonic() - begun
         time.sleep(CALM_SECONDS)
         ended = time.monotonic()
@@ -286,14 +287,19 @@ def run(config: Config, fault: Fault, cut_seconds: float, patience: float, heal:
     return Outcome(str(fault), longest_gap(load.beats, "answer", begun, ended), whole, done, refused, len(lost))
 
 
-def _await(nexus: Client, wanted: bool, deadline: float) -> bool:
-    """Whether all is whole, or something is not, before that moment (monotonic seconds)."""
+def _await(nexus: Client, is_whole: bool, deadline: float) -> list[str]:
+    """What is missing when all is whole, or something is not, or else at that moment (monotonic seconds)."""
+    amiss = ["nothing was seen"]
     while time.monotonic() <= deadline:
-        with suppress(NexusError):
-            if is_whole(nexus.call("GET", "/status", timeout=20)[1]) is wanted:
-                return True
+        try:
+            amiss = missing(nexus.call("GET", "/status", timeout=20)[1])
+        except NexusError as error:
+            amiss = [f"the front door does not say: {error}"]
+        else:
+            if (not amiss) is is_whole:
+                break
         time.sleep(LOOK_SECONDS)
-    return False
+    return amiss
 
 
 def run_all(config: Config, chosen: Sequence[Fault], cut_seconds: float, patience: float) -> list[Outcome]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deployments.drill import Beat, Fault, Outcome, faults, is_whole, longest_gap, show, table
+from deployments.drill import Beat, Fault, Outcome, faults, longest_gap, missing, show, table
 from nexus.config import Config
 from nexus.errors import InvalidRequest
 
@@ -37,13 +37,16 @@ def test_the_longest_silence_counts_what_was_answered_well_alone() -> None:
     assert longest_gap([], "answer", 0, 7) == 7
 
 
-def test_whole_is_every_machine_and_every_deployment() -> None:
+def test_whatever_is_not_as_it_should_be_is_named() -> None:
     nodes = [{"name": "sark", "alive": True}, {"name": "clu", "alive": True}]
-    well, ill = {"status": "HEALTHY"}, {"status": "UPDATING"}
-    assert is_whole({"nodes": nodes, "deployments": [well]})
-    assert not is_whole({"nodes": nodes, "deployments": [well, ill]})
-    assert not is_whole({"nodes": [*nodes, {"name": "witness", "alive": False}], "deployments": [well]})
-    assert not is_whole({"nodes": None, "deployments": [well]}) and not is_whole({})
+    well, ill = {"name": "retriever", "status": "HEALTHY"}, {"name": "embedder@sark", "status": "UPDATING"}
+    assert missing({"nodes": nodes, "deployments": [well]}) == []
+    assert missing({"nodes": [*nodes, {"name": "witness", "alive": False}], "deployments": [well, ill]}) == [
+        "witness does not answer", "embedder@sark is updating",
+    ]  # fmt: skip
+    (sentence,) = missing({"nodes": None, "deployments": [well], "unknown": {"nodes": "Ray does not answer"}})
+    assert "Ray does not answer" in sentence
+    assert missing({})
 
 
 def test_an_outcome_is_shown_with_what_was_lost() -> None:
