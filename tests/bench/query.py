@@ -3,9 +3,10 @@
     python -m tests.bench.query              starts a Nexus of its own over 1,500 abstracts
 
 The parts are measured on the same data: embedding the query, the dense route and the text route over the rows in
-memory, and one Serve hop (`/livez` goes through the same ingress; `/readyz` also asks every deployment). `store` is
-both routes in the vector server, which is asked for what memory has no room for. Rounds alternate, so that a busy
-moment of the machine falls on all alike.
+memory, and one Serve hop: a bare application beside Nexus, whose ingress asks one deployment (tests/bench/echo.py) as
+the gateway asks the retriever. `ingress` is `/livez`, which ends in the gateway. `store` is both routes in the vector
+server, which is asked for what memory has no room for. Rounds alternate, so that a busy moment of the machine falls on
+all alike.
 """
 
 from tests.bench import harness  # isort: skip  (first: it pins the threads)
@@ -29,6 +30,7 @@ from nexus.resident import Resident
 from nexus.retrieval import RetrievalSettings, Retriever
 from nexus.terms import shadow
 from nexus.types import Principal, SearchRequest, Vector
+from tests.bench import echo
 from tests.bench.corpus import Judged, scifact
 from tests.bench.quality import COLLECTION, PACKAGES, ingest
 from tests.running import Running, running_nexus
@@ -54,7 +56,7 @@ def open_retriever(nexus: Running) -> Retriever:
     return Retriever(hades, embedder, RetrievalSettings(), resident=resident)
 
 
-def subjects(http: httpx.Client, retriever: Retriever) -> dict[str, Callable[[str], object]]:
+def subjects(http: httpx.Client, retriever: Retriever, hop: str) -> dict[str, Callable[[str], object]]:
     """Everything that is timed, as a function of the query."""
     principal, scope = Principal("default", "bench"), Scope("default")
     collection = retriever.hades.find_collection(COLLECTION, "default")
@@ -80,7 +82,8 @@ def subjects(http: httpx.Client, retriever: Retriever) -> dict[str, Callable[[st
         "dense": lambda query: rows.search_dense(vector_of(query), 100, scope),
         "text": lambda query: rows.search_text(shadow(query), 100, scope),
         "store": store,
-        "hop": lambda _: http.get("/livez").raise_for_status(),
+        "hop": lambda query: http.post(hop, json={"query": query, "collection": COLLECTION}).raise_for_status(),
+        "ingress": lambda _: http.get("/livez").raise_for_status(),
     }
 
 
@@ -123,10 +126,10 @@ def main() -> None:
         ingest(http, Judged(kept, {}, {}))
         retriever = open_retriever(nexus)
         queries = list(whole.queries.values())[:QUERIES]
-        timed = subjects(http, retriever)
+        timed = subjects(http, retriever, echo.start_beside(nexus))
         spent = time_each(timed, queries)
         many = queries * 5
-        rates = [(rate(timed["http"], many), rate(timed["process"], many)) for _ in range(3)]
+        rates = [tuple(rate(timed[name], many) for name in ("http", "process", "hop")) for _ in range(3)]
         assert retriever.resident is not None
         retriever.resident.close()
         retriever.close()
@@ -134,16 +137,18 @@ def main() -> None:
     parts = p50["embed"] + p50["dense"] + p50["text"] + p50["hop"]
     rows = [(name, p50[name], harness.percentile(values, 0.95)) for name, values in spent.items()]
     harness.print_table(["part", "p50 ms", "p95 ms"], [*rows, ("parts in all", parts, 0.0)])
-    http_rate, process_rate = (median(values) for values in zip(*rates, strict=True))
+    http_rate, process_rate, hop_rate = (median(values) for values in zip(*rates, strict=True))
     figures = {
         "p50_ms": p50["http"],
         "p95_ms": harness.percentile(spent["http"], 0.95),
         "p50_over_parts": p50["http"] / parts,
         "p50_http_over_process": p50["http"] / p50["process"],
         "p50_ms_of_a_hop": p50["hop"],
+        "p50_over_parts_and_ingress": p50["http"] / (parts - p50["hop"] + p50["ingress"]),
         "p50_store_over_rows": p50["store"] / (p50["dense"] + p50["text"]),
         "qps8": http_rate,
         "qps8_over_process": http_rate / process_rate,
+        "qps8_over_hop": http_rate / hop_rate,
         "qps8_over_limit": http_rate / (2 * 1000 / (p50["embed"] + p50["dense"] + p50["text"])),
     }
     harness.print_result("query", figures, PACKAGES)
