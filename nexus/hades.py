@@ -35,7 +35,7 @@ import posixpath
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 from urllib.parse import unquote, urljoin
 
 from nexus.chunking import embedded_text
@@ -44,6 +44,7 @@ from nexus.errors import Conflict, NotFound
 from nexus.failpoints import pass_through
 from nexus.ports import (
     INDEX_PREFIX,
+    Change,
     Collection,
     Coordinator,
     Cut,
@@ -60,6 +61,7 @@ from nexus.ports import (
 from nexus.terms import shadow
 from nexus.types import LAST_ORDINAL, Chunk, Document, Piece, Principal, Vector, Vectors, chunk_id_of, digest, model_of
 
+Cuttable = TypeVar("Cuttable", Document, Change)
 
 def document_id_of(tenant: str, collection: str, source: str) -> str:
     """The identity of a document: where it came from."""
@@ -345,20 +347,21 @@ class Hades:
         audiences = (audience_of(principal.tenant, some) for some in self.documents.audiences(collection, principal))
         return Scope(principal.tenant, document_ids, tuple(sorted(audiences)))
 
-    def rows(self, collection: Collection, documents: Sequence[Document]) -> Iterator[list[IndexRow]]:
+    def rows(self, collection: Collection, changes: Sequence[Change]) -> Iterator[list[IndexRow]]:
         """For each of these versions, its rows in the live index, as far as they are there: none of one that is gone.
 
         The document store has to be `Followed`.
         """
         assert isinstance(self.documents, Followed)
         chunks: dict[tuple[str, str], list[Chunk]] = {}
-        for chunk in self.documents.chunks_of(documents, collection.cut):
+        versions = ((change.document_id, change.version) for change in changes)
+        for chunk in self.documents.chunks_of(versions, collection.cut):
             chunks.setdefault((chunk.document_id, chunk.version), []).append(chunk)
         vectors = self.documents.vectors([chunk.chunk_id for some in chunks.values() for chunk in some])
-        for document in documents:
-            found = chunks.get((document.document_id, document.version), [])
+        for change in changes:
+            found = chunks.get((change.document_id, change.version), [])
             whole = [chunk for chunk in found if chunk.chunk_id in vectors]
-            yield rows_of(document, cut_of(document, whole, [vectors[chunk.chunk_id] for chunk in whole]))
+            yield rows_of(change, cut_of(change, whole, [vectors[chunk.chunk_id] for chunk in whole]))
 
     def is_unchanged(self, document: Document, principal: Principal, keeps_readers: bool = False) -> Document | None:
         """The current version of this document if it is the very version given, else None.
@@ -473,12 +476,12 @@ def index_of(collection: str, fingerprint: str, chunking: str = "") -> str:
     return f"{INDEX_PREFIX}{digest('index', collection, fingerprint, *([chunking] if chunking else []))}"
 
 
-def cut_of(document: Document, chunks: Sequence[Chunk], vectors: Vectors | Sequence[Vector]) -> Cut:
+def cut_of(document: Document | Change, chunks: Sequence[Chunk], vectors: Vectors | Sequence[Vector]) -> Cut:
     """A version as an index has it, of all of its chunks, in order, and a vector for each."""
     return Cut(chunks, [embedded_text(document.title, chunk.piece) for chunk in chunks], vectors)
 
 
-def rows_of(document: Document, cut: Cut) -> list[IndexRow]:
+def rows_of(document: Document | Change, cut: Cut) -> list[IndexRow]:
     """What an index keeps of a version."""
     audience = audience_of(document.tenant, document.readers)
     return [
@@ -487,9 +490,9 @@ def rows_of(document: Document, cut: Cut) -> list[IndexRow]:
     ]
 
 
-def in_batches(documents: Iterable[Document], chunks: int) -> Iterator[list[Document]]:
+def in_batches(documents: Iterable[Cuttable], chunks: int) -> Iterator[list[Cuttable]]:
     """In order, each of about so many chunks, or of one document that has more."""
-    batch: list[Document] = []
+    batch: list[Cuttable] = []
     for document in documents:
         batch.append(document)
         if sum(one.chunks for one in batch) >= chunks:

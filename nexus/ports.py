@@ -7,7 +7,7 @@ several threads at once. Blocking is allowed: whoever calls from an event loop u
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from nexus.errors import ConfigError
 from nexus.filters import Filter
@@ -748,6 +748,22 @@ class KeptElsewhere(Protocol):
         ...
 
 
+class Change(NamedTuple):
+    """A version as it was opened once, for whoever follows a store: what an index and its searches need to know of it.
+
+    The fields are those of Document. It is a tuple, for at a start there is one of every version.
+    """
+
+    document_id: str
+    version: str
+    tenant: str
+    title: str
+    readers: frozenset[str]
+    chunks: int
+    opened: int
+    closed: int | None
+
+
 @runtime_checkable
 class Followed(Protocol):
     """What a document store can that tells what became of a tenant's versions, so that others keep an index of them.
@@ -761,7 +777,7 @@ class Followed(Protocol):
         """{(collection, tenant): (revision, erased)} of all that there are."""
         ...
 
-    def changed(self, collection: str, tenant: str, after: int) -> list[Document]:
+    def changed(self, collection: str, tenant: str, after: int) -> list[Change]:
         """Versions that are or were visible, and were published, closed or changed after a revision; 0: all of them.
 
         Each stands there once for every time that it was opened, one after the other.
@@ -772,8 +788,8 @@ class Followed(Protocol):
         """How many chunks the versions have that `changed` would give in all."""
         ...
 
-    def chunks_of(self, documents: Sequence[Document], cut: str = "") -> list[Chunk]:
-        """Of one cut of these versions, in their order, and by their ordinals; those that are there."""
+    def chunks_of(self, versions: Iterable[tuple[str, str]], cut: str = "") -> list[Chunk]:
+        """Of one cut of these versions, each the document's id and its own, in their order, and by their ordinals; those that are there."""
         ...
 
 

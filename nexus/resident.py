@@ -30,10 +30,10 @@ import numpy as np
 
 from nexus.errors import Conflict, NexusError, NotFound
 from nexus.hades import Hades, audience_of, in_batches
-from nexus.ports import Collection, Followed, Verdict
+from nexus.ports import Change, Collection, Followed, Verdict
 from nexus.rows import Rows, estimated_bytes
 from nexus.snapshot import Snapshot, is_being_written, read, write
-from nexus.types import NOBODY, Document, Principal, digest
+from nexus.types import NOBODY, Principal, digest
 
 log = logging.getLogger("nexus.resident")
 
@@ -313,7 +313,7 @@ class Resident:
             part.why = READING
             rows = self._read(part) or Rows(part.index, collection.dimension)
             changed = self._store.changed(part.collection, part.tenant, 0)
-            for key in part.versions.keys() - {_key(document) for document in changed}:
+            for key in part.versions.keys() - set(map(_key, changed)):
                 rows.delete(part.lose(key))
             if self._bring_in(part, rows, collection, changed):
                 rows.tidy(whole=True)
@@ -331,17 +331,17 @@ class Resident:
             return False
         return self._bring_in(part, rows, collection, changed)
 
-    def _bring_in(self, part: Part, rows: Rows, collection: Collection, changed: Sequence[Document]) -> bool:
+    def _bring_in(self, part: Part, rows: Rows, collection: Collection, changed: Sequence[Change]) -> bool:
         """Bring in versions read after the collection was; False where they take too much memory."""
         fresh, spans = [], dict[Key, tuple[Span, ...]]()
         for key, group in groupby(changed, _key):
-            *_, document = former = list(group)
-            spans[key] = tuple((one.opened or 0, one.closed) for one in former)
-            known, audience = part.versions.get(key), audience_of(document.tenant, document.readers)
-            if known is None or not _is_made_of(known, document, collection.cut):
-                fresh.append(document)
+            *_, latest = former = list(group)
+            spans[key] = tuple((one.opened, one.closed) for one in former)
+            known, audience = part.versions.get(key), audience_of(part.tenant, latest.readers)
+            if known is None or not _is_made_of(known, latest, collection.cut):
+                fresh.append(latest)
                 continue
-            known.spans, known.readers = spans[key], document.readers
+            known.spans, known.readers = spans[key], latest.readers
             if known.audience != audience:
                 rows.admit(known.chunk_ids, audience)
                 known.audience = audience
@@ -349,10 +349,10 @@ class Resident:
         for batch in in_batches(fresh, CHUNKS_AT_ONCE):
             read = list(self._hades.rows(collection, batch))
             rows.upsert([row for found in read for row in found])
-            for document, found in zip(batch, read, strict=True):
-                key, ids = _key(document), tuple(row.chunk_id for row in found)
-                audience = audience_of(document.tenant, document.readers)
-                made = Version(key[0], document.title, audience, collection.cut, ids, spans[key], document.readers)
+            for one, found in zip(batch, read, strict=True):
+                key, ids = _key(one), tuple(row.chunk_id for row in found)
+                audience = audience_of(part.tenant, one.readers)
+                made = Version(one.document_id, one.title, audience, collection.cut, ids, spans[key], one.readers)
                 if gone := part.keep(key, made):
                     rows.delete(gone)
             if self._is_closed or self._total(but=part) + rows.nbytes > self._most_bytes:
@@ -365,7 +365,7 @@ class Resident:
 
     def _forget_erased(self, part: Part) -> None:
         assert part.rows is not None
-        kept = {_key(document) for document in self._store.changed(part.collection, part.tenant, 0)}
+        kept = set(map(_key, self._store.changed(part.collection, part.tenant, 0)))
         for key in part.versions.keys() - kept:
             part.rows.delete(part.lose(key))
         part.rows.tidy(whole=True)
@@ -455,9 +455,9 @@ def open_resident(hades: Hades, most_bytes: int, home: Path) -> Resident | None:
     return None
 
 
-def _is_made_of(known: Version, document: Document, cut: str) -> bool:
+def _is_made_of(known: Version, latest: Change, cut: str) -> bool:
     """Whether rows are still those of a version: not if it was published anew, or an index of the same name was."""
-    return (known.cut, known.title, known.spans[-1][0]) == (cut, document.title, document.opened)
+    return (known.cut, known.title, known.spans[-1][0]) == (cut, latest.title, latest.opened)
 
 
 def _with_versions(snapshot: Snapshot, versions: Mapping[Key, Version]) -> Snapshot:
@@ -493,5 +493,5 @@ def _versions_in(snapshot: Snapshot) -> Iterator[tuple[Key, Version]]:
         first = end
 
 
-def _key(document: Document) -> Key:
-    return document.document_id, document.version
+def _key(change: Change) -> Key:
+    return change.document_id, change.version

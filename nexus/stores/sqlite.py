@@ -18,7 +18,7 @@ is synced to the disk at commit; staging is not, for the publish after it syncs 
 import json
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
@@ -33,7 +33,7 @@ from nexus.failpoints import pass_through
 from nexus.filters import Filter
 from nexus.interactions import SqliteInteractions
 from nexus.kept import unpack
-from nexus.ports import Collection, Cut, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
+from nexus.ports import Change, Collection, Cut, Deletion, Generation, GenerationState, LiveIndex, Staged, Verdict
 from nexus.types import NOBODY, Chunk, Document, Piece, Principal, Vector, chunk_id_of
 
 FAN_OUT = 25  # documents that one step goes on to from one document, or from one value that documents share
@@ -508,14 +508,19 @@ class SqliteDocuments(Database):
             rows = db.execute("SELECT collection, tenant, revision, erased FROM sequences")
             return {(collection, tenant): (revision, erased) for collection, tenant, revision, erased in rows}
 
-    def changed(self, collection: str, tenant: str, after: int) -> list[Document]:
+    def changed(self, collection: str, tenant: str, after: int) -> list[Change]:
         with self._reading() as db:
             rows = db.execute(
-                f"{PUBLISHED} WHERE v.tenant = ? AND v.collection = ? AND v.revision > ?"
+                "SELECT v.document_id, v.version, v.title, v.readers, v.chunks, s.opened, s.closed"
+                " FROM versions v JOIN spans s USING (document_id, version)"
+                " WHERE v.tenant = ? AND v.collection = ? AND v.revision > ?"
                 " ORDER BY v.document_id, v.version, s.opened",
                 (tenant, collection, after),
             )
-            return [_document(row) for row in rows]
+            return [
+                Change(document_id, version, tenant, title, _readers_in(readers), chunks, opened, closed)
+                for document_id, version, title, readers, chunks, opened, closed in rows
+            ]
 
     def held(self, collection: str, tenant: str) -> int:
         with self._reading() as db:
@@ -526,13 +531,13 @@ class SqliteDocuments(Database):
             ).fetchone()
             return int(chunks)
 
-    def chunks_of(self, documents: Sequence[Document], cut: str = "") -> list[Chunk]:
+    def chunks_of(self, versions: Iterable[tuple[str, str]], cut: str = "") -> list[Chunk]:
         with self._reading() as db:
             rows = db.execute(
                 f"SELECT {CHUNK} FROM json_each(?) AS wanted CROSS JOIN chunks c"
                 " ON c.document_id = wanted.value ->> 0 AND c.version = wanted.value ->> 1 AND c.cut = ?"
                 " ORDER BY wanted.key, c.ordinal",
-                (json.dumps([(document.document_id, document.version) for document in documents]), cut),
+                (json.dumps(list(versions)), cut),
             )
             return [_chunk(row) for row in rows]
 
