@@ -194,8 +194,9 @@ def test_a_drill_finds_answers_within_half_a_minute_and_nothing_lost(it: Cluster
     """A link cut for so long that Ray gives the machine up, under load. The command alone tries the other faults."""
     it.begin("clu", "node", "start", "--stay", "--token-file", os.fspath(it.home(HEAD) / "ray-token"))
     until(300, lambda: is_there(it, "clu"))
-    told = it.nexus(HEAD, "drill", "--test-cluster", "--fault", "link:sark", "--cut", "20", "--json", seconds=850)
-    assert told.returncode == 0, told.stderr
+    fault = ("--fault", "link:sark", "--cut", "20", "--patience", "420")
+    told = it.nexus(HEAD, "drill", "--test-cluster", *fault, "--json", seconds=850)
+    assert told.returncode == 0, f"{told.stderr}\n{it.said('sark')[-2000:]}\n{it.nexus(HEAD, 'status').stdout}"
     (outcome,) = json.loads(told.stdout)
     assert outcome["fault"] == "link:sark" and outcome["lost"] == 0, outcome
     assert set(outcome["done"]) == {"answer", "document", "session", "metadata"}, outcome
