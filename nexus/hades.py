@@ -63,6 +63,7 @@ from nexus.types import LAST_ORDINAL, Chunk, Document, Piece, Principal, Vector,
 
 Cuttable = TypeVar("Cuttable", Document, Change)
 
+
 def document_id_of(tenant: str, collection: str, source: str) -> str:
     """The identity of a document: where it came from."""
     return digest("document", tenant, collection, source)

@@ -789,7 +789,7 @@ class Followed(Protocol):
         ...
 
     def chunks_of(self, versions: Iterable[tuple[str, str]], cut: str = "") -> list[Chunk]:
-        """Of one cut of these versions, each the document's id and its own, in their order, and by their ordinals; those that are there."""
+        """Of one cut of these versions (document, version), in their order, and by their ordinals; those there are."""
         ...
 
 
