@@ -81,7 +81,7 @@ def test_who_stays_starts_it_again_when_it_ended_and_says_what_is_in_the_way(
     kept.look()
     assert starting.find(home) == first and told == []
     os.kill(first.pid, signal.SIGKILL)
-    until(10, lambda: not first.is_alive())
+    until(60, lambda: not first.is_alive())
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", settings.athena.port))
@@ -99,7 +99,7 @@ def test_who_stays_starts_it_again_when_it_ended_and_says_what_is_in_the_way(
     second = starting.find(home)
     assert second is not None and second.is_alive() and second.pid != first.pid
     os.kill(second.pid, signal.SIGKILL)
-    until(10, lambda: not second.is_alive())
+    until(60, lambda: not second.is_alive())
     starting.forget(home)
     kept.look()
     assert starting.state(home) == ("not started", None)

@@ -687,13 +687,13 @@ def test_k5_a_block_that_is_deleted_while_it_is_wrapped_anew_stays_deleted(
 
     def copy(*args: object) -> None:
         began.set()
-        reached.wait(10)
+        reached.wait(60)
         real(*args)
 
     monkeypatch.setattr(module.shutil, "copyfileobj", copy)
     with ThreadPoolExecutor(2) as threads:
         wrapping = threads.submit(store.rewrap, TENANT)
-        assert began.wait(10)
+        assert began.wait(60)
         deleting = threads.submit(lambda: (reached.set(), store.delete(ARM))[1])
         assert wrapping.result().failed == () and deleting.result()
     assert store.versions(TENANT, "arm") == []

@@ -248,7 +248,7 @@ def test_requests_of_a_session_go_to_one_replica(client: openai.OpenAI, http: ht
     assert loads(http)[0] == 0, "all four are on one replica"
     for stream in streams:
         stream.close()
-    until(10, lambda: loads(http) == [0, 0])
+    until(60, lambda: loads(http) == [0, 0])
 
 
 # ── what goes wrong ─────────────────────────────────────────────────────────────────────────────
@@ -260,7 +260,7 @@ def test_a_stream_that_is_left_frees_its_place(client: openai.OpenAI, http: http
         for _, _chunk in zip(range(number % 7), stream, strict=False):
             continue
         stream.close()
-    until(10, lambda: loads(http) == [0, 0])
+    until(60, lambda: loads(http) == [0, 0])
     member = next(one for one in http.get("/report").json()["models"] if one["name"] == "tiny")
     assert member["in_flight"] == 0
 
