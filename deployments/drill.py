@@ -206,7 +206,7 @@ def _cut_link(address: str, seconds: float) -> str:
     device = next(
         name for name, own in psutil.net_if_addrs().items() if any(one.address == address for one in own)
     )  # fmt: skip
-    _later(f"ip link set {device} down; sleep {seconds}; ip link set {device} up")
+    set_off(f"ip link set {device} down; sleep {seconds}; ip link set {device} up")
     return device
 
 
@@ -214,14 +214,15 @@ def _cut_link(address: str, seconds: float) -> str:
 def _kill_raylet() -> int:
     """The one that this worker belongs to; a moment later, so that this can be answered."""
     raylet = os.getppid()
-    _later(f"kill -9 {raylet}")
+    set_off(f"kill -9 {raylet}")
     return raylet
 
 
-def _later(story: str) -> None:
-    """By a shell that outlives this process."""
-    command = ["sh", "-c", f"sleep {DELAY_SECONDS}; {story}"]
-    subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+def set_off(story: str) -> None:
+    """By a shell that is nobody's child: with a worker that it lets go, Ray ends the worker's children too."""
+    command = ["sh", "-c", f"(sleep {DELAY_SECONDS}; {story}) &"]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command, start_new_session=True, check=True, **quiet)
 
 
 def strike(config: Config, fault: Fault, cut_seconds: float) -> None:

@@ -1,6 +1,9 @@
 """What a drill measures, and whom it lets be broken."""
 
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from deployments.drill import Beat, Fault, Outcome, faults, longest_gap, missing, show, table
 from nexus.config import Config
 from nexus.errors import InvalidRequest
+from tests.running import ROOT, until
 
 NODE = {"address": "10.0.0.1", "cpus": 1, "memory": "1GiB"}
 
@@ -55,3 +59,17 @@ def test_an_outcome_is_shown_with_what_was_lost() -> None:
     assert head.split("  ")[0] == "fault" and "lost" in head
     assert row.split() == ["link:sark", "1.2", "s", "42", "s", "7", "answer", "2", "document", "1"]
     assert show(outcome)["lost"] == 1 and show(outcome)["done"] == {"answer": 7}
+
+
+def test_what_was_set_off_happens_though_ray_ends_the_worker_and_its_children(tmp_path: Path) -> None:
+    """Else a link that was cut would not be healed any more (RAY_kill_child_processes_on_worker_exit)."""
+    mark = tmp_path / "done"
+    worker = f"""
+import psutil
+from deployments.drill import set_off
+set_off("touch {mark}")
+for child in psutil.Process().children():
+    child.kill()
+"""
+    subprocess.run([sys.executable, "-c", worker], cwd=ROOT, check=True)
+    until(60, mark.exists)
