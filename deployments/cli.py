@@ -25,7 +25,7 @@ from deployments import client as http
 from deployments.athena import starting as athena
 from deployments.auditing import recorded, recorded_if_possible
 from deployments.driver import become_driver
-from deployments.listing import is_below, label
+from deployments.listing import is_below, label, place_of
 from deployments.running import JOIN_SECONDS
 from nexus import __version__, logs
 from nexus.access import MOST_PER_MINUTE, PERMISSIONS, KeyRing
@@ -660,17 +660,14 @@ def ask(question: str, collection: InCollection = "default", as_json: Json = Fal
         typer.echo(f"\nConfidence {answer['confidence']:.2f}. Sources, those cited first:")
         for source in sorted(answer["sources"], key=lambda s: (not s["cited"], s["number"])):
             mark = f"[{source['number']}]" if source["cited"] else f" {source['number']} "
-            typer.echo(f"  {mark} {source['title']} — {source['source']}{_place(source)}")
+            typer.echo(f"  {mark} {_called(source)}")
     raise typer.Exit(0 if answer["sources"] and not answer["abstained"] else 1)
 
 
-def _place(hit: dict[str, Any]) -> str:
-    if hit["page"]:
-        return f", page {hit['page']}"
-    if hit["lines"]:
-        first, last = hit["lines"]
-        return f", line {first}" if first == last else f", lines {first}–{last}"
-    return ""
+def _called(passage: dict[str, Any]) -> str:
+    """Title, source and place."""
+    place = place_of(passage)
+    return f"{passage['title']} — {passage['source']}{', ' if place else ''}{place}"
 
 
 @app.command()
@@ -693,7 +690,7 @@ def search(
         typer.echo(json.dumps(result))
         return
     for number, hit in enumerate(result["hits"], 1):
-        typer.echo(f"{number}. {hit['score']:.3f}  {hit['title']} — {hit['source']}{_place(hit)}")
+        typer.echo(f"{number}. {hit['score']:.3f}  {_called(hit)}")
         if explain:
             routes = ", ".join(f"{name} #{r['rank']} ({r['score']:.3f})" for name, r in hit["routes"].items())
             typer.echo(f"   {routes}; cosine {hit['cosine']:.3f}")

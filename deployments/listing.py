@@ -1,7 +1,7 @@
-"""Which files a source holds, where to open them, and what to call them."""
+"""Which files a source holds, where to open them, and what to call them and their passages."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,3 +82,13 @@ def _is_hidden(name: str, root: str) -> bool:
 def label(path: str) -> str:
     """A path as text that can be shown: what is no text or would break a line is written out, as \\udcff or \\n."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
+
+
+def place_of(passage: Mapping[str, Any]) -> str:
+    """Where in its document a passage of an answer is: the page, else the lines, else nothing."""
+    if passage["page"]:
+        return f"page {passage['page']}"
+    if passage["lines"]:
+        first, last = passage["lines"]
+        return f"line {first}" if first == last else f"lines {first}–{last}"
+    return ""

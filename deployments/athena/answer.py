@@ -10,6 +10,7 @@ import streamlit as st
 from deployments.athena import page
 from deployments.athena.client import Away, Nexus, Page, Refused
 from deployments.athena.text import join, label, plain, show, show_answer
+from deployments.listing import place_of
 
 DRAW_SECONDS = 0.05  # between two looks of a text that comes
 SHOWN_HITS = 12
@@ -107,16 +108,6 @@ def _show_source(source: Page, icon: str) -> None:
         st.caption(label(join([source["source"], f"score {source['score']:.3f}"]), 300))
         if source.get("flags"):
             st.caption(f"Content rules found in it: {label(', '.join(source['flags']))}")
-
-
-def place_of(source: Page) -> str:
-    """Where in its document a passage is: the page, else the lines, else nothing."""
-    if source["page"]:
-        return f"page {source['page']}"
-    if source["lines"]:
-        first, last = source["lines"]
-        return f"line {first}" if first == last else f"lines {first}–{last}"
-    return ""
 
 
 # ── why ─────────────────────────────────────────────────────────────────────────────────────────
