@@ -337,11 +337,12 @@ class Resident:
         for key, group in groupby(changed, _key):
             *_, latest = former = list(group)
             spans[key] = tuple((one.opened, one.closed) for one in former)
-            known, audience = part.versions.get(key), audience_of(part.tenant, latest.readers)
+            known = part.versions.get(key)
             if known is None or not _is_made_of(known, latest, collection.cut):
                 fresh.append(latest)
                 continue
             known.spans, known.readers = spans[key], latest.readers
+            audience = audience_of(part.tenant, latest.readers)
             if known.audience != audience:
                 rows.admit(known.chunk_ids, audience)
                 known.audience = audience
