@@ -258,7 +258,8 @@ def missing(status: dict[str, Any]) -> list[str]:
     """Each machine that is not there and each deployment that is not as it should be; none where all is whole."""
     nodes, deployments = status.get("nodes") or [], status.get("deployments") or []
     if not nodes or not deployments:
-        return [f"what runs is not known ({'; '.join(map(str, (status.get('unknown') or {}).values())) or 'nothing'})"]
+        why = "; ".join((status.get("unknown") or {}).values()) or "nobody says why"
+        return [f"what runs is not known ({why})"]
     away = [f"{node['name']} does not answer" for node in nodes if not node["alive"]]
     return away + [f"{one['name']} is {one['status'].lower()}" for one in deployments if one["status"] != "HEALTHY"]
 

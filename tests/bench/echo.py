@@ -1,8 +1,7 @@
 """What Serve alone costs a request: an ingress that asks one deployment and answers with what that gave back.
 
-    python -m tests.bench.echo              puts it at /echo of the Nexus of $NEXUS_HOME; `tests.bench.query` does
-
-The settings of Serve are those that Nexus runs under, and no line of Nexus is on the way.
+`tests.bench.query` puts it beside a Nexus. The settings of Serve are those that Nexus runs under, and no line of Nexus
+is on the way.
 """
 
 import subprocess
@@ -37,7 +36,7 @@ class Echo:
 
 def start_beside(nexus: Running) -> str:
     """Its path, once it answers there."""
-    environment = nexus.environment | bootstrap.environment_of_head(nexus.home)
+    environment = bootstrap.environment_of_head(nexus.home)
     command = [sys.executable, "-m", "tests.bench.echo", nexus.instance.ray_address]
     subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, check=True, capture_output=True)
     with nexus.http() as http:
