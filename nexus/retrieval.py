@@ -51,8 +51,6 @@ GRAPH_CHUNKS = 2000
 WEAK_COSINE = 0.4  # below it the best passage is hardly about the question (grounding.py calls such a cosine loose)
 MAX_HOPS = 3
 
-NOWHERE = RouteScore(0, 0.0)
-
 Route = Sequence[tuple[str, float]]
 
 
@@ -427,20 +425,20 @@ def fuse(
     "max": embedding_weight * cosine + text_weight * bm25 / best bm25 of the query; a chunk that the
     text route did not name has bm25 0. "rrf": weight / (60 + rank), summed over the routes.
     """
-    near, worded = (
-        {chunk_id: RouteScore(rank, score) for rank, (chunk_id, score) in enumerate(route, 1)}
-        for route in (dense, text)
-    )
+    routes = {chunk_id: {"dense": RouteScore(rank, score)} for rank, (chunk_id, score) in enumerate(dense, 1)}
+    for rank, (chunk_id, score) in enumerate(text, 1):
+        routes.setdefault(chunk_id, {})["text"] = RouteScore(rank, score)
     best = max((score for _, score in text), default=0.0)
     weights = {"dense": embedding_weight, "text": text_weight}
     fused = []
-    for chunk_id in near | worded:
-        places = {name: route[chunk_id] for name, route in (("dense", near), ("text", worded)) if chunk_id in route}
-        cosine, lexical = cosines.get(chunk_id, 0.0), places.get("text", NOWHERE).score
+    for chunk_id, places in routes.items():
+        cosine = cosines.get(chunk_id, 0.0)
         if fusion == "rrf":
             score = sum(weights[name] / (RRF_CONSTANT + place.rank) for name, place in places.items())
+        elif best > 0 and "text" in places:
+            score = embedding_weight * cosine + text_weight * (places["text"].score / best)
         else:
-            score = embedding_weight * cosine + text_weight * (lexical / best if best > 0 else 0.0)
+            score = embedding_weight * cosine
         fused.append(Candidate(chunk_id, score, cosine, places))
     return sorted(fused, key=lambda c: (-c.score, c.chunk_id))
 

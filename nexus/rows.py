@@ -16,7 +16,6 @@ best. Both roundings are of random sign, so that a score is wrong by more than e
 where rows that were not scored exactly might belong to the best by as much, all are scored exactly.
 """
 
-import heapq
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -438,8 +437,8 @@ def _best(state: State, scores: npt.NDArray[np.float32], rows: Ints | None, limi
     else:
         chosen = np.arange(len(scores))
     places = chosen if rows is None else rows[chosen]
-    found = zip((state.ids[place] for place in places.tolist()), scores[chosen].tolist(), strict=True)
-    return heapq.nsmallest(limit, found, key=lambda one: (-one[1], one[0]))
+    found = zip((-scores[chosen]).tolist(), (state.ids[place] for place in places.tolist()), strict=True)
+    return [(chunk_id, -worse) for worse, chunk_id in sorted(found)[:limit]]
 
 
 def _without(state: State, chunk_ids: Iterable[str]) -> State:

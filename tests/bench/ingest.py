@@ -2,7 +2,7 @@
 
     python -m tests.bench.ingest                     everything, about half an hour
     python -m tests.bench.ingest share [--files N]   one part alone: share, busy or growth
-    python -m tests.bench.ingest growth --upto 100000
+    python -m tests.bench.ingest growth --upto 46000
 
 A file of `share` and `busy` is a Markdown page of four scifact abstracts, one of `growth` has one. `nexus add` is timed
 from its start to its end, everything durable and visible. `embed_share` is the time that embedding the same texts takes
@@ -47,7 +47,7 @@ from tests.running import ROOT, Running, running_nexus
 EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
 ABSTRACTS = 4
 TEXTS_PER_CALL = 128
-SIZES = (500, 2_000, 10_000, 100_000)  # files, of `growth`
+SIZES = (500, 2_000, 4_600, 10_000, 46_000)  # files, of `growth`: about 1, 4, 10, 22 and 100 thousand chunks
 SEARCHES = 200
 CONCURRENT = 8
 SECONDS_IDLE = 20.0
