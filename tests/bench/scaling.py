@@ -25,7 +25,6 @@ import psutil
 
 from nexus.hades import Hades, chunks_of, document_id_of, version_of
 from nexus.ports import Embedder, Scope, Staged
-from nexus.precision import chosen
 from nexus.registry import open_part
 from nexus.resident import Resident
 from nexus.retrieval import RetrievalSettings, Retriever
@@ -34,7 +33,6 @@ from tests.bench.corpus import scifact
 from tests.bench.quality import PACKAGES
 from tests.running import Running, running_nexus, until
 
-EMBEDDER = "sentence-transformer:all-MiniLM-L6-v2"
 SIZES = (5_000, 20_000, 100_000)
 EMBEDDED, QUERIES, AT_ONCE = 500, 100, 250
 NOISE = 0.3
@@ -140,7 +138,7 @@ def main() -> None:
 
 def measure_whole(texts: Sequence[str], query: str, rows: int) -> dict[str, float]:
     """A Nexus before and after it has so many chunks; both are started, and asked once."""
-    embedder: Embedder = open_part("models", EMBEDDER, threads=harness.THREADS, precision=chosen(EMBEDDER) or "bf16")
+    embedder = harness.open_embedder()
     base = embedder.embed(texts[:EMBEDDED])
     with running_nexus() as nexus:
         with nexus.http() as http:
@@ -150,7 +148,7 @@ def measure_whole(texts: Sequence[str], query: str, rows: int) -> dict[str, floa
         vectors = open_part("stores", f"milvus-lite://127.0.0.1:{nexus.instance.vectors_port}")
         documents = open_part("stores", "sqlite:", home=nexus.home)
         fingerprint = documents.collections()[0].fingerprint
-        hades = Hades(documents, vectors, fingerprint, embedder.dimension, embedder=EMBEDDER)
+        hades = Hades(documents, vectors, fingerprint, embedder.dimension, embedder=harness.EMBEDDER)
         grow(hades, texts, base, rows, hades.stage, Principal("default", "bench"))
         documents.close()
         restart(nexus, query)  # which reads what came behind its back, and keeps it as what Nexus adds itself is kept
@@ -183,7 +181,7 @@ def restart(nexus: Running, query: str) -> tuple[float, float]:
 def measure_sizes(texts: Sequence[str], queries: Sequence[str], sizes: Sequence[int]) -> None:
     """In this process."""
     started = time.perf_counter()
-    embedder: Embedder = open_part("models", EMBEDDER, threads=harness.THREADS, precision=chosen(EMBEDDER) or "bf16")
+    embedder = harness.open_embedder()
     embedder.embed(queries[:1], "query")
     load = time.perf_counter() - started
     base = embedder.embed(texts[:EMBEDDED])
