@@ -309,10 +309,10 @@ class Jobs(Database):
                 " WHERE state = 'running' AND kind = 'upload' ORDER BY files > 1, rowid"
             ).fetchall()
             for place, job_id, collection, tenant, subject, permissions, accepted_at, told in jobs:
-                rows = db.execute(
+                rows = db.execute(  # CROSS JOIN: by source, or SQLite reads all files of all jobs for each of these
                     f"SELECT number, attempts, source FROM files f WHERE {IS_OPEN} AND f.state = 'queued'"
                     " AND job_id = :job AND number NOT IN (SELECT value FROM json_each(:apart))"
-                    " AND NOT EXISTS (SELECT 1 FROM files e JOIN jobs k USING (job_id)"
+                    " AND NOT EXISTS (SELECT 1 FROM files e CROSS JOIN jobs k USING (job_id)"
                     f"   WHERE e.state IN {OPEN} AND e.state != 'expected'"
                     "   AND e.source = f.source AND k.tenant = :tenant AND k.collection = :collection"
                     "   AND k.kind = 'upload'"
@@ -481,8 +481,8 @@ class Jobs(Database):
                 (now, job_id),
             )
             db.execute(
-                "DELETE FROM contents WHERE job_id = ? AND number IN"
-                " (SELECT number FROM files WHERE job_id = contents.job_id AND state = 'cancelled')",
+                "DELETE FROM contents WHERE job_id = ?1 AND number IN"
+                " (SELECT number FROM files WHERE job_id = ?1 AND state = 'cancelled')",
                 (job_id,),
             )
             _end_if_over(db, job_id, now)
