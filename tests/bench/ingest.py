@@ -2,7 +2,8 @@
 
     python -m tests.bench.ingest                     everything, about half an hour
     python -m tests.bench.ingest share [--files N]   one part alone: share, busy or growth
-    python -m tests.bench.ingest growth --upto 46000
+    python -m tests.bench.ingest growth --upto 46000                   100,000 chunks, about an hour
+    python -m tests.bench.ingest growth --upto 2000 --filled 96000     the last of as many, in minutes
 
 A file of `share` and `busy` is a Markdown page of four scifact abstracts, one of `growth` has one. `nexus add` is timed
 from its start to its end, everything durable and visible. `embed_share` is the time that embedding the same texts takes
@@ -12,8 +13,9 @@ on all cores with nothing else to do, over that; `cpu_ms_per_chunk` is what all 
 
 `growth` adds small files, up to each of a row of sizes, and says of each what the last of them cost: chunks a second,
 memory (PSS, shared pages once) of the processes which ingest and of the vector server at its peak, what is on the disk,
-and how long a search takes then. `memory_10000_over_2000` is whether it is flat. `busy` asks at half of the highest
-rate, before and during a bulk run, on a clock that does not wait for answers.
+and how long a search takes then. `--filled` chunks are in both stores before, with vectors that nobody had to embed.
+`memory_10000_over_2000` is whether it is flat. `busy` asks at half of the highest rate, before and during a bulk run,
+on a clock that does not wait for answers.
 """
 
 from tests.bench import harness  # isort: skip  (first: it pins the threads)
@@ -30,6 +32,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -41,7 +44,8 @@ from nexus.registry import open_part
 from nexus.types import Principal
 from tests.bench.corpus import scifact
 from tests.bench.quality import PACKAGES
-from tests.running import ROOT, Running, running_nexus
+from tests.bench.scaling import fill
+from tests.running import ROOT, Running, running_nexus, until
 
 ABSTRACTS = 4
 TEXTS_PER_CALL = 128
@@ -213,17 +217,23 @@ def busy(files: int) -> dict[str, float]:
     return figures
 
 
-def growth(upto: int) -> dict[str, float]:
-    """A row for each size, printed; its figures, by the number of files."""
+def growth(upto: int, filled: int) -> dict[str, float]:
+    """A row for each size, printed; its figures, by the number of files, beside the chunks that were `filled` in."""
     queries = list(scifact().queries.values())[:SEARCHES]
     figures: dict[str, float] = {}
     rows, files, chunks = [], 0, 0
     with tempfile.TemporaryDirectory() as place, running_nexus() as nexus, nexus.http() as http:
+        if filled:
+            timed_add(nexus, write_corpus(Path(place) / "first", 1, 1, upto), "asked")
+            fill(nexus, list(scifact().documents.values()), filled, "asked")
+            ask(http, queries[0])
+            until(600, lambda: '"resident"' in http.get("/status").text)
+            chunks = count_chunks(http)
         for size in (size for size in SIZES if size <= upto):
             pages = write_corpus(Path(place) / f"pages{size}", size - files, 1, files)
             with Memory(nexus) as memory:
                 seconds = timed_add(nexus, pages, "asked")
-            known = sum(one["chunks"] for one in http.get("/rag/collections").raise_for_status().json()["collections"])
+            known = count_chunks(http)
             rate, files, chunks = (known - chunks) / seconds, size, known
             for _ in range(2):  # the first time, it is read
                 answered = [1000 * ask(http, query) for query in queries]
@@ -242,6 +252,10 @@ def growth(upto: int) -> dict[str, float]:
     return figures
 
 
+def count_chunks(http: httpx.Client) -> int:
+    return sum(one["chunks"] for one in http.get("/rag/collections").raise_for_status().json()["collections"])
+
+
 def disk_mb(home: Path) -> float:
     """What is kept there, in MiB, apart from logs."""
     kept = (path for path in home.rglob("*") if path.is_file() and "logs" not in path.parts)
@@ -253,10 +267,15 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help="share, busy or growth; by default all of them")
     parser.add_argument("--files", type=int, default=1000, help="of share and busy")
     parser.add_argument("--upto", type=int, default=10_000, help="files of growth")
+    parser.add_argument("--filled", type=int, default=0, help="chunks that growth begins with")
     given = parser.parse_args()
     figures: dict[str, float] = {}
-    for name in given.parts or ("share", "busy", "growth"):
-        figures |= {"share": share, "busy": busy}[name](given.files) if name != "growth" else growth(given.upto)
+    parts = {
+        "share": partial(share, given.files), "busy": partial(busy, given.files),
+        "growth": partial(growth, given.upto, given.filled),
+    }  # fmt: skip
+    for name in given.parts or parts:
+        figures |= parts[name]()
     harness.print_table(["figure", "value"], list(figures.items()))
     harness.print_result("ingest", figures, PACKAGES)
 

@@ -53,15 +53,17 @@ class Measured:
     start: float
 
 
-def put(hades: Hades, texts: Sequence[str], vectors: Vectors, first: int, stage: Stage, who: Principal) -> None:
+def put(
+    hades: Hades, texts: Sequence[str], vectors: Vectors, first: int, stage: Stage, who: Principal, collection: str
+) -> None:  # fmt: skip
     """Publish documents of one chunk each."""
     staged = []
     for number, (text, vector) in enumerate(zip(texts, vectors, strict=True), first):
         content = f"{number} {text}"
         document = Document(
-            document_id_of(who.tenant, "default", f"{number}.txt"),
+            document_id_of(who.tenant, collection, f"{number}.txt"),
             version_of(content_digest(content.encode()), "p", "c", "e"),
-            who.tenant, "default", f"{number}.txt", "", "text/plain", {}, frozenset(), len(content), 1,
+            who.tenant, collection, f"{number}.txt", "", "text/plain", {}, frozenset(), len(content), 1,
         )  # fmt: skip
         chunks = chunks_of(document, [Piece(content, tokens=200)])
         staged.append(Staged(document, hades.begin(document), chunks, [content], vector[np.newaxis]))
@@ -69,14 +71,29 @@ def put(hades: Hades, texts: Sequence[str], vectors: Vectors, first: int, stage:
     hades.publish([(one.document, one.epoch) for one in staged])
 
 
-def grow(hades: Hades, texts: Sequence[str], base: Vectors, rows: int, stage: Stage, who: Principal = WHO) -> None:
+def grow(
+    hades: Hades, texts: Sequence[str], base: Vectors, rows: int, stage: Stage, who: Principal = WHO,
+    collection: str = "default",
+) -> None:  # fmt: skip
     dice = np.random.default_rng(rows)
     for first in range(0, rows, AT_ONCE):
         numbers = range(first, min(first + AT_ONCE, rows))
         noise = dice.standard_normal((len(numbers), base.shape[1])).astype(np.float32) / np.sqrt(base.shape[1])
         vectors = base[[number % len(base) for number in numbers]] + NOISE * noise
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        put(hades, [texts[number % len(texts)] for number in numbers], vectors, first, stage, who)
+        put(hades, [texts[number % len(texts)] for number in numbers], vectors, first, stage, who, collection)
+
+
+def fill(nexus: Running, texts: Sequence[str], rows: int, collection: str = "default") -> None:
+    """So many chunks more in both stores of a Nexus, which has the collection; none is embedded."""
+    embedder = harness.open_embedder()
+    vectors = open_part("stores", f"milvus-lite://127.0.0.1:{nexus.instance.vectors_port}")
+    documents = open_part("stores", "sqlite:", home=nexus.home)
+    fingerprint = next(one.fingerprint for one in documents.collections() if one.name == collection)
+    hades = Hades(documents, vectors, fingerprint, embedder.dimension, embedder=harness.EMBEDDER)
+    base = embedder.embed(texts[:EMBEDDED])
+    grow(hades, texts, base, rows, hades.stage, Principal("default", "bench"), collection)
+    documents.close()
 
 
 def measure(
@@ -138,22 +155,15 @@ def main() -> None:
 
 def measure_whole(texts: Sequence[str], query: str, rows: int) -> dict[str, float]:
     """A Nexus before and after it has so many chunks; both are started, and asked once."""
-    embedder = harness.open_embedder()
-    base = embedder.embed(texts[:EMBEDDED])
     with running_nexus() as nexus:
         with nexus.http() as http:
             added = {"filename": "first.txt", "content": texts[0]}
             http.post("/rag/add_document", json=added).raise_for_status()
         empty = restart(nexus, query)
-        vectors = open_part("stores", f"milvus-lite://127.0.0.1:{nexus.instance.vectors_port}")
-        documents = open_part("stores", "sqlite:", home=nexus.home)
-        fingerprint = documents.collections()[0].fingerprint
-        hades = Hades(documents, vectors, fingerprint, embedder.dimension, embedder=harness.EMBEDDER)
-        grow(hades, texts, base, rows, hades.stage, Principal("default", "bench"))
-        documents.close()
+        fill(nexus, texts, rows)
         restart(nexus, query)  # which reads what came behind its back, and keeps it as what Nexus adds itself is kept
         full = restart(nexus, query)
-    size = rows * embedder.dimension * 4 + sum(len(texts[n % len(texts)]) for n in range(rows))
+    size = rows * harness.open_embedder().dimension * 4 + sum(len(texts[n % len(texts)]) for n in range(rows))
     (empty_seconds, empty_bytes), (full_seconds, full_bytes) = empty, full
     names = ["chunks", "restart s", "memory MB"]
     harness.print_table(names, [(1, empty_seconds, empty_bytes / 1e6), (rows, full_seconds, full_bytes / 1e6)])
