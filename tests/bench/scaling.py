@@ -84,8 +84,13 @@ def grow(
         put(hades, [texts[number % len(texts)] for number in numbers], vectors, first, stage, who, collection)
 
 
-def fill(nexus: Running, texts: Sequence[str], rows: int, collection: str = "default") -> None:
-    """So many chunks more in both stores of a Nexus, which has the collection; none is embedded."""
+def data_bytes(texts: Sequence[str], rows: int, dimension: int) -> int:
+    """Of the vectors and texts of so many chunks."""
+    return rows * dimension * 4 + sum(len(texts[n % len(texts)]) for n in range(rows))
+
+
+def fill(nexus: Running, texts: Sequence[str], rows: int, collection: str = "default") -> int:
+    """So many chunks more in both stores of a Nexus, which has the collection; none is embedded. Their `data_bytes`."""
     embedder = harness.open_embedder()
     vectors = open_part("stores", f"milvus-lite://127.0.0.1:{nexus.instance.vectors_port}")
     documents = open_part("stores", "sqlite:", home=nexus.home)
@@ -94,6 +99,7 @@ def fill(nexus: Running, texts: Sequence[str], rows: int, collection: str = "def
     base = embedder.embed(texts[:EMBEDDED])
     grow(hades, texts, base, rows, hades.stage, Principal("default", "bench"), collection)
     documents.close()
+    return data_bytes(texts, rows, embedder.dimension)
 
 
 def measure(
@@ -118,7 +124,7 @@ def measure(
         began = time.perf_counter()
         retriever.search(SearchRequest(query, graph="off"), WHO)
         spent.append(1000 * (time.perf_counter() - began))
-    size = rows * embedder.dimension * 4 + sum(len(texts[n % len(texts)]) for n in range(rows))
+    size = data_bytes(texts, rows, embedder.dimension)
     recall = recalled(hades, held, embedder.embed(queries, "query"))
     held.close()
     retriever.close()
@@ -160,10 +166,9 @@ def measure_whole(texts: Sequence[str], query: str, rows: int) -> dict[str, floa
             added = {"filename": "first.txt", "content": texts[0]}
             http.post("/rag/add_document", json=added).raise_for_status()
         empty = restart(nexus, query)
-        fill(nexus, texts, rows)
+        size = fill(nexus, texts, rows)
         restart(nexus, query)  # which reads what came behind its back, and keeps it as what Nexus adds itself is kept
         full = restart(nexus, query)
-    size = rows * harness.open_embedder().dimension * 4 + sum(len(texts[n % len(texts)]) for n in range(rows))
     (empty_seconds, empty_bytes), (full_seconds, full_bytes) = empty, full
     names = ["chunks", "restart s", "memory MB"]
     harness.print_table(names, [(1, empty_seconds, empty_bytes / 1e6), (rows, full_seconds, full_bytes / 1e6)])
