@@ -53,6 +53,15 @@ DASHBOARD = "dashboard/dashboard.py"  # as its command line has it
 RAYLET_SOCKET, STORE_SOCKET, RAYLET_ID = "--raylet_socket_name", "--store_socket_name", "--node_id"
 OUTLIVE_A_RAYLET = (STATE_SERVER, DASHBOARD, "ray-dashboard", "ray.util.client.server")
 GPUS_LABEL = "nexus.io/gpus"  # which Ray carries, with the indices of the GPUs that it was given: 0-1-5
+# How Ray is to start a node and its processes. On a busy machine 30 s, as Ray would wait for a raylet and the agents
+# that it starts, are too few, and who then begins anew never gets there. A process starts when it is needed, and has no
+# less of a processor than who asks it: what works on documents makes itself nice.
+STARTING = {
+    "RAY_raylet_start_wait_time_s": f"{START_SECONDS - 20:.0f}",
+    "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+}
 Record = Literal["instance", "node"]
 
 
@@ -331,9 +340,7 @@ def environment_of(config: Config, instance_id: str) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + 31),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(replicas + 32),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(replicas + 63),
-        "RAY_worker_niceness": "0",  # questions come first: what works on documents makes itself nice
-        "RAY_prestart_worker_first_driver": "0",
-        "RAY_enable_worker_prestart": "0",
+        **STARTING,
         "HF_HUB_OFFLINE": "1",
         "MALLOC_ARENA_MAX": "2",  # glibc would keep an arena per thread, tens of megabytes in each process
         "TOKENIZERS_PARALLELISM": "false",

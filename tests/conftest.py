@@ -1,6 +1,7 @@
 """What the tests share: a small honest embedder, and a whole Nexus in one process."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from cluster.alone import AloneSharing
+from cluster.bootstrap import STARTING
 from deployments.authz import LocalPolicies
 from deployments.gateway import Lent, build
 from nexus.access import PERMISSIONS, KeyRing
@@ -58,6 +60,7 @@ ALICE = Principal("acme", "alice", frozenset({"documents:read", "documents:write
 BOB = Principal("acme", "bob", frozenset({"documents:read"}))
 MALLORY = Principal("other", "mallory", frozenset({"documents:read", "documents:write"}))
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+os.environ |= STARTING  # of a Ray that a test starts by itself, too: else they wait for whatever else runs here
 PARSERS = Parsers(Limits(cpu_seconds=10, wall_seconds=20))  # for all tests: a zygote keeps nothing of a document
 
 

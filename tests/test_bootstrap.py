@@ -4,7 +4,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from cluster import bootstrap
 from cluster.bootstrap import Instance
 from nexus.config import Config
 from nexus.errors import AlreadyRunning, ConfigError, Unavailable
+from tests.running import ROOT, free_port
 
 CHILD = "import sys; print('up', flush=True); sys.stdin.read()"
 
@@ -261,3 +264,52 @@ def test_those_that_outlive_a_raylet_keep_their_children(home: Path) -> None:
     assert not psutil.pid_exists(child)
     for process in (dashboard, worker):
         end(process)
+
+
+# ── a node that takes its time ──────────────────────────────────────────────────────────────────
+
+# Each look of Ray's at its clock takes a minute: of what it waits by that clock nothing is left at the second look.
+HURRIED = """
+import itertools, sys, time, types
+import ray._private.node as node
+from ray.scripts.scripts import main
+
+class Hurried(types.ModuleType):
+    monotonic = itertools.count(0, 60).__next__
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+node.time = Hurried("time")
+main()
+"""
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("changes", [{}, {"RAY_raylet_start_wait_time_s": "0"}])
+def test_a_node_is_waited_for_as_long_as_nexus_says(changes: dict[str, str]) -> None:
+    """And not for the time that is written in Ray's own code alone, which comes on top."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("NEXUS_", "RAY_"))}
+    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on loopback
+    with tempfile.TemporaryDirectory(prefix="nxb", ignore_cleanup_errors=True) as folder:
+        begun = subprocess.Popen(
+            [
+                sys.executable, "-c", HURRIED, "start", "--head", "--node-ip-address=127.0.0.1",
+                f"--port={free_port()}", "--num-cpus=1", "--include-dashboard=false", "--no-monitor",
+                f"--temp-dir={folder}", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats",
+            ],
+            cwd=ROOT, env={**kept, **alone, **bootstrap.STARTING, **changes}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        try:
+            said, _ = begun.communicate(timeout=150)
+            assert ("timed out during startup" in said) == (begun.returncode != 0) == bool(changes), said
+        finally:
+            for process in psutil.process_iter():
+                with suppress(psutil.Error, ProcessLookupError):
+                    if os.getsid(process.pid) == begun.pid:
+                        process.kill()
+
+
+def test_ray_waits_for_a_node_longer_than_by_itself_and_says_so_before_it_is_ended() -> None:
+    assert 60 < int(bootstrap.STARTING["RAY_raylet_start_wait_time_s"]) < bootstrap.START_SECONDS

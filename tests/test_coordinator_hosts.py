@@ -21,6 +21,7 @@ import pytest
 import ray
 
 from actors.coordinator import Client, Placement, connect, find_voter, start
+from cluster.bootstrap import STARTING
 from cluster.raft import Role
 from cluster.voter import Pace
 from tests.histories import Diary, History, check_diaries
@@ -80,7 +81,7 @@ def nodes() -> Iterator[RayNodes]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NEXUS_", "RAY_"))}
     environment = {
         **kept, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_enable_worker_prestart": "0", "RAY_prestart_worker_first_driver": "0",
+        **STARTING,
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory(prefix="nxh", ignore_cleanup_errors=True) as folder,

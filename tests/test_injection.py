@@ -6,6 +6,7 @@ Rows of Q1 are in tests/test_stores.py and tests/test_retrieval.py; damaged Raft
 import ast
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -30,7 +31,6 @@ RENDERERS = {
     ("nexus/database.py", "_transaction"): "one of three modes named in the code",
     ("nexus/stores/sqlite.py", "matching"): "a filter's tree, of which `_condition` makes placeholders",
     ("nexus/arangodb.py", "_run"): "the statements of the stores, each looked at where it is given to `aql`",
-    ("nexus/arangodb.py", "_lines"): "the name of a table of the stores",
     ("nexus/arangodb.py", "restore"): "the name of a table of the stores",
     ("nexus/stores/arango.py", "matching"): "a filter's tree, of which `_condition` makes bind parameters",
     ("deployments/grafana/dashboard.py", "_panel"): "the panels of this very file",
@@ -55,14 +55,10 @@ def pasted(path: Path, source: str) -> Iterator[str]:
         *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)),
     ]:
         name = getattr(function, "name", "")
-        listed = {
-            node.target.id
-            for node in _within(function)
-            if isinstance(node, ast.For) and isinstance(node.target, ast.Name) and _is_fixed(node.iter, frozenset())
-        }
+        fixed = _fixed_names(function)
         for node in _within(function):
             for query in _queries(node):
-                if not _is_fixed(query, frozenset(listed)) and (name_of(path), name) not in RENDERERS:
+                if not _is_fixed(query, fixed) and (name_of(path), name) not in RENDERERS:
                     yield f"{name or 'the module'}:{query.lineno}"
 
 
@@ -83,6 +79,31 @@ def _queries(node: ast.AST) -> Iterator[ast.expr]:
         for key, value in zip(node.keys, node.values, strict=True):
             if isinstance(key, ast.Constant) and key.value in HOLD_A_QUERY:
                 yield value
+
+
+def _fixed_names(function: ast.AST) -> frozenset[str]:
+    """The local names that hold nothing but what is written in the code, wherever they are given something."""
+    given = Counter(one.id for one in _within(function) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
+    given.update(one.arg for one in _within(function) if isinstance(one, ast.arg))
+    of_the_code = Counter(
+        target.id
+        for node in _within(function)
+        for target, value in _assignments(node)
+        if isinstance(target, ast.Name) and _is_fixed(value, frozenset())
+    )
+    return frozenset(name for name, times in of_the_code.items() if times == given[name])
+
+
+def _assignments(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Each name with what it is given, or with what it goes through."""
+    if isinstance(node, ast.For):
+        yield node.target, node.iter
+    if isinstance(node, ast.Assign):
+        for target in node.targets:
+            targets = target.elts if isinstance(target, ast.Tuple) else [target]
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            if len(targets) == len(values):
+                yield from zip(targets, values, strict=True)
 
 
 def _is_fixed(node: ast.expr, listed: frozenset[str]) -> bool:
@@ -155,6 +176,24 @@ def test_Q2_a_query_that_is_pasted_is_seen(line: str) -> None:
 )
 def test_Q2_a_query_with_parameters_is_none(line: str) -> None:
     assert not list(pasted(SOURCES[0], f"def ask(db, client, name):\n    return {line}\n"))
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_seen"),
+    [
+        (['by = "a" if name else "b"'], False),
+        (['of, by = "a", "b"', 'if name: by = "c"'], False),
+        (['for by in ("a", "b"): db.execute(by)'], False),
+        (["by = name"], True),
+        (['of, by = "a", name'], True),
+        (['by = "a"', "if name: by = name"], True),
+        (['by = "a"', "by += name"], True),
+        (['by = "a"', "for by in name: db.execute(by)"], True),
+    ],
+)
+def test_Q2_a_local_name_is_fixed_where_all_it_is_given_is(lines: list[str], is_seen: bool) -> None:
+    body = "\n    ".join([*lines, 'db.execute(f"SELECT 1 {by}")'])
+    assert bool(list(pasted(SOURCES[0], f"def ask(db, name):\n    {body}\n"))) == is_seen
 
 
 def test_Q2_every_renderer_named_is_there() -> None:

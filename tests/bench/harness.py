@@ -29,6 +29,7 @@ _PINS = dict.fromkeys(POOLS, str(THREADS)) | {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_worker_niceness": "0",  # a bench's own Ray starts them as Nexus' does: else whoever asks them has all cores
 }
 # Pools read these once, when they load. A process that a bench started inherits them and may be here late.
 if {"numpy", "torch"} & sys.modules.keys() and not os.environ.items() >= _PINS.items():

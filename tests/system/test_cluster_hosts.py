@@ -196,7 +196,8 @@ def test_a_drill_finds_answers_within_half_a_minute_and_nothing_lost(it: Cluster
     until(300, lambda: is_there(it, "clu"))
     fault = ("--fault", "link:sark", "--cut", "20", "--patience", "420")
     told = it.nexus(HEAD, "drill", "--test-cluster", *fault, "--json", seconds=850)
-    assert told.returncode == 0, f"{told.stderr}\n{it.said('sark')[-2000:]}\n{it.nexus(HEAD, 'status').stdout}"
+    start = (it.home("sark") / "logs" / "ray-node.log").read_text(errors="replace")
+    assert told.returncode == 0, f"{told.stderr}\n{it.said('sark')}\n{start}\n{it.nexus(HEAD, 'status').stdout}"
     (outcome,) = json.loads(told.stdout)
     assert outcome["fault"] == "link:sark" and outcome["lost"] == 0, outcome
     assert set(outcome["done"]) == {"answer", "document", "session", "metadata"}, outcome

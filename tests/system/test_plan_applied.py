@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster.bootstrap import STARTING
 from tests.running import ROOT, Running
 from tests.test_planning import file, settings  # noqa: F401
 
@@ -24,7 +25,7 @@ def applied(file: Path, tmp_path: Path) -> Any:  # noqa: F811
         [sys.executable, "-m", "tests.plan_applied", str(file), str(tmp_path / "said.json")],
         cwd=ROOT, text=True, capture_output=True,
         stdin=subprocess.DEVNULL, check=False, timeout=580,
-        env={**environment, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", "RAY_enable_worker_prestart": "0"},
+        env={**environment, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", **STARTING},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((tmp_path / "said.json").read_text())
