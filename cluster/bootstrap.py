@@ -53,11 +53,10 @@ DASHBOARD = "dashboard/dashboard.py"  # as its command line has it
 RAYLET_SOCKET, STORE_SOCKET, RAYLET_ID = "--raylet_socket_name", "--store_socket_name", "--node_id"
 OUTLIVE_A_RAYLET = (STATE_SERVER, DASHBOARD, "ray-dashboard", "ray.util.client.server")
 GPUS_LABEL = "nexus.io/gpus"  # which Ray carries, with the indices of the GPUs that it was given: 0-1-5
-# How Ray is to start a node and its processes. On a busy machine 30 s, as Ray would wait for a raylet and the agents
-# that it starts, are too few, and who then begins anew never gets there. A process starts when it is needed, and has no
-# less of a processor than who asks it: what works on documents makes itself nice.
+# How Ray is to start processes: when they are needed, and with no less of a processor than who asks them (what works on
+# documents makes itself nice). On a busy machine 30 s for the agent that a raylet starts them by are too few.
 STARTING = {
-    "RAY_raylet_start_wait_time_s": f"{START_SECONDS - 20:.0f}",
+    "RAY_agent_register_timeout_ms": f"{START_SECONDS * 1000:.0f}",
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
@@ -530,7 +529,7 @@ def _start_node(
     _record(home, instance, record)
     listen, grpc, runtime, metrics = free_ports(4)
     full = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", *command,
+        sys.executable, "-m", "cluster.ray_start", "start", "--disable-usage-stats", *command,
         f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
         f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}",
         f"--object-store-memory={config.ray.object_store_bytes}", f"--temp-dir={instance.ray_folder}",

@@ -62,7 +62,9 @@ class RayNodes:
         self.hosts.run(
             host,
             [
-                sys.executable, "-m", "ray.scripts.scripts", "start", *role,
+                sys.executable, "-m", "cluster.ray_start", "start", *role,
+                "--dashboard-agent-listen-port=26001", "--dashboard-agent-grpc-port=26002",
+                "--runtime-env-agent-port=26003", "--metrics-export-port=26004",
                 f"--node-ip-address={self.hosts.address(host)}", f"--labels=nexus.io/node={host}", "--num-cpus=1",
                 f"--object-store-memory={100 * 2**20}", f"--temp-dir={self.folder / host}", "--disable-usage-stats",
                 "--include-log-monitor=False",
