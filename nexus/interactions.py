@@ -60,6 +60,7 @@ COLUMNS = {
     "gpu_utilization": "v.gpu_utilization", "latency_ms": "v.latency_ms", "timestamp": "v.created_at",
 }  # fmt: skip
 MINE = "v.tenant = :tenant AND v.subject = :subject"
+OF_TENANT = "+v.tenant = :tenant"  # those found by their ids ("+": not all that the tenant has, read one by one)
 STALE = "NOT EXISTS (SELECT 1 FROM vectors w WHERE w.ordinal = v.ordinal AND w.fingerprint = :fingerprint)"
 
 
@@ -184,19 +185,20 @@ class SqliteInteractions(Database):
 
     def delete(self, tenant: str, subject: str | None, interaction_id: str) -> Forgotten:
         return self._forget(
-            "v.interaction_id = :what OR v.ordinal = (SELECT summary FROM parts WHERE part = :what)",
+            f"{OF_TENANT} AND v.ordinal IN (SELECT ordinal FROM interactions WHERE interaction_id = :what"
+            " UNION ALL SELECT summary FROM parts WHERE part = :what)",
             tenant, subject, interaction_id,
         )  # fmt: skip
 
     def forget(self, tenant: str, subject: str | None, user: str) -> Forgotten:
-        return self._forget("v.user = :what", tenant, subject, user)
+        return self._forget("v.tenant = :tenant AND v.user = :what", tenant, subject, user)
 
     def _forget(self, which: str, tenant: str, subject: str | None, what: str) -> Forgotten:
         parameters = {"tenant": tenant, "subject": subject, "what": what}
         with self._transaction() as db:
             rows = db.execute(
-                "DELETE FROM interactions AS v WHERE v.tenant = :tenant"
-                f" AND (:subject IS NULL OR v.subject = :subject) AND ({which}) RETURNING kind",
+                f"DELETE FROM interactions AS v WHERE {which}"
+                " AND (:subject IS NULL OR v.subject = :subject) RETURNING kind",
                 parameters,
             ).fetchall()
         self.clear_log()
@@ -268,8 +270,8 @@ def _load(db: sqlite3.Connection, tenant: str, interaction_ids: Sequence[str]) -
 
 def _delete(db: sqlite3.Connection, tenant: str, interaction_ids: Sequence[str]) -> int:
     return db.execute(
-        "DELETE FROM interactions WHERE tenant = ? AND interaction_id IN (SELECT value FROM json_each(?))",
-        (tenant, json.dumps(list(interaction_ids))),
+        f"DELETE FROM interactions AS v WHERE {OF_TENANT} AND v.interaction_id IN (SELECT value FROM json_each(:ids))",
+        {"tenant": tenant, "ids": json.dumps(list(interaction_ids))},
     ).rowcount
 
 

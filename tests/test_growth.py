@@ -7,10 +7,13 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from nexus.database import Database
+from nexus.interactions import SqliteInteractions
 from nexus.jobs import Announced, Jobs, Outcome
 from nexus.stores import sqlite
-from nexus.types import content_digest
+from nexus.types import Interaction, content_digest
 from tests.conftest import ALICE, House, open_house
 
 FEW, MANY = 40, 320
@@ -111,4 +114,39 @@ def work_of_documents(house: House, count: int) -> dict[str, int]:
 def test_a_page_or_a_change_costs_the_same_among_few_documents_and_many() -> None:
     with open_house() as small, open_house() as large:
         few, many = work_of_documents(small, FEW), work_of_documents(large, MANY)
+    assert {name: (few[name], taken) for name, taken in many.items() if taken > AT_MOST * few[name]} == {}
+
+
+def work_of_memory(count: int) -> dict[str, int]:
+    """Steps of what is done with one of so many interactions of a tenant; who recalls by meaning compares all."""
+    memory, vector = SqliteInteractions(":memory:"), np.eye(1, 8, dtype=np.float32)[0]
+
+    def remember(number: int) -> None:
+        one = Interaction(f"i{number}", "acme", "alice", f"user{number // PAGE}", "asked", "answered", float(number))
+        memory.add(one, vector, "now")
+
+    for number in range(count):
+        remember(number)
+    summary = Interaction("s", "acme", "alice", "user0", "", "much was asked", 0.0, kind="summary")
+    asked: dict[str, Work] = {
+        "add": lambda: remember(count),
+        "the last": lambda: memory.recent("acme", "alice", None, PAGE),
+        "the oldest": lambda: memory.oldest("acme", "interaction", PAGE),
+        "load": lambda: memory.load("acme", ["i3", "i5"]),
+        "embed": lambda: memory.embed({"i3": vector}, "anew"),
+        "drop": lambda: memory.drop("acme", ["i3"]),
+        "replace": lambda: memory.replace("acme", ["i4", "i5"], summary, vector, "now"),
+        "delete": lambda: memory.delete("acme", None, "i6"),
+        "delete one's own": lambda: memory.delete("acme", "alice", "i7"),
+        "delete what was summarised": lambda: memory.delete("acme", "alice", "i5"),
+        "forget": lambda: memory.forget("acme", None, "user3"),
+    }
+    taken = {name: steps(memory, work) for name, work in asked.items()}
+    assert not memory.load("acme", ["i3", "i4", "i5", "i6", "i7", "s", f"i{3 * PAGE}"])
+    memory.close()
+    return taken
+
+
+def test_an_interaction_costs_the_same_among_few_and_many() -> None:
+    few, many = work_of_memory(FEW), work_of_memory(MANY)
     assert {name: (few[name], taken) for name, taken in many.items() if taken > AT_MOST * few[name]} == {}
