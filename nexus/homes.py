@@ -83,6 +83,12 @@ MIGRATIONS = (
         changed_at REAL NOT NULL, changed_by TEXT NOT NULL, PRIMARY KEY (tenant, name)
     ) STRICT, WITHOUT ROWID
     """,
+    # What is being put into the index or taken out of it has no checksum: so it is found among all that is indexed.
+    """
+    CREATE INDEX indexed_unsure ON indexed (tenant, path) WHERE checksum = '';
+    UPDATE indexed SET checksum = '' WHERE NOT EXISTS
+        (SELECT 1 FROM files AS f WHERE f.tenant = indexed.tenant AND f.path = indexed.path)
+    """,
 )
 
 log = logging.getLogger("nexus.homes")
@@ -605,6 +611,7 @@ class Homes(Database):
                 needless += [_Needless(*key, *copy) for copy in [(kept.tier, kept.key), *copies] if copy[1]]
                 for table in ("files", "tags", "replicas", "placements"):
                     db.execute(f"DELETE FROM {table} WHERE tenant = ? AND path = ?", key)
+                db.execute("UPDATE indexed SET checksum = '' WHERE tenant = ? AND path = ?", key)
             _intend_removal(db, needless)
         pass_through("homes.after_switch")
         self._remove(needless)
@@ -620,8 +627,8 @@ class Homes(Database):
         """Take out of the index what was indexed of files that there are no more."""
         with self._reading() as db:
             rows = db.execute(
-                "SELECT tenant, path, collection FROM indexed AS i WHERE NOT EXISTS"
-                " (SELECT 1 FROM files AS f WHERE f.tenant = i.tenant AND f.path = i.path)"
+                "SELECT tenant, path, collection FROM indexed AS i INDEXED BY indexed_unsure WHERE checksum = ''"
+                " AND NOT EXISTS (SELECT 1 FROM files AS f WHERE f.tenant = i.tenant AND f.path = i.path)"
             ).fetchall()
         if not rows or self._indexer is None:
             return

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from nexus.database import Database
+from nexus.homes import Homes
 from nexus.interactions import SqliteInteractions
 from nexus.jobs import Announced, Jobs, Outcome
+from nexus.registry import open_tier
 from nexus.stores import sqlite
 from nexus.types import Interaction, content_digest
 from tests.conftest import ALICE, House, open_house
@@ -149,4 +151,35 @@ def work_of_memory(count: int) -> dict[str, int]:
 
 def test_an_interaction_costs_the_same_among_few_and_many() -> None:
     few, many = work_of_memory(FEW), work_of_memory(MANY)
+    assert {name: (few[name], taken) for name, taken in many.items() if taken > AT_MOST * few[name]} == {}
+
+
+def work_of_files(home: Path, count: int) -> dict[str, int]:
+    """Steps of what is done to one of so many files that policies look after, all of them indexed."""
+    for tier in ("hot", "cold"):
+        (home / tier / "acme").mkdir(parents=True)
+    for number in range(count):
+        (home / "hot" / "acme" / f"{number:03}.bag").write_bytes(b"bytes")
+    homes = Homes(home / "home", {tier: open_tier(f"file:{home}/{tier}") for tier in ("hot", "cold")})
+    homes.scan("acme", "hot")
+    with homes._transaction() as db:
+        db.execute("INSERT INTO indexed SELECT tenant, path, 'default', checksum FROM files")
+    file = homes.file("acme", "007.bag")
+    asked: dict[str, Work] = {
+        "file": lambda: homes.file("acme", "007.bag"),
+        "describe": lambda: homes.describe("acme", "007.bag", {"robot": "r2"}),
+        "tag": lambda: homes.tag([file], frozenset({"seen"}), frozenset()),
+        "hold": lambda: homes.hold([file], "trial"),
+        "release": lambda: homes.release("acme", "007.bag", "trial"),
+        "move": lambda: homes.move([file], "cold"),
+        "delete": lambda: homes.delete([file]),
+    }
+    taken = {name: steps(homes, work) for name, work in asked.items()}
+    assert len(homes.files("acme")) == count - 1
+    homes.close()
+    return taken
+
+
+def test_a_file_of_many_costs_what_one_of_few_does(tmp_path: Path) -> None:
+    few, many = work_of_files(tmp_path / "few", FEW), work_of_files(tmp_path / "many", MANY)
     assert {name: (few[name], taken) for name, taken in many.items() if taken > AT_MOST * few[name]} == {}

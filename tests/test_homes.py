@@ -554,6 +554,22 @@ def test_a_crash_between_delete_and_unindex_is_made_good(
     assert not found(house, "gripper") and place.there() == {"run.bag": ["hot"]}
 
 
+def test_what_a_former_nexus_had_still_to_take_out_of_the_index_is_taken_out(indexed: tuple[House, Place]) -> None:
+    house, place = indexed
+    place.put("hot", "good.txt", "The gripper jams.")
+    place.homes.scan("acme", "hot")
+    succeed(place.homes.index([place.file("good.txt")], "default", None))
+    with place.homes._transaction() as db:
+        db.execute("DROP INDEX indexed_unsure")
+        db.execute("DELETE FROM files")
+        db.execute("PRAGMA user_version = 1")
+    assert found(house, "gripper")
+    again = Homes(place.root / "home", place.homes.tiers, place.homes._indexer)
+    again.recover()
+    again.close()
+    assert not found(house, "gripper")
+
+
 def test_an_index_that_is_away_is_waited_for_and_nothing_else_is(
     indexed: tuple[House, Place], monkeypatch: pytest.MonkeyPatch
 ) -> None:
