@@ -50,6 +50,7 @@ FREE_PORTS = range(20_000, 30_000)  # for what picks its own
 PORT = 6379  # of the head of a cluster, unless the settings say another
 STATE_SERVER, RAYLET = "gcs_server", "raylet"  # the processes without which there is no head, or no node
 DASHBOARD = "dashboard/dashboard.py"  # as its command line has it
+AGENT_PORT = "--dashboard-agent-listen-port="  # as `ray start` has it
 RAYLET_SOCKET, STORE_SOCKET, RAYLET_ID = "--raylet_socket_name", "--store_socket_name", "--node_id"
 OUTLIVE_A_RAYLET = (STATE_SERVER, DASHBOARD, "ray-dashboard", "ray.util.client.server")
 GPUS_LABEL = "nexus.io/gpus"  # which Ray carries, with the indices of the GPUs that it was given: 0-1-5
@@ -529,8 +530,8 @@ def _start_node(
     _record(home, instance, record)
     listen, grpc, runtime, metrics = free_ports(4)
     full = [
-        sys.executable, "-m", "cluster.ray_start", "start", "--disable-usage-stats", *command,
-        f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
+        sys.executable, "-m", "cluster.bootstrap", "start", "--disable-usage-stats", *command,
+        f"{AGENT_PORT}{listen}", f"--dashboard-agent-grpc-port={grpc}",
         f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}",
         f"--object-store-memory={config.ray.object_store_bytes}", f"--temp-dir={instance.ray_folder}",
         "--include-log-monitor=False",
@@ -663,3 +664,32 @@ def _ray_folder(home: Path) -> str:
     if len(str(longest)) < MAX_SOCKET_PATH:
         return str(folder)
     return f"{tempfile.gettempdir()}/nexus-{os.getuid()}-{digest(str(home))[:8]}"
+
+
+# ── a process that starts a node ────────────────────────────────────────────────────────────────
+
+
+def ray_start() -> None:
+    """`ray start`, for a raylet that does not wait for its dashboard agent.
+
+    Ray's own raylet waits 15 s for the agent to write down where it listens, and then ends itself. On a busy machine
+    no agent starts in that time, nor does it at the next attempt: https://github.com/ray-project/ray/issues/65983.
+    Whoever starts a node here chose that port. Ray tells the agent alone; here its raylet is told, too.
+    """
+    from ray._private import ray_constants, services
+    from ray.scripts.scripts import cli
+
+    (port,) = (word.removeprefix(AGENT_PORT) for word in sys.argv if word.startswith(AGENT_PORT))
+    start = services.start_ray_process
+
+    def start_process(command: list[str], process_type: str, *arguments: Any, **named: Any) -> Any:
+        if process_type == ray_constants.PROCESS_TYPE_RAYLET:
+            command = [*command, f"--dashboard_agent_listen_port={port}"]
+        return start(command, process_type, *arguments, **named)
+
+    services.start_ray_process = start_process
+    cli()
+
+
+if __name__ == "__main__":
+    ray_start()

@@ -294,7 +294,7 @@ def test_a_node_starts_while_its_agent_does_not() -> None:
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(
             [
-                sys.executable, "-m", "cluster.ray_start", "start", "--head", "--node-ip-address=127.0.0.1",
+                sys.executable, "-m", "cluster.bootstrap", "start", "--head", "--node-ip-address=127.0.0.1",
                 f"--port={port}", f"--dashboard-agent-listen-port={listen}", f"--dashboard-agent-grpc-port={grpc}",
                 f"--runtime-env-agent-port={runtime}", f"--metrics-export-port={metrics}", "--num-cpus=1",
                 "--include-dashboard=false", "--no-monitor", f"--object-store-memory={100 * 2**20}",

@@ -62,7 +62,7 @@ class RayNodes:
         self.hosts.run(
             host,
             [
-                sys.executable, "-m", "cluster.ray_start", "start", *role,
+                sys.executable, "-m", "cluster.bootstrap", "start", *role,
                 "--dashboard-agent-listen-port=26001", "--dashboard-agent-grpc-port=26002",
                 "--runtime-env-agent-port=26003", "--metrics-export-port=26004",
                 f"--node-ip-address={self.hosts.address(host)}", f"--labels=nexus.io/node={host}", "--num-cpus=1",
