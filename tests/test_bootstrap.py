@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import uuid
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -270,13 +270,6 @@ def test_those_that_outlive_a_raylet_keep_their_children(home: Path) -> None:
 # ── a node whose agent takes its time ───────────────────────────────────────────────────────────
 
 
-def of_session(session: int) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == session:
-                yield process
-
-
 def is_agent(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return process.name() != "raylet" and any(word.endswith("dashboard/agent.py") for word in process.cmdline())
@@ -287,7 +280,8 @@ def is_agent(process: psutil.Process) -> bool:
 def test_a_node_starts_while_its_agent_does_not() -> None:
     """Ray's own waits 15 s for it and ends itself, which nobody gets past whose machine is busier than that."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("NEXUS_", "RAY_"))}
-    alone = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on loopback
+    ours = instance(id=uuid.uuid4().hex)
+    more = {bootstrap.INSTANCE: ours.id, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # on loopback
     port, listen, grpc, runtime, metrics = bootstrap.free_ports(5)
     with (
         tempfile.TemporaryDirectory(prefix="nxb", ignore_cleanup_errors=True) as folder,
@@ -300,17 +294,16 @@ def test_a_node_starts_while_its_agent_does_not() -> None:
                 "--include-dashboard=false", "--no-monitor", f"--object-store-memory={100 * 2**20}",
                 f"--temp-dir={folder}", "--disable-usage-stats",
             ],
-            cwd=ROOT, env={**kept, **alone, **bootstrap.STARTING}, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+            cwd=ROOT, env={**kept, **more, **bootstrap.STARTING}, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
             start_new_session=True,
         ) as begun,
     ):  # fmt: skip
         try:
-            until(60, lambda: any(map(is_agent, of_session(begun.pid))), longest_pause=0.05)
-            next(filter(is_agent, of_session(begun.pid))).suspend()
+            until(60, lambda: any(map(is_agent, bootstrap.processes_of(ours))), longest_pause=0.05)
+            next(filter(is_agent, bootstrap.processes_of(ours))).suspend()
             begun.wait(150)
             said.seek(0)
             assert begun.returncode == 0, said.read()
             assert not list(Path(folder).glob("session_2*/dashboard_agent_listen_port_*")), "it was suspended too late"
         finally:
-            for process in of_session(begun.pid):
-                process.kill()
+            bootstrap._end(ours)
